@@ -1,0 +1,38 @@
+# Every verb does its own set-up: a virtual environment in .venv, nothing global.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check bench serve clean
+
+# hnswlib is source only. Where no compiler is at hand, that costs the kind hnsw, not the installation.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,models,dev]'
+	HNSWLIB_NO_NATIVE= $(BIN)/python -m pip install --quiet --editable '.[hnsw]' || echo "hnswlib did not build: kind hnsw is missing, the rest works"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python data/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/run.py $(if $(DATA),--data $(DATA))
+
+serve: $(STAMP)
+	@test -d indexes || { $(BIN)/python data/digits.py && $(BIN)/vecsvc build-index data/corpus.parquet --fields '*'; }
+	$(BIN)/vecsvc serve indexes
+
+clean:
+	rm -rf $(VENV) indexes build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,19 @@
+"""Runs every benchmark one after the other: `python benchmarks/run.py [--data DIR] [--work DIR]`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPTS = ("serving.py", "ready.py", "filtered.py", "build.py")
+
+
+def main() -> None:
+    for script in SCRIPTS:
+        print(f"\n=== {script}", flush=True)
+        subprocess.run([sys.executable, str(Path(__file__).parent / script), *sys.argv[1:]], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,591 @@
+"""From a corpus to a published version: ingest, index, certify, write the manifest, publish.
+
+Everything happens in a staging folder that nobody serves. How far it is stands in a state file beside it, which
+is replaced after each step: a build that died goes on after its last whole step, or is swept away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from index_builders import base
+from index_builders.certify import Certifier
+from index_builders.corpus import Batch, Corpus, open_corpus
+from index_builders.progress import Phase as Shown
+from vecsvc.config import BuildSettings
+from vecsvc.encoders.base import CANARY_TEXTS, Encoder
+from vecsvc.encoders.onnx import encoder_files, open_encoder
+from vecsvc.errors import ArtifactError, ConfigError, CorpusError, StorageError, VecsvcError, VersionExists
+from vecsvc.ids import BATCH_ROWS, IDS_FILE, LOOKUP_FILE, lookup_table
+from vecsvc.manifest import (
+    FORMAT_VERSION,
+    Canary,
+    CorpusEntry,
+    EncoderEntry,
+    FileEntry,
+    Manifest,
+    Phase,
+    Provenance,
+    ShardEntry,
+    check_files,
+    cpu_description,
+    file_entries,
+    library_versions,
+    read_manifest,
+    write_manifest,
+)
+from vecsvc.shard import FIELDS_FILE, INDEX_FOLDER, ROWS_FILE, VECTORS_FILE
+from vecsvc.storage import (
+    MANIFEST,
+    STAGING,
+    STATE,
+    ArrayWriter,
+    IndexFolder,
+    Lease,
+    check_name,
+    check_version,
+    copy_file,
+    delete_file,
+    delete_folder,
+    make_folder,
+    new_file,
+    open_array,
+    replace_file,
+    write_array,
+    writing,
+)
+from vecsvc.types import IndexSpec, Metric
+
+_LIBRARIES: Final = ("vecsvc", "numpy", "pyarrow", "hnswlib", "faiss-cpu", "faiss-gpu", "scikit-learn", "onnxruntime")
+
+
+class _Ingested(msgspec.Struct):
+    """What the first step left: enough to go on without the corpus."""
+
+    sizes: list[int]
+    dim: int
+    dtype: str
+    files: list[FileEntry]
+    corpus: CorpusEntry
+    id_type: str
+    fields: dict[str, str]
+    encoder: EncoderEntry | None
+
+
+class _Indexed(msgspec.Struct):
+    spec: IndexSpec
+    files: list[FileEntry]
+
+
+class _State(msgspec.Struct):
+    key: str  # what is built from what; only the same build may go on
+    ingested: _Ingested | None = None
+    indexed: dict[int, _Indexed] = {}
+    phases: dict[str, Phase] = {}
+
+
+class BuildResult(msgspec.Struct, frozen=True):
+    path: str
+    manifest: Manifest
+    resumed: list[str]  # steps that an earlier build had done
+
+
+def build_index(
+    source: str,
+    settings: BuildSettings,
+    params: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    stream: TextIO | None = None,
+) -> BuildResult:
+    """Build an index of the corpus at `source` and publish it; what served before serves until the last step.
+
+    With `resume`, an interrupted build of the same corpus with the same settings goes on after its last whole
+    step; without, what it left is deleted. Raises UserError, StorageError or BackendMissing.
+    """
+    corpus = open_corpus(
+        source,
+        id_column=settings.id_column,
+        vector_column=settings.vector_column,
+        text_column=settings.text_column,
+        fields=settings.fields,
+        metric=_metric(settings),
+    )
+    folder = IndexFolder(Path(settings.out) / _name(source, settings))
+    if settings.version:
+        check_version(settings.version)
+    # What the index step would refuse is refused now, and not after hours of encoding.
+    base.build_params(*base.choose(settings.kind, corpus.rows, params or {}))
+    make_folder(folder.path)
+    key = _key(corpus, settings, params or {})
+    if not resume:
+        folder.sweep()
+    version = settings.version or (resume and _interrupted(folder, key)) or _free_version(folder)
+    if (folder.path / version).exists():
+        if resume and _read_state(folder.path / f"{STATE}{version}", key) is not None:
+            return _serve_published(folder, version)
+        raise VersionExists(
+            f"{folder.path / version} exists, and a version is never written twice: choose another --version"
+        )
+    build = _Build(folder, version, key, corpus, settings, params or {}, stream)
+    try:
+        return build.run()
+    finally:
+        build.close()
+
+
+class _Build:
+    """One build: its staging folder, its state, and the steps in their order."""
+
+    def __init__(
+        self,
+        folder: IndexFolder,
+        version: str,
+        key: str,
+        corpus: Corpus,
+        settings: BuildSettings,
+        params: Mapping[str, Any],
+        stream: TextIO | None,
+    ) -> None:
+        self.folder, self.version, self.corpus, self.settings, self.params = folder, version, corpus, settings, params
+        self.stream = stream
+        self.threads = settings.threads or os.cpu_count() or 1
+        self.staging = folder.path / f"{STAGING}{version}"
+        self.resumed: list[str] = []
+        self._state_path = folder.path / f"{STATE}{version}"
+        self._encoder: Encoder | None = None
+        make_folder(self.staging)
+        lease = Lease.take(self.staging, exclusive=True)
+        if lease is None:
+            raise VersionExists(f"version {version} is being built by another process: choose another --version")
+        self._lease = lease
+        try:
+            state = _read_state(self._state_path, key)
+            self.state = state or _State(key)
+            if state is None:
+                _empty(self.staging)
+                self._save()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._encoder is not None:
+            self._encoder.close()
+        self._lease.release()
+
+    def run(self) -> BuildResult:
+        if (self.staging / MANIFEST).exists():
+            manifest = self._finished()
+        else:
+            ingested = self._ingest()
+            manifest = self._manifest(ingested, self._index(ingested))
+            write_manifest(self.staging, manifest)
+        self.folder.publish(self.staging, self.version)
+        # Whoever serves may open it from now on, and gc may not delete it before CURRENT names it.
+        self._lease.share()
+        self.folder.serve(self.version)
+        _forget(self._state_path)
+        return BuildResult(str(self.folder.path / self.version), manifest, self.resumed)
+
+    def _finished(self) -> Manifest:
+        """An earlier build died between its manifest and publishing."""
+        try:
+            manifest = read_manifest(self.staging)
+            check_files(self.staging, manifest.files())
+        except VecsvcError:
+            delete_file(self.staging / MANIFEST)
+            ingested = self._ingest()
+            manifest = self._manifest(ingested, self._index(ingested))
+            write_manifest(self.staging, manifest)
+        else:
+            self.resumed.append("everything but publishing")
+        return manifest
+
+    # --------------------------------------------------------------------------------------------- ingest
+
+    def _ingest(self) -> _Ingested:
+        done = self.state.ingested
+        if done is not None and _whole(self.staging, done.files):
+            self.resumed.append("ingest")
+            return done
+        self.state.ingested, self.state.indexed = None, {}
+        _empty(self.staging)
+        with self._phase("ingest"):
+            encoder = self._open_encoder()
+            if not self.corpus.has_vectors and encoder is None:
+                raise CorpusError(f"{self.corpus.path} has texts and no vectors: name an encoder with --encoder DIR")
+            folders = [self.staging / "shards" / f"{n:03d}" for n in range(self.settings.shards)]
+            with contextlib.ExitStack() as stack:
+                writers = [stack.enter_context(ShardWriter(folder, self.corpus)) for folder in folders]
+                with Shown("reading", self.corpus.rows, self.stream) as shown:
+                    for batch in self.corpus.read_batches(self.settings.batch_rows):
+                        vectors = batch.vectors
+                        if vectors is None:
+                            vectors = encoder.encode(batch.texts or [], "passage") if encoder else None
+                        self._write(writers, batch, vectors)
+                        shown(len(batch.hashes))
+                for writer in writers:
+                    writer.finish()
+            sizes = [writer.size for writer in writers]
+            if min(sizes) == 0:
+                raise ConfigError(
+                    f"{self.corpus.rows} rows leave {sizes.count(0)} of {len(sizes)} shards empty: use fewer --shards"
+                )
+            entry = self._write_encoder(encoder)
+            files = [path for path in self.staging.rglob("*") if path.is_file()]
+            ingested = _Ingested(
+                sizes=sizes,
+                dim=writers[0].dim,
+                dtype=writers[0].dtype,
+                files=file_entries(self.staging, files),
+                corpus=CorpusEntry(self.corpus.path, sum(sizes), self.corpus.columns, self.corpus.sha256()),
+                id_type=self.corpus.id_type,
+                fields={field.name: str(field.type) for field in stored_schema(self.corpus)},
+                encoder=entry,
+            )
+        self.state.ingested = ingested
+        self._save()
+        return ingested
+
+    def _write(self, writers: list[ShardWriter], batch: Batch, vectors: Any) -> None:
+        rows = np.arange(batch.first_row, batch.first_row + len(batch.hashes), dtype=np.int64)
+        if len(writers) == 1:
+            writers[0].write(rows, batch.hashes, vectors, batch.ids, batch.fields)
+            return
+        shard_of = batch.hashes % np.uint64(len(writers))
+        for number, writer in enumerate(writers):
+            mine = np.flatnonzero(shard_of == number)
+            if len(mine):
+                fields = batch.fields.take(pa.array(mine)) if batch.fields is not None else None
+                writer.write(rows[mine], batch.hashes[mine], vectors[mine], batch.ids.take(pa.array(mine)), fields)
+
+    def _open_encoder(self) -> Encoder | None:
+        if self.settings.encoder and self._encoder is None:
+            folder = Path(self.settings.encoder)
+            self._encoder = open_encoder(folder, name=folder.resolve().name, num_threads=self.threads)
+            dim = self._encoder.spec.dim
+            if self.corpus.dim is not None and dim != self.corpus.dim:
+                raise ConfigError(
+                    f"encoder {folder} gives dim {dim}, the corpus' vectors have {self.corpus.dim}: "
+                    "name the encoder that made them"
+                )
+        return self._encoder
+
+    def _write_encoder(self, encoder: Encoder | None) -> EncoderEntry | None:
+        """The encoder goes into the version: text in, answer out needs no second artifact."""
+        if encoder is None:
+            return None
+        source, target = Path(self.settings.encoder), self.staging / "encoder"
+        paths = []
+        for file in encoder_files(source):
+            copy = target / file.relative_to(source)
+            make_folder(copy.parent)
+            copy_file(file, copy)
+            paths.append(copy)
+        spec = encoder.spec
+        vectors = encoder.encode(CANARY_TEXTS, "query")
+        return EncoderEntry(
+            name=spec.name,
+            fingerprint=spec.fingerprint,
+            dim=spec.dim,
+            pooling=spec.pooling,
+            normalize=spec.normalize,
+            max_tokens=spec.max_tokens,
+            prompts=dict(spec.prompts),
+            canaries=[Canary(t, v.tolist()) for t, v in zip(CANARY_TEXTS, vectors, strict=True)],
+            files=file_entries(self.staging, paths),
+        )
+
+    # ---------------------------------------------------------------------------------------------- index
+
+    def _index(self, ingested: _Ingested) -> Certifier:
+        metric = _metric(self.settings)
+        kind, params = base.choose(self.settings.kind, max(ingested.sizes), self.params)
+        certifier = Certifier(self._vectors(ingested), metric, self.settings.certificate_queries, self.settings.seed)
+        for number, size in enumerate(ingested.sizes):
+            folder = self.staging / "shards" / f"{number:03d}" / INDEX_FOLDER
+            done = self.state.indexed.get(number)
+            if done is not None and _whole(self.staging, done.files):
+                self.resumed.append(f"index of shard {number}")
+                with self._phase("certify"):
+                    certifier.measure(number, certifier.load(number, folder, done.spec))
+                continue
+            if folder.exists():
+                delete_folder(folder)
+            make_folder(folder)
+            with (
+                self._phase("index"),
+                Shown(f"indexing {number + 1}/{len(ingested.sizes)}", size, self.stream) as shown,
+            ):
+                index = base.build(
+                    certifier.vectors[number],
+                    kind=kind,
+                    metric=metric,
+                    params=params,
+                    num_threads=self.threads,
+                    seed=self.settings.seed,
+                    progress=shown,
+                )
+                index.save(folder)
+                spec = index.spec
+                index.close()
+                del index
+            files = file_entries(self.staging, [path for path in folder.rglob("*") if path.is_file()])
+            with self._phase("certify"):
+                # Some libraries do not notice a full disk. What will be served is what is read, so it is measured.
+                try:
+                    written = certifier.load(number, folder, spec)
+                except ArtifactError as error:
+                    raise StorageError(
+                        f"what was written cannot be read back: {error}; nothing was published"
+                    ) from error
+                self.state.indexed[number] = _Indexed(spec, files)
+                self._save()
+                certifier.measure(number, written)
+                written.close()
+        return certifier
+
+    def _vectors(self, ingested: _Ingested) -> list[NDArray[Any]]:
+        return [
+            open_array(
+                self.staging / "shards" / f"{number:03d}" / VECTORS_FILE, np.dtype(ingested.dtype), (size, ingested.dim)
+            )
+            for number, size in enumerate(ingested.sizes)
+        ]
+
+    # ------------------------------------------------------------------------------------------- manifest
+
+    def _manifest(self, ingested: _Ingested, certifier: Certifier) -> Manifest:
+        specs = [self.state.indexed[number].spec for number in range(len(ingested.sizes))]
+        certificate, search = certifier.certificate(self.settings.recall)
+        cpu, features = cpu_description()
+        shards = []
+        for number, spec in enumerate(specs):
+            prefix = f"shards/{number:03d}/"
+            files = [f for f in ingested.files if f.path.startswith(prefix)] + self.state.indexed[number].files
+            shards.append(ShardEntry(spec.size, spec, files))
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            name=self.folder.name,
+            version=self.version,
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            spec=replace(specs[0], size=sum(ingested.sizes)),
+            search=search,
+            partition="hash",
+            id_type=ingested.id_type,  # type: ignore[arg-type]
+            vector_dtype=ingested.dtype,  # type: ignore[arg-type]
+            fields=ingested.fields,
+            shards=shards,
+            encoder=ingested.encoder,
+            corpus=ingested.corpus,
+            provenance=Provenance(
+                python=platform.python_version(),
+                libraries=library_versions(_LIBRARIES),
+                cpu=cpu,
+                cpu_features=features,
+                seed=self.settings.seed,
+                threads=self.threads,
+                phases=self.state.phases,
+                peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            ),
+            certificate=certificate,
+        )
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        spent = self.state.phases.get(name, Phase(0.0, 0.0))
+        self.state.phases[name] = Phase(
+            round(spent.wall_s + time.perf_counter() - wall, 3), round(spent.cpu_s + time.process_time() - cpu, 3)
+        )
+
+    def _save(self) -> None:
+        replace_file(self._state_path, msgspec.json.encode(self.state))
+
+
+class ShardWriter:
+    """Writes what a shard owns, batch by batch: vectors, corpus rows, ids and stored fields."""
+
+    def __init__(self, folder: Path, corpus: Corpus) -> None:
+        self.folder = folder
+        self.size = 0
+        self.dim = 0
+        self.dtype = ""
+        self._stack = contextlib.ExitStack()
+        make_folder(folder)
+        self._rows = ArrayWriter(folder / ROWS_FILE, np.int64)
+        self._vectors: ArrayWriter | None = None
+        self._hashes: list[NDArray[np.uint64]] = []
+        ids = pa.schema([("id", pa.int64() if corpus.id_type == "int" else pa.string())])
+        self._ids = ArrowWriter(self._stack, folder / IDS_FILE, ids)
+        self._fields = (
+            ArrowWriter(self._stack, folder / FIELDS_FILE, stored_schema(corpus)) if len(corpus.fields) else None
+        )
+
+    def write(
+        self, rows: NDArray[np.int64], hashes: NDArray[np.uint64], vectors: Any, ids: pa.Array, fields: Any
+    ) -> None:
+        if self._vectors is None:
+            self.dim, self.dtype = vectors.shape[1], str(vectors.dtype)
+            self._vectors = ArrayWriter(self.folder / VECTORS_FILE, vectors.dtype, (self.dim,))
+        self._vectors.write(vectors)
+        self._rows.write(rows)
+        self._hashes.append(hashes)
+        self._ids.write(pa.record_batch([ids], names=["id"]))
+        if self._fields is not None:
+            self._fields.write(fields)
+        self.size += len(rows)
+
+    def finish(self) -> None:
+        """Write the ends of the files and sync them."""
+        if self._vectors is None:
+            return
+        self._vectors.close()
+        self._rows.close()
+        self._ids.finish()
+        if self._fields is not None:
+            self._fields.finish()
+        self._stack.close()
+        write_array(self.folder / LOOKUP_FILE, lookup_table(np.concatenate(self._hashes)))
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._rows.abandon()
+        if self._vectors is not None:
+            self._vectors.abandon()
+        with contextlib.suppress(VecsvcError, pa.ArrowException, ValueError):
+            self._stack.close()
+
+
+def stored_schema(corpus: Corpus) -> pa.Schema:
+    """The stored fields in their own types; dictionaries as what they hold, for theirs may differ by batch."""
+    kinds = [pa.field(f.name, f.type.value_type if pa.types.is_dictionary(f.type) else f.type) for f in corpus.fields]
+    return pa.schema(kinds)
+
+
+class ArrowWriter:
+    """Writes an Arrow IPC file whose record batches, but for the last, all have BATCH_ROWS rows."""
+
+    def __init__(self, stack: contextlib.ExitStack, path: Path, schema: pa.Schema) -> None:
+        self._path = path
+        file = stack.enter_context(new_file(path))
+        self._writer = stack.enter_context(pa.ipc.new_file(file, schema))
+        self._pending = pa.table({name: [] for name in schema.names}, schema=schema)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        rows = pa.Table.from_batches([batch]).cast(self._pending.schema)
+        self._pending = pa.concat_tables([self._pending, rows])
+        while self._pending.num_rows >= BATCH_ROWS:
+            self._emit(self._pending.slice(0, BATCH_ROWS))
+            self._pending = self._pending.slice(BATCH_ROWS)
+
+    def finish(self) -> None:
+        if self._pending.num_rows:
+            self._emit(self._pending)
+
+    def _emit(self, rows: pa.Table) -> None:
+        with writing(self._path):
+            self._writer.write_batch(rows.combine_chunks().to_batches()[0])
+
+
+def _metric(settings: BuildSettings) -> Metric:
+    return settings.metric  # type: ignore[return-value]  # one of the choices, checked by config
+
+
+def _name(source: str, settings: BuildSettings) -> str:
+    if settings.name:
+        return check_name(settings.name)
+    stem = source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".parquet")
+    try:
+        return check_name(stem)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; give one with --name") from error
+
+
+def _key(corpus: Corpus, settings: BuildSettings, params: Mapping[str, Any]) -> str:
+    """Two builds with one key make the same index from the same corpus."""
+    same = {n: v for n, v in asdict(settings).items() if n not in ("out", "version", "threads", "batch_rows")}
+    encoder = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in (encoder_files(Path(settings.encoder)) if settings.encoder else ())
+    ]
+    facts = [FORMAT_VERSION, corpus.identity(), encoder, same, dict(params)]
+    return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
+
+
+def _serve_published(folder: IndexFolder, version: str) -> BuildResult:
+    """The rest of a build that died between publishing its version and its last step."""
+    path = folder.path / version
+    manifest = read_manifest(path)
+    check_files(path, manifest.files())
+    folder.serve(version)
+    _forget(folder.path / f"{STATE}{version}")
+    return BuildResult(str(path), manifest, ["everything but serving"])
+
+
+def _forget(state: Path) -> None:
+    """The version serves already: where its state cannot be deleted, that is left to gc."""
+    with contextlib.suppress(StorageError):
+        delete_file(state)
+
+
+def _interrupted(folder: IndexFolder, key: str) -> str | None:
+    """The version of a dead build with this key; it may have died as late as before its version served."""
+    for path in sorted(folder.path.glob(f"{STATE}*")):
+        version = path.name.removeprefix(STATE)
+        if path.name.endswith(".tmp") or _read_state(path, key) is None:
+            continue
+        for place, exclusive in ((f"{STAGING}{version}", True), (version, False)):
+            lease = Lease.take(folder.path / place, exclusive=exclusive)
+            if lease is not None:
+                lease.release()
+                return version
+    return None
+
+
+def _read_state(path: Path, key: str) -> _State | None:
+    try:
+        state = msgspec.json.decode(path.read_bytes(), type=_State)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return state if state.key == key else None
+
+
+def _free_version(folder: IndexFolder) -> str:
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    taken: Callable[[str], bool] = lambda v: (folder.path / v).exists() or (folder.path / f"{STAGING}{v}").exists()  # noqa: E731
+    version, number = stamp, 2
+    while taken(version):
+        version, number = f"{stamp}-{number}", number + 1
+    return version
+
+
+def _whole(folder: Path, files: list[FileEntry]) -> bool:
+    try:
+        check_files(folder, files)
+    except VecsvcError:
+        return False
+    return True
+
+
+def _empty(staging: Path) -> None:
+    for path in sorted(staging.iterdir()):
+        delete_folder(path) if path.is_dir() else delete_file(path)

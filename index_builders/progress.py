@@ -1,0 +1,55 @@
+"""Says how far a long piece of work is: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Final, TextIO
+
+LINE_EVERY_S: Final = 5.0
+
+
+def no_progress(done: int) -> None:
+    pass
+
+
+class Phase:
+    """One phase of known or unknown length. Use as a context manager; call it with the rows that got done."""
+
+    def __init__(self, name: str, total: int | None, stream: TextIO | None = None, unit: str = "rows") -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.done = 0
+        self._stream = stream if stream is not None else sys.stderr
+        self._terminal = self._stream.isatty()
+        self._started = self._shown = time.monotonic()
+
+    def __enter__(self) -> Phase:
+        return self
+
+    def __call__(self, done: int) -> None:
+        self.done += done
+        now = time.monotonic()
+        if now - self._shown >= (0.1 if self._terminal else LINE_EVERY_S):
+            self._shown = now
+            self._show("\r" if self._terminal else "", "" if self._terminal else "\n")
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is None:
+            self._show("\r" if self._terminal else "", "\n")
+        elif self._terminal:
+            self._stream.write("\n")
+
+    def _show(self, before: str, after: str) -> None:
+        seconds = time.monotonic() - self._started
+        line = f"{self.name}: {self.done:,} {self.unit}"
+        if self.total and self._terminal:
+            filled = round(24 * min(1.0, self.done / self.total))
+            line = f"{self.name:<12} [{'#' * filled}{'.' * (24 - filled)}] {self.done:,}/{self.total:,} {self.unit}"
+        elif self.total:
+            line = f"{self.name}: {self.done:,} of {self.total:,} {self.unit} ({100 * self.done / self.total:.0f} %)"
+        line += f", {seconds:.1f} s"
+        if self.total and 0 < self.done < self.total and seconds > 2:
+            line += f", about {seconds * (self.total - self.done) / self.done:.0f} s to go"
+        self._stream.write(f"{before}{line:<78}" if self._terminal else line)
+        self._stream.write(after)
+        self._stream.flush()

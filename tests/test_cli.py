@@ -1,0 +1,139 @@
+"""The command line: one call a command, results a person can read, errors in one line with the right exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from vecsvc import cli
+from vecsvc.config import BuildSettings, ServeSettings
+
+VECSVC = [sys.executable, "-c", "from vecsvc.cli import main; main()"]
+
+
+def run(
+    *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*VECSVC, *arguments], capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}, timeout=60
+    )
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    vectors = np.random.default_rng(7).standard_normal((60, 4)).astype(np.float32)
+    table = pa.table({"id": [f"r{i}" for i in range(60)], "vector": list(vectors), "label": list(range(60))})
+    path = tmp_path / "corpus.parquet"
+    pq.write_table(table, path)
+    return path
+
+
+def test_a_corpus_alone_is_enough_to_build_inspect_verify_and_search(corpus: Path) -> None:
+    built = run("build-index", corpus.name, cwd=corpus.parent)
+    assert built.returncode == 0, built.stderr
+    assert "60 x 4 cosine, exact" in built.stdout and "recall@10 1.0000" in built.stdout
+    assert "serve it: vecsvc serve indexes/corpus" in built.stdout
+    shown = run("inspect", "indexes", cwd=corpus.parent).stdout
+    assert "60 x 4 float32, cosine, exact" in shown and "<- default" in shown
+    assert "files are what was written" in run("verify", "indexes", cwd=corpus.parent).stdout
+    found = run("search", "indexes", "--id", "r3", "-k", "2", cwd=corpus.parent)
+    assert found.returncode == 0 and len(found.stdout.splitlines()) == 2 and "2 hits" in found.stderr
+    by_vector = run("search", "indexes", "--vector", "1,0,0,0", "-k", "1", "--json", cwd=corpus.parent)
+    assert len(json.loads(by_vector.stdout)["results"]) == 1
+
+
+def test_json_is_for_machines(corpus: Path) -> None:
+    built = json.loads(run("build-index", corpus.name, "--json", cwd=corpus.parent).stdout)
+    assert built["manifest"]["spec"]["kind"] == "exact"
+    assert json.loads(run("inspect", "indexes", "--json", cwd=corpus.parent).stdout)["corpus"]["corpus"]["rows"] == 60
+    versions = json.loads(run("inspect", "indexes", "--versions", "--json", cwd=corpus.parent).stdout)
+    assert versions["corpus"]["versions"] == [versions["corpus"]["current"]]
+    assert json.loads(run("doctor", "--json").stdout)["kinds"]["exact"] == "ok"
+
+
+def test_versions_are_listed_rolled_back_and_deleted(corpus: Path) -> None:
+    for version in ("v1", "v2", "v3"):
+        assert run("build-index", corpus.name, "--version", version, cwd=corpus.parent).returncode == 0
+    assert run("rollback", "indexes", cwd=corpus.parent).stdout.startswith("v3 -> v2")
+    listed = run("inspect", "indexes", "--versions", cwd=corpus.parent).stdout.splitlines()
+    assert [line.split()[1] for line in listed] == ["v1", "v2", "v3"] and listed[1].endswith("<- serves")
+    assert run("gc", "indexes", "--keep", "0", cwd=corpus.parent).stdout == "corpus: deleted v1, v3\n"
+
+
+def test_a_damaged_version_fails_verify_with_exit_code_1(corpus: Path) -> None:
+    run("build-index", corpus.name, cwd=corpus.parent)
+    [vectors] = corpus.parent.glob("indexes/corpus/*/shards/000/vectors.npy")
+    vectors.write_bytes(vectors.read_bytes()[:-1])
+    done = run("verify", "indexes", cwd=corpus.parent)
+    assert done.returncode == 1 and "vectors.npy: has " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build-index", "none.parquet"], "none.parquet"),
+        (["build-index", "corpus.parquet", "--kind", "annoy"], "'annoy' is no kind of index; known are exact, faiss"),
+        (["build-index", "corpus.parquet", "--metric", "hamming"], "must be one of l2, ip, cosine, got 'hamming'"),
+        (["build-index", "corpus.parquet", "--kind", "hnsw", "--param", "mm=3"], "'mm'; hnsw knows: m, ef_con"),
+        (["build-index", "corpus.parquet", "--kind", "hnsw", "--param", "m"], "--param takes KEY=VALUE, got 'm'"),
+        (["build-index", "corpus.parquet", "--name", "../x"], "index name '../x' must be"),
+        (["build-index", "corpus.parquet", "--version", "a/b"], "version 'a/b' must be"),
+        (["build-index", "corpus.parquet", "--shards", "many"], "shards must be an integer, got 'many'"),
+        (["build-index", "corpus.parquet", "--vector-column", "v"], "label"),
+        (["serve", "nowhere"], "nowhere is no folder"),
+        (["serve", ".", "--port", "-1"], "port must be between 0 and 65535, got '-1'"),
+        (["inspect", "."], "holds no index; build one"),
+        (["search", ".", "text"], "holds no index"),
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["build-index"], "Missing argument 'CORPUS'"),
+        (["build-index", "corpus.parquet", "--settings", "none.toml"], "no settings file none.toml"),
+    ],
+)  # fmt: skip
+def test_a_mistake_of_the_user_is_one_line_with_the_remedy_and_exit_code_2(
+    corpus: Path, arguments: list[str], message: str
+) -> None:
+    done = run(*arguments, cwd=corpus.parent)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("vecsvc: ")]) <= 1
+    assert not list(corpus.parent.glob("indexes/*/*/manifest.json"))
+
+
+def test_settings_come_from_vecsvc_toml_and_the_environment(corpus: Path) -> None:
+    (corpus.parent / "vecsvc.toml").write_text('[build]\nname = "from-file"\nmetric = "l2"\n')
+    done = run("build-index", corpus.name, cwd=corpus.parent, env={"VECSVC_METRIC": "ip"})
+    assert "60 x 4 ip" in done.stdout and "indexes/from-file/" in done.stdout
+
+
+@pytest.mark.parametrize(("command", "cls"), [("build-index", BuildSettings), ("serve", ServeSettings)])
+def test_help_tells_every_setting(command: str, cls: type) -> None:
+    shown = " ".join(CliRunner().invoke(cli.cli, [command, "--help"]).output.split())
+    for name in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+        assert f"--{name.replace('_', '-')} " in shown
+    assert "[default: none]" in shown
+
+
+def test_serving_imports_no_builder_and_no_library_that_it_does_not_need() -> None:
+    script = (
+        "import sys, vecsvc.cli, vecsvc.server\n"
+        "print([m for m in ('index_builders', 'hnswlib', 'faiss', 'sklearn', 'onnx', 'onnxruntime', 'moto')"
+        " if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_doctor_names_packages_that_are_in_each_others_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vecsvc import doctor
+
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.0" if "faiss" in name else None)
+    [problem] = doctor.examine().problems
+    assert "faiss-cpu and faiss-gpu" in problem and "pip uninstall -y faiss-cpu faiss-gpu" in problem

@@ -1,0 +1,309 @@
+"""A Hugging Face folder becomes an encoder that computes what the original computes, or is refused by name."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from test_encoder import bert
+from tiny_bert import (
+    MAX_TOKENS,
+    POSITIONS,
+    tiny_config,
+    tiny_tokenizer,
+    tiny_weights,
+    write_json,
+    write_tiny_bert,
+    write_tiny_source,
+)
+
+from index_builders.bert_graph import IR_VERSION, OPSET, bert_graph
+from index_builders.encoder_import import import_encoder, read_safetensors
+from vecsvc import storage
+from vecsvc.encoders.onnx import CONFIGS, encoder_files, open_encoder
+from vecsvc.errors import BackendMissing, ConfigError, EncoderError, InvalidParameter, StorageError
+from vecsvc.tokenizer import TextTokenizer
+
+TEXTS = (
+    "vector search",
+    "",
+    "naïve café, 東京, 1e-3, <b>markup</b> & more",
+    "How do I list the files of a folder? " * 3,
+)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_tiny_source(tmp_path / "source")
+
+
+def expected(folder: Path, weights: dict[str, NDArray[np.float32]], config: dict[str, Any]) -> NDArray[np.float64]:
+    tokenizer = TextTokenizer(folder / "tokenizer.json", MAX_TOKENS)
+    means = np.stack([bert(one.ids, weights, config).mean(0) for one in tokenizer.split(TEXTS)])
+    unit: NDArray[np.float64] = means / np.linalg.norm(means, axis=1, keepdims=True)
+    return unit
+
+
+def write_safetensors(file: Path, arrays: dict[str, tuple[str, NDArray[Any]]]) -> None:
+    """By hand, because safetensors' NumPy writer knows no bfloat16."""
+    header, start = {}, 0
+    for name, (dtype, array) in arrays.items():
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [start, start + array.nbytes]}
+        start += array.nbytes
+    head = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(head)) + head + b"".join(a.tobytes() for _, a in arrays.values()))
+
+
+# ------------------------------------------------------------------------------------------- converted
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_converted_bert_agrees_with_one_written_in_numpy(tmp_path: Path, prefix: str) -> None:
+    source, out = write_tiny_source(tmp_path / "source", prefix=prefix), tmp_path / "deep" / "out"
+    spec = import_encoder(source, out, max_tokens=MAX_TOKENS)
+    assert (spec.name, spec.dim, spec.pooling, spec.normalize, spec.max_tokens) == ("out", 32, "mean", True, MAX_TOKENS)
+    encoder = open_encoder(out)
+    assert encoder.spec == spec
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected(source, tiny_weights(), tiny_config()), atol=2e-5)
+
+
+@pytest.mark.parametrize("act", ["gelu_new", "gelu_pytorch_tanh", "relu"])
+def test_other_activations_agree_with_numpy(source: Path, tmp_path: Path, act: str) -> None:
+    write_json(source / "config.json", tiny_config() | {"hidden_act": act})
+    import_encoder(source, tmp_path / "out")
+    config = tiny_config() | {"hidden_act": "gelu_new" if act.startswith("gelu") else act}
+    found = open_encoder(tmp_path / "out").encode(TEXTS)
+    np.testing.assert_allclose(found, expected(source, tiny_weights(), config), atol=2e-5)
+    assert np.abs(found - expected(source, tiny_weights(), tiny_config())).max() > 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_half_precision_weights_are_widened(source: Path, tmp_path: Path, dtype: str) -> None:
+    arrays, weights = {}, {}
+    for name, array in tiny_weights().items():
+        half = array.astype(np.float16) if dtype == "F16" else (array.view(np.uint32) >> 16).astype(np.uint16)
+        arrays[name] = (dtype, half)
+        wide = half.astype(np.float32) if dtype == "F16" else (half.astype(np.uint32) << 16).view(np.float32)
+        weights[name] = wide.reshape(array.shape)
+    arrays["embeddings.position_ids"] = ("I64", np.arange(POSITIONS)[None])
+    write_safetensors(source / "model.safetensors", arrays)
+    import_encoder(source, tmp_path / "out")
+    found = open_encoder(tmp_path / "out").encode(TEXTS)
+    np.testing.assert_allclose(found, expected(source, weights, tiny_config()), atol=2e-5)
+
+
+def test_the_names_of_the_first_bert_are_known(source: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): array
+        for name, array in tiny_weights().items()
+    }
+    assert any(name.endswith("gamma") for name in old)
+    save_file({**old, "pooler.dense.bias": np.zeros(32, dtype=np.float32)}, source / "model.safetensors")
+    import_encoder(source, tmp_path / "out")
+    found = open_encoder(tmp_path / "out").encode(TEXTS)
+    np.testing.assert_allclose(found, expected(source, tiny_weights(), tiny_config()), atol=2e-5)
+
+
+def test_the_graph_is_plain_onnx_with_free_axes_and_the_same_every_time() -> None:
+    model = bert_graph(tiny_config(), tiny_weights())
+    onnx.checker.check_model(model, full_check=True)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", OPSET)]
+    assert model.ir_version == IR_VERSION <= 10
+    assert [i.name for i in model.graph.input] == ["input_ids", "attention_mask", "token_type_ids"]
+    [output] = model.graph.output
+    assert output.name == "last_hidden_state"
+    assert [d.dim_param or d.dim_value for d in output.type.tensor_type.shape.dim] == ["batch", "sequence", 32]
+    assert "LayerNormalization" in {node.op_type for node in model.graph.node}
+    again = bert_graph(tiny_config(), dict(reversed(tiny_weights().items())))
+    assert again.SerializeToString() == model.SerializeToString()
+
+
+def test_import_is_the_same_encoder_as_the_one_made_at_once(source: Path, tmp_path: Path) -> None:
+    spec = import_encoder(source, tmp_path / "out")
+    assert import_encoder(source, tmp_path / "again").fingerprint == spec.fingerprint
+    direct = open_encoder(write_tiny_bert(tmp_path / "direct"))
+    np.testing.assert_allclose(open_encoder(tmp_path / "out").encode(TEXTS), direct.encode(TEXTS), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ copied
+
+
+@pytest.mark.parametrize("place", ["model.onnx", "onnx/model.onnx"])
+def test_an_onnx_model_is_copied_with_its_files_and_nothing_else(tmp_path: Path, place: str) -> None:
+    source = write_tiny_bert(tmp_path / "source")
+    (source / place).parent.mkdir(exist_ok=True)
+    (source / "model.onnx").rename(source / place)
+    (source / "pytorch_model.bin").write_bytes(b"a pickle")
+    (source / "onnx").mkdir(exist_ok=True)
+    (source / "onnx/model_quantized.onnx").write_bytes(b"another one")
+    spec = import_encoder(source, tmp_path / "out")
+    copied = sorted(f.relative_to(tmp_path / "out").as_posix() for f in (tmp_path / "out").rglob("*") if f.is_file())
+    assert copied == sorted([place, "tokenizer.json", *CONFIGS])
+    assert (tmp_path / "out" / place).read_bytes() == (source / place).read_bytes()
+    np.testing.assert_array_equal(open_encoder(tmp_path / "out").encode(TEXTS), open_encoder(source).encode(TEXTS))
+    assert open_encoder(tmp_path / "out").spec == spec
+
+
+def test_links_are_followed_so_that_a_hub_cache_can_be_imported(tmp_path: Path) -> None:
+    blobs, snapshot = write_tiny_bert(tmp_path / "blobs"), tmp_path / "snapshots" / "abc"
+    for file in encoder_files(blobs):
+        link = snapshot / file.relative_to(blobs)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    import_encoder(snapshot, tmp_path / "out")
+    assert not any(file.is_symlink() for file in (tmp_path / "out").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "stated", "settled"), [(256, 24, 24), (8, 24, 8), (16, None, 16), (256, None, POSITIONS)]
+)
+def test_the_smallest_length_wins_and_is_written_down(
+    source: Path, tmp_path: Path, asked: int, stated: int | None, settled: int
+) -> None:
+    (source / "sentence_bert_config.json").unlink()
+    if stated is not None:
+        write_json(source / "sentence_bert_config.json", {"max_seq_length": stated, "do_lower_case": True})
+    assert import_encoder(source, tmp_path / "out", max_tokens=asked).max_tokens == settled
+    written = json.loads((tmp_path / "out/sentence_bert_config.json").read_text())
+    assert written["max_seq_length"] == settled
+    assert written.get("do_lower_case") == (None if stated is None else True)
+
+
+def test_a_length_that_the_model_cannot_take_is_found_at_import(tmp_path: Path) -> None:
+    source = write_tiny_bert(tmp_path / "source")
+    (source / "sentence_bert_config.json").unlink()
+    with pytest.raises(
+        EncoderError, match=rf"max_tokens {POSITIONS + 1} is too long for the model: .*source/model\.onnx"
+    ):
+        import_encoder(source, tmp_path / "out", max_tokens=POSITIONS + 1)
+    assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "roberta"}, r"model_type is 'roberta'; bert can be converted, others need an onnx/model\.onnx"),
+        ({"model_type": None}, r"model_type is None"),
+        ({"hidden_act": "silu"}, r"hidden_act must be one of gelu, .* got 'silu'"),
+        ({"hidden_size": 48}, r"weight embeddings\.\S+ has shape \(.*\), the config says \(.*48\)"),
+        ({"hidden_size": "wide"}, r"Expected `int`, got `str` - at `\$\.hidden_size`"),
+        ({"num_attention_heads": 0}, r"Expected `int` >= 1 - at `\$\.num_attention_heads`"),
+        ({"num_attention_heads": 3}, r"3 heads do not divide hidden_size 32"),
+        ({"num_hidden_layers": 3}, r"the weights lack encoder\.layer\.2\.attention\.self\.query\.weight"),
+        ({"position_embedding_type": "relative_key"}, r"absolute position embeddings"),
+        ({"is_decoder": True}, r"only encoders"),
+    ],
+)
+def test_another_architecture_is_refused_by_name(
+    source: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    write_json(source / "config.json", tiny_config() | change)
+    with pytest.raises(EncoderError, match=f"source: .*{message}"):
+        import_encoder(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", None, r"config\.json: missing; an encoder is made from model\.onnx and tokenizer\.json, or"),
+        ("config.json", b"{", r"config\.json: Input data was truncated"),
+        ("model.safetensors", None, r"model\.safetensors: missing"),
+        ("model.safetensors", b"", r"model\.safetensors: is no safetensors file"),
+        ("model.safetensors", b"\xff" * 64, r"model\.safetensors: is no safetensors file"),
+        ("tokenizer.json", None, r"tokenizer\.json: missing"),
+        ("tokenizer.json", b"[]", r"tokenizer\.json: is no tokenizer"),
+        ("sentence_bert_config.json", b"[]", r"sentence_bert_config\.json: Expected `object`"),
+        ("model.onnx", b"junk", r"the model is not valid ONNX"),
+    ],
+)
+def test_a_broken_file_is_refused_by_name_and_leaves_nothing(
+    source: Path, tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is None:
+        (source / name).unlink()
+    else:
+        (source / name).write_bytes(content)
+    with pytest.raises(EncoderError, match=message):
+        import_encoder(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_existing_out_missing_source_and_bad_length_are_the_users_mistakes(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match=r"out exists, and an encoder is never overwritten"):
+        import_encoder(source, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"no encoder folder .*nowhere"):
+        import_encoder(tmp_path / "nowhere", tmp_path / "new")
+    for bad in (0, 8193):
+        with pytest.raises(InvalidParameter, match=f"max_tokens must be between 1 and 8192, got {bad}"):
+            import_encoder(source, tmp_path / "new", max_tokens=bad)
+
+
+def test_a_tokenizer_for_another_vocabulary_is_found_at_import(source: Path, tmp_path: Path) -> None:
+    larger = tiny_tokenizer()
+    larger.add_special_tokens(["[NEW]"])
+    larger.post_processor = None
+    larger.add_tokens(["vector"])
+    weights = {n: a[:30] if n == "embeddings.word_embeddings.weight" else a for n, a in tiny_weights().items()}
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, source / "model.safetensors")
+    write_json(source / "config.json", tiny_config() | {"vocab_size": 30})
+    larger.save(str(source / "tokenizer.json"))
+    with pytest.raises(EncoderError, match=r"onnxruntime failed on input_ids"):
+        import_encoder(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("library", ["onnx", "safetensors"])
+def test_a_missing_library_names_the_remedy(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(BackendMissing, match=rf"needs {library}: pip install 'vecsvc\[models\]'"):
+        import_encoder(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_import_that_dies_anywhere_leaves_no_encoder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points: list[str] = []
+    monkeypatch.setattr(storage, "failpoint", points.append)
+    import_encoder(source, tmp_path / "whole")
+    assert len(points) > 10
+    for number in range(points.index("rename whole") + 1):
+        left = iter(range(number))
+
+        def fail(point: str, left: Any = left) -> None:
+            if next(left, None) is None and not point.startswith("delete"):
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(storage, "failpoint", fail)
+        with pytest.raises(StorageError, match="No space left on device"):
+            import_encoder(source, tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "whole"]
+
+
+def test_weights_beyond_the_limit_are_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import index_builders.bert_graph
+    import index_builders.encoder_import
+
+    for module in (index_builders.bert_graph, index_builders.encoder_import):
+        monkeypatch.setattr(module, "MAX_GRAPH_BYTES", 1000)
+    with pytest.raises(EncoderError, match=r"model\.safetensors: has \d+ bytes, at most 1000 can be converted"):
+        read_safetensors(source / "model.safetensors")
+    with pytest.raises(EncoderError, match="the weights have more than 1000 bytes"):
+        bert_graph(tiny_config(), tiny_weights())

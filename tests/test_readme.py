@@ -1,0 +1,111 @@
+"""The README's commands are run as they stand, in their order."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_bert import write_tiny_bert
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as the reader has it after cloning: data/, a few documents, a model."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "models").mkdir()
+    shutil.copy(ROOT / "data" / "digits.py", tmp_path / "data")
+    subprocess.run([sys.executable, "data/digits.py"], cwd=tmp_path, check=True, capture_output=True)
+    write_tiny_bert(tmp_path / "models" / "my-bert")
+    texts = ["list the files of a folder", "copy a file", "read a vector", "search quickly"] * 5
+    pq.write_table(pa.table({"id": np.arange(20), "text": texts}), tmp_path / "docs.parquet")
+    return tmp_path
+
+
+@pytest.fixture
+def commands(folder: Path) -> Iterator[dict[str, str]]:
+    """An environment in which `vecsvc` is ours and nothing is listening yet."""
+    binaries = folder / "bin"
+    binaries.mkdir()
+    script = binaries / "vecsvc"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "from vecsvc.cli import main; main()" "$@"\n')
+    script.chmod(0o755)
+    yield {
+        **os.environ,
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "VECSVC_PORT": str(free_port()),
+        "VECSVC_ADMIN_PORT": str(free_port()),
+    }
+
+
+def test_every_command_of_the_readme_works_as_it_stands(folder: Path, commands: dict[str, str]) -> None:
+    assert sum(command.startswith("vecsvc ") for command in COMMANDS) >= 15
+    server: subprocess.Popen[bytes] | None = None
+    try:
+        for command in COMMANDS:
+            line = command.replace("localhost:8080", f"127.0.0.1:{commands['VECSVC_PORT']}")
+            line = line.replace("localhost:8081", f"127.0.0.1:{commands['VECSVC_ADMIN_PORT']}")
+            words = shlex.split(line)
+            if words[:2] == ["vecsvc", "serve"] and "--help" not in words:
+                server = subprocess.Popen(words, cwd=folder, env=commands, stderr=subprocess.DEVNULL)
+                wait_until_ready(commands["VECSVC_ADMIN_PORT"], server)
+                continue
+            if words[0] == "curl":
+                words.insert(1, "--fail-with-body")
+            done = subprocess.run(words, cwd=folder, env=commands, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+            if words[0] == "curl" and "/search" in line:
+                hits = json.loads(done.stdout)["results"]
+                assert len(hits) == 3 and all(hit["fields"]["label"] in (3, 8) for hit in hits)
+    finally:
+        if server is not None:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=30) == 0
+
+
+def wait_until_ready(port: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.05)
+    pytest.fail("the server of the README did not get ready")
+
+
+def test_the_python_of_the_readme_is_the_client_as_it_is() -> None:
+    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    compile(snippet, "README.md", "exec")
+    assert "from vecsvc.client import Client" in snippet
+
+
+def test_the_demo_runs_and_shows_hits(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*.parquet", "__pycache__"))
+    done = subprocess.run([sys.executable, "data/demo.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("5 of 5 are a ") == 3 and "The server has stopped" in done.stdout

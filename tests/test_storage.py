@@ -1,0 +1,189 @@
+"""Versions on disk: atomic publishing, rollback, gc that never touches what serves, names that never become paths."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vecsvc import storage
+from vecsvc.errors import ArtifactDamaged, ConfigError, StorageError, UnknownVersion, VersionExists
+from vecsvc.storage import IndexFolder, Lease
+
+HOLD = """
+import sys
+from pathlib import Path
+from vecsvc.storage import Lease
+lease = Lease.take(Path(sys.argv[1]), exclusive=sys.argv[2] == "x")
+print("held" if lease else "refused", flush=True)
+sys.stdin.read()
+"""
+
+
+def publish(index: IndexFolder, version: str) -> None:
+    staging = index.path / f"{storage.STAGING}{version}"
+    staging.mkdir(parents=True)
+    storage.write_file(staging / storage.MANIFEST, version.encode())
+    index.publish(staging, version)
+    index.serve(version)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> IndexFolder:
+    index = IndexFolder(tmp_path / "demo")
+    for version in ("v1", "v2", "v3"):
+        publish(index, version)
+    return index
+
+
+def test_what_is_published_last_serves_and_versions_keep_their_order(index: IndexFolder) -> None:
+    assert index.current() == "v3"
+    assert index.versions() == ["v1", "v2", "v3"]
+    assert (index.path / storage.CURRENT).read_bytes() == b"v3\n"
+
+
+def test_a_version_is_never_written_twice(index: IndexFolder) -> None:
+    with pytest.raises(VersionExists, match="v2 exists"):
+        publish(index, "v2")
+    assert (index.path / "v2" / storage.MANIFEST).read_bytes() == b"v2"
+
+
+def test_rollback_goes_one_version_back_each_time(index: IndexFolder) -> None:
+    assert index.rollback() == ("v3", "v2")
+    assert index.rollback() == ("v2", "v1")
+    with pytest.raises(UnknownVersion, match=r"no version before v1; there are: v1, v2, v3"):
+        index.rollback()
+    assert index.rollback("v3") == ("v1", "v3")
+    with pytest.raises(UnknownVersion, match="no version 'v9'; there are: v1, v2, v3"):
+        index.rollback("v9")
+
+
+@pytest.mark.parametrize("content", [b"", b"../v1\n", b"v9\nv1\n", b"\xff\xfe\n"])
+def test_a_damaged_current_is_refused_by_name_and_mended_by_rollback(index: IndexFolder, content: bytes) -> None:
+    (index.path / storage.CURRENT).write_bytes(content)
+    with pytest.raises(ArtifactDamaged, match="CURRENT"):
+        index.current()
+    assert index.rollback() == ("none", "v3")
+
+
+def test_gc_keeps_current_and_the_newest(index: IndexFolder) -> None:
+    publish(index, "v4")
+    index.rollback("v1")
+    assert index.gc(keep=1) == ["v2", "v3"]
+    assert index.versions() == ["v1", "v4"]
+    assert sorted(p.name for p in index.path.iterdir()) == ["CURRENT", "v1", "v4"]
+
+
+def test_gc_never_touches_what_another_process_serves(index: IndexFolder) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(index.path / "v1"), "s"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        assert index.gc(keep=0) == ["v2"]
+        holder.kill()
+        holder.wait()
+        assert index.gc(keep=0) == ["v1"]  # the kernel let go of it
+
+
+def test_sweep_deletes_dead_builds_and_leaves_living_ones(index: IndexFolder) -> None:
+    dead, living = (index.path / f"{storage.STAGING}{name}" for name in ("dead", "living"))
+    for folder in (dead, living):
+        (folder / "shards").mkdir(parents=True)
+        (index.path / folder.name.replace(storage.STAGING, storage.STATE)).write_bytes(b"{}")
+    lease = Lease.take(living, exclusive=True)
+    assert lease is not None
+    assert index.sweep() == [dead.name]
+    assert sorted(p.name for p in index.path.glob(".*")) == [f"{storage.STAGING}living", f"{storage.STATE}living"]
+    lease.release()
+
+
+def test_leases_are_shared_or_exclusive_and_turn_from_one_to_the_other(tmp_path: Path) -> None:
+    first = Lease.take(tmp_path, exclusive=True)
+    assert first is not None
+    assert Lease.take(tmp_path, exclusive=False) is None
+    first.share()
+    second = Lease.take(tmp_path, exclusive=False)
+    assert second is not None
+    assert Lease.take(tmp_path, exclusive=True) is None
+    first.release()
+    first.release()
+    second.release()
+    assert Lease.take(tmp_path / "gone", exclusive=False) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "A", "a b", "a\0", "%2e%2e", "x" * 65, "-a", "ä", "a\n", ".hidden"]
+)
+def test_names_that_are_no_names_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="index name"):
+        storage.check_name(name)
+    if name not in ("A",):
+        with pytest.raises(ConfigError, match="version"):
+            storage.check_version(name)
+
+
+def test_a_folder_without_indexes_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="build one: vecsvc build-index"):
+        storage.index_folders(tmp_path)
+    with pytest.raises(ConfigError, match="is no folder"):
+        storage.index_folders(tmp_path / "none")
+
+
+def test_a_directory_means_itself_or_the_indexes_in_it(index: IndexFolder) -> None:
+    assert storage.index_folders(index.path) == [index]
+    assert storage.index_folders(index.path.parent) == [index]
+
+
+def test_arrays_are_appended_and_read_back_read_only(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    writer = storage.ArrayWriter(path, np.float32, (3,))
+    rows = np.arange(30_000, dtype=np.float32).reshape(-1, 3)
+    for start in range(0, len(rows), 777):
+        writer.write(rows[start : start + 777])
+    writer.close()
+    read = storage.open_array(path, np.float32, (None, 3))
+    assert np.array_equal(read, rows) and not read.flags.writeable
+    storage.release_pages(read)
+    assert np.array_equal(read, rows)
+    base = read
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.base
+    assert base is not None, "the array is mapped"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "message"),
+    [(np.float64, (2, 3), "holds float32"), (np.float32, (3, 3), "has shape"), (np.float32, (6,), "has shape")],
+)
+def test_an_array_that_is_not_what_was_expected_is_refused(
+    tmp_path: Path, dtype: type, shape: tuple[int, ...], message: str
+) -> None:
+    storage.write_array(tmp_path / "a.npy", np.zeros((2, 3), dtype=np.float32))
+    with pytest.raises(ArtifactDamaged, match=message):
+        storage.open_array(tmp_path / "a.npy", dtype, shape)
+
+
+def test_a_pickled_array_is_not_unpickled(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ArtifactDamaged, match=r"a\.npy"):
+        storage.open_array(tmp_path / "a.npy", np.float32, (1,))
+
+
+def test_an_error_of_the_disk_becomes_one_line_with_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(point: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "failpoint", full)
+    with pytest.raises(StorageError, match=r"cannot write .*/a: No space left on device"):
+        storage.write_file(tmp_path / "a", b"x")
+
+
+def test_replacing_a_file_survives_what_an_earlier_crash_left(tmp_path: Path) -> None:
+    (tmp_path / "a.tmp").write_bytes(b"half")
+    storage.replace_file(tmp_path / "a", b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole" and not (tmp_path / "a.tmp").exists()

@@ -1,0 +1,262 @@
+"""The versions that serve: opened, verified and warmed aside, swapped in whole, closed when nobody uses them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from vecsvc import indexes
+from vecsvc.config import ServeSettings
+from vecsvc.encoders.base import Encoder, check_canaries
+from vecsvc.encoders.onnx import open_encoder
+from vecsvc.errors import ArtifactDamaged, ArtifactUnfit, EncoderMismatch, NotReady, UnknownIndex, VecsvcError
+from vecsvc.manifest import Manifest, check_files, read_manifest
+from vecsvc.shard import Shard
+from vecsvc.storage import MANIFEST, IndexFolder, Lease, index_folders
+from vecsvc.types import ServedIndex
+
+log: Final = logging.getLogger("vecsvc.catalog")
+
+ENCODER_FOLDER: Final = "encoder"
+MAX_PARAMS: Final = 256  # settings remembered as checked; past that all are checked anew
+
+
+class Served:
+    """One opened version. It stays open until it is retired and its last user has let go."""
+
+    def __init__(self, folder: IndexFolder, version: str, settings: ServeSettings) -> None:
+        """Verify and open a version, and answer one query with it.
+
+        Raises ArtifactDamaged, ArtifactUnfit or EncoderMismatch; nothing stays open then.
+        """
+        path = folder.path / version
+        lease = Lease.take(path, exclusive=False)
+        if lease is None:
+            raise ArtifactDamaged(f"{path}: missing, or just being deleted")
+        self.name, self.version = folder.name, version
+        self.id = ServedIndex(folder.name, version)
+        self._lease = lease
+        self._users = 0
+        self._params: dict[tuple[tuple[str, int], ...], Any] = {}  # checked before, by what was asked for
+        self._retired = False
+        self._lock = threading.Lock()
+        self.shards: list[Shard] = []
+        self.encoder: Encoder | None = None
+        try:
+            self.manifest = read_manifest(path)
+            check_files(path, self.manifest.files(), hashes=settings.verify == "hash")
+            self._open(path, settings)
+        except BaseException:
+            self._close()
+            raise
+
+    def _open(self, path: Path, settings: ServeSettings) -> None:
+        manifest = self.manifest
+        for number, entry in enumerate(manifest.shards):
+            self.shards.append(
+                Shard(
+                    number,
+                    path / "shards" / f"{number:03d}",
+                    entry,
+                    id_type=manifest.id_type,
+                    fields=manifest.fields,
+                    device=settings.device,
+                )
+            )
+        try:
+            self.params: Any = indexes.search_params(manifest.spec.kind, **manifest.search)
+        except VecsvcError as error:
+            raise ArtifactUnfit(f"{path / MANIFEST}: search: {error}") from error
+        self.encoder = _open_encoder(path, manifest, settings)
+        # The first query pays for page faults and lazy set-up, so it is ours and not a user's.
+        for shard in self.shards:
+            if shard.size:
+                query = np.asarray(shard.vectors[:1], dtype=np.float32)
+                if manifest.metric != "cosine" or query.any():
+                    shard.search(query, min(10, shard.size), self.params)
+
+    def search_params(self, values: tuple[tuple[str, int], ...]) -> Any:
+        """The kind's search settings: these over the ones that the index was certified with."""
+        if not values:
+            return self.params
+        found = self._params.get(values)
+        if found is None:
+            found = indexes.search_params(self.manifest.spec.kind, **{**self.manifest.search, **dict(values)})
+            if len(self._params) >= MAX_PARAMS:
+                self._params.clear()
+            self._params[values] = found
+        return found
+
+    @contextmanager
+    def used(self) -> Iterator[Served]:
+        """Keeps the version open for the length of the block."""
+        self.retain()
+        try:
+            yield self
+        finally:
+            self.release()
+
+    def retain(self) -> None:
+        with self._lock:
+            self._users += 1
+
+    def try_retain(self) -> bool:
+        """Keep the version open, unless it was retired and may be closed already."""
+        with self._lock:
+            if self._retired:
+                return False
+            self._users += 1
+            return True
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            last = self._retired and self._users == 0
+        if last:
+            self._close()
+
+    def retire(self) -> None:
+        """No new users will come; close with the last one."""
+        with self._lock:
+            self._retired = True
+            idle = self._users == 0
+        if idle:
+            self._close()
+
+    def _close(self) -> None:
+        for shard in self.shards:
+            shard.close()
+        if self.encoder is not None:
+            self.encoder.close()
+            self.encoder = None
+        self._lease.release()
+
+
+def _open_encoder(path: Path, manifest: Manifest, settings: ServeSettings) -> Encoder | None:
+    built = manifest.encoder
+    if settings.encoder:
+        folder = Path(settings.encoder)
+        encoder = open_encoder(folder, name=folder.name, device=settings.device)
+    elif built is not None:
+        encoder = open_encoder(path / ENCODER_FOLDER, name=built.name, device=settings.device)
+    else:
+        return None
+    try:
+        if encoder.spec.dim != manifest.spec.dim:
+            raise EncoderMismatch(
+                f"encoder {encoder.spec.name!r} gives dim {encoder.spec.dim}, "
+                f"index {manifest.name!r} has dim {manifest.spec.dim}"
+            )
+        if built is not None:
+            found = encoder.encode([c.text for c in built.canaries], "query")
+            expected = np.array([c.vector for c in built.canaries], dtype=np.float32)
+            check_canaries(encoder.spec.name, found, built.name, expected)
+    except BaseException:
+        encoder.close()
+        raise
+    return encoder
+
+
+class Catalog:
+    """Which version of which index serves. One thread refreshes; any number look up."""
+
+    def __init__(self, directory: Path, settings: ServeSettings) -> None:
+        self._directory = directory
+        self._settings = settings
+        self._served: dict[str, Served] = {}
+        self._failed: dict[str, str] = {}  # index -> version that could not be opened
+        self._refreshing = threading.Lock()
+        self.problems: dict[str, str] = {"vecsvc": "nothing is loaded yet"}
+
+    def names(self) -> list[str]:
+        return sorted(self._served)
+
+    def get(self, name: str | None) -> Served:
+        """The version of `name` that serves; None means the only index. Raises UnknownIndex or NotReady."""
+        served = self._served
+        if name is None:
+            if len(served) == 1:
+                return next(iter(served.values()))
+            if served:
+                raise UnknownIndex(
+                    f"several indexes are served, name one: {', '.join(f'/indexes/{n}/search' for n in self.names())}"
+                )
+            raise NotReady(f"no index is ready: {self.problem()}")
+        if name in served:
+            return served[name]
+        if name in self.problems:
+            raise NotReady(f"index {name!r} is not ready: {self.problems[name]}")
+        raise UnknownIndex(f"no index {name[:80]!r}; served are: {', '.join(self.names()) or 'none'}")
+
+    def acquire(self, name: str | None) -> Served:
+        """As `get`, and kept open: a swap between looking up and keeping is not noticed. `release` it."""
+        while True:
+            served = self.get(name)
+            if served.try_retain():
+                return served
+
+    def problem(self) -> str:
+        """Why the service is not ready; empty where it is."""
+        return "; ".join(f"{name}: {problem}" for name, problem in self.problems.items())
+
+    def refresh(self, *, again: bool = False) -> list[tuple[str, str]]:
+        """Open what CURRENT names and swap it in. Returns (index, version) of what is new.
+
+        A version that cannot be served is not tried again until CURRENT names another, or `again`;
+        what served before goes on serving, and `problems` says why.
+        """
+        with self._refreshing:
+            changed: list[tuple[str, str]] = []
+            problems: dict[str, str] = {}
+            try:
+                folders = index_folders(self._directory)
+            except VecsvcError as error:
+                folders, problems["vecsvc"] = [], str(error)
+            for folder in folders:
+                try:
+                    if self._refresh_one(folder, again):
+                        changed.append((folder.name, self._served[folder.name].version))
+                except VecsvcError as error:
+                    problems[folder.name] = str(error)
+            for name in self._served.keys() - {folder.name for folder in folders}:
+                problems[name] = "its folder is gone; the version that was open still serves"
+            self.problems = problems
+            return changed
+
+    def _refresh_one(self, folder: IndexFolder, again: bool) -> bool:
+        version = folder.current()
+        if version is None:
+            raise NotReady(f"nothing is published in {folder.path}")
+        before = self._served.get(folder.name)
+        if before is not None and before.version == version:
+            self._failed.pop(folder.name, None)
+            return False
+        if self._failed.get(folder.name) == version and not again:
+            raise ArtifactUnfit(self.problems.get(folder.name, f"version {version} could not be opened"))
+        try:
+            served = Served(folder, version, self._settings)
+        except VecsvcError as error:
+            self._failed[folder.name] = version
+            log.error("cannot serve", extra={"data": {"index": folder.name, "version": version, "why": str(error)}})
+            raise
+        except Exception as error:
+            # A bug of ours or of a library: the others still serve, and /readyz says why this one does not.
+            self._failed[folder.name] = version
+            log.exception("cannot serve", extra={"data": {"index": folder.name, "version": version}})
+            raise ArtifactUnfit(f"{folder.path / version}: {type(error).__name__}: {error}") from error
+        self._failed.pop(folder.name, None)
+        self._served = {**self._served, folder.name: served}
+        if before is not None:
+            before.retire()
+        return True
+
+    def close(self) -> None:
+        for served in self._served.values():
+            served.retire()
+        self._served = {}

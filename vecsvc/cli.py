@@ -1,0 +1,345 @@
+"""The command line: parse, call one function, print. Libraries are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import click
+import msgspec
+
+from vecsvc import __version__
+from vecsvc.config import BuildSettings, ServeSettings, field_types, read_settings
+from vecsvc.errors import ConfigError, UserError, VecsvcError
+from vecsvc.storage import IndexFolder, index_folders
+
+SETTINGS_FILE: Final = Path("vecsvc.toml")  # read where it lies in the working folder
+
+_json_option: Final = click.option("--json", "as_json", is_flag=True, help="print JSON, for machines")
+_settings_option: Final = click.option(
+    "--settings",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="settings file; ./vecsvc.toml where there is one",
+)
+
+
+def main() -> NoReturn:
+    """Errors end in one line with the remedy: exit code 2 for the user's mistake, 1 for ours."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except VecsvcError as error:
+        click.echo(f"vecsvc: {error}", err=True)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except BrokenPipeError:
+        # Whoever read us has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="vecsvc")
+def cli() -> None:
+    """Approximate nearest-neighbour vector search: build an index of a Parquet corpus, then serve it."""
+
+
+def _options(cls: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A flag for every setting of `cls`, with its meaning, bounds and default in --help."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for field in reversed(dataclasses.fields(cls)):
+            meta = field.metadata
+            # The type is checked by config, with the words that it has for files and environment too.
+            command = click.option(
+                f"--{field.name.replace('_', '-')}",
+                metavar=_metavar(cls, field.name, meta["choices"]),
+                default=None,
+                help=f"{meta['meaning']}  [default: {field.default if field.default != '' else 'none'}]",
+            )(command)
+        return command
+
+    return decorate
+
+
+def _metavar(cls: type, name: str, choices: tuple[str, ...]) -> str:
+    return "|".join(choices) if choices else {int: "N", float: "X"}.get(field_types(cls).get(name, str), "TEXT")
+
+
+def _read(cls: type, table: str, flags: dict[str, Any], settings: Path | None) -> Any:
+    file = settings if settings is not None else SETTINGS_FILE if SETTINGS_FILE.exists() else None
+    return read_settings(cls, table, flags, os.environ, file)
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+@cli.command("build-index")
+@click.argument("corpus")
+@_options(BuildSettings)
+@click.option("--param", "params", multiple=True, metavar="KEY=VALUE", help="build parameter of the kind; repeatable")
+@click.option("--resume", is_flag=True, help="go on with an interrupted build of the same corpus and settings")
+@_settings_option
+@_json_option
+def build_index(
+    corpus: str, params: tuple[str, ...], resume: bool, settings: Path | None, as_json: bool, **flags: Any
+) -> None:
+    """Build an index of CORPUS and publish it.
+
+    CORPUS is a Parquet file, a folder or a glob, local or s3://, with a column of ids and one of vectors or texts.
+    """
+    from index_builders.build import build_index as build
+
+    result = build(corpus, _read(BuildSettings, "build", flags, settings), _pairs(params), resume=resume)
+    if as_json:
+        click.echo(msgspec.json.encode(result))
+        return
+    manifest, certificate = result.manifest, result.manifest.certificate
+    for step in result.resumed:
+        click.echo(f"resumed: {step} was done before")
+    spent = ", ".join(f"{name} {phase.wall_s:.1f} s" for name, phase in manifest.provenance.phases.items())
+    click.echo(
+        f"{manifest.spec.size:,} x {manifest.spec.dim} {manifest.metric}, {_kind(manifest)}, "
+        f"{len(manifest.shards)} shard{'s' if len(manifest.shards) > 1 else ''}: {spent}"
+    )
+    if certificate is not None:
+        chosen = next(point for point in certificate.points if point.params == manifest.search)
+        click.echo(
+            f"recall@{certificate.k} {chosen.recall:.4f} ± {chosen.recall_error:.4f} at "
+            f"{_settings_text(chosen.params)}, {chosen.latency_ms:.2f} ms a query ({certificate.queries} queries)"
+        )
+        if not certificate.reached:
+            click.echo(
+                f"the target of {certificate.target} was not reached: "
+                "try --param values that buy recall, or --kind exact",
+                err=True,
+            )
+    click.echo(f"published {result.path}")
+    click.echo(f"serve it: vecsvc serve {Path(result.path).parent}")
+
+
+def _pairs(params: tuple[str, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for pair in params:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--param takes KEY=VALUE, got {pair!r}")
+        found[key] = value
+    return found
+
+
+def _kind(manifest: Any) -> str:
+    params = ", ".join(f"{key}={value}" for key, value in manifest.spec.params.items())
+    return f"{manifest.spec.kind} ({params})" if params else str(manifest.spec.kind)
+
+
+def _settings_text(params: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in params.items()) or "every vector compared"
+
+
+# ------------------------------------------------------------------------------------------------- serving
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@_options(ServeSettings)
+@_settings_option
+def serve(directory: Path, settings: Path | None, **flags: Any) -> None:
+    """Serve the indexes in DIR over HTTP until SIGTERM."""
+    from vecsvc.server import serve as run
+
+    read = _read(ServeSettings, "serve", flags, settings)
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is no folder; give the --out folder of vecsvc build-index")
+    run(directory, read)
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("text", required=False)
+@click.option("-k", default=10, help="how many rows")
+@click.option("--id", "row_id", help="search what is near this row instead of a text")
+@click.option("--vector", help="search this vector instead: numbers separated by commas")
+@click.option("--index", help="which index, where DIR holds several")
+@click.option("--encoder", help="folder of the encoder, where the index holds none")
+@_json_option
+def search(
+    directory: Path,
+    text: str | None,
+    k: int,
+    row_id: str | None,
+    vector: str | None,
+    index: str | None,
+    encoder: str | None,
+    as_json: bool,
+) -> None:
+    """Ask the index in DIR one question, without a server."""
+    from vecsvc.local import ask
+
+    answer = ask(directory, index=index, text=text, row_id=row_id, vector=vector, k=k, encoder=encoder)
+    if as_json:
+        click.echo(msgspec.json.encode(answer, enc_hook=str))
+        return
+    for rank, hit in enumerate(answer.results, 1):
+        fields = "  ".join(f"{name}={str(value)[:70]!r}" for name, value in (hit.fields or {}).items())
+        click.echo(f"{rank:>3}  {hit.score:8.4f}  {hit.id}  {fields}".rstrip())
+    stats = answer.stats
+    click.echo(f"{len(answer.results)} hits in {answer.took_ms.total:.2f} ms ({stats.strategy})", err=True)
+
+
+# ------------------------------------------------------------------------------------------------ versions
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--versions", is_flag=True, help="list the versions instead")
+@_json_option
+def inspect(directory: Path, versions: bool, as_json: bool) -> None:
+    """Show what the indexes in DIR are: kind, size, parameters, certificate, provenance."""
+    from vecsvc.manifest import read_manifest
+
+    shown: dict[str, Any] = {}
+    for folder in index_folders(directory):
+        current = folder.current()
+        if versions:
+            shown[folder.name] = {"current": current, "versions": folder.versions()}
+        elif current is not None:
+            shown[folder.name] = msgspec.to_builtins(read_manifest(folder.version(current)))
+    if as_json:
+        click.echo(msgspec.json.encode(shown))
+        return
+    for name, facts in shown.items():
+        if versions:
+            for version in facts["versions"]:
+                click.echo(f"{name}  {version}{'  <- serves' if version == facts['current'] else ''}")
+        else:
+            _print_manifest(name, facts)
+
+
+def _print_manifest(name: str, facts: dict[str, Any]) -> None:
+    spec, corpus, certificate = facts["spec"], facts["corpus"], facts["certificate"]
+    files = [file for shard in facts["shards"] for file in shard["files"]]
+    files += facts["encoder"]["files"] if facts["encoder"] else []
+    size = sum(file["size_bytes"] for file in files)
+    stored = (
+        f"{len(facts['shards'])}, {len(files)} files, {size / 1e6:.1f} MB, {size / spec['size']:.0f} bytes a vector"
+    )
+    vectors, params = f"{spec['size']:,} x {spec['dim']} {facts['vector_dtype']}", spec["params"] or ""
+    encoder = facts["encoder"]
+    rows = {
+        "version": f"{facts['version']}, created {facts['created']}",
+        "index": f"{vectors}, {spec['metric']}, {spec['kind']} {params}",
+        "shards": stored,
+        "ids": facts["id_type"],
+        "fields": ", ".join(f"{field}: {kind}" for field, kind in facts["fields"].items()) or "none",
+        "encoder": f"{encoder['name']} ({encoder['fingerprint'][:16]})" if encoder else "none",
+        "corpus": f"{corpus['path']}, {corpus['rows']:,} rows, sha256 {corpus['sha256'][:16]}",
+        "search": _settings_text(facts["search"]),
+    }
+    click.echo(name)
+    for key, value in rows.items():
+        click.echo(f"  {key:<10}{value}".rstrip())
+    if certificate:
+        click.echo(f"  recall@{certificate['k']} of {certificate['queries']} rows, target {certificate['target']}:")
+        for point in certificate["points"]:
+            mark = "  <- default" if point["params"] == facts["search"] else ""
+            click.echo(
+                f"    {_settings_text(point['params']):<24} recall {point['recall']:.4f} ± {point['recall_error']:.4f}"
+                f"  {point['latency_ms']:.3f} ms{mark}"
+            )
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--version", help="one version; every one otherwise")
+def verify(directory: Path, version: str | None) -> None:
+    """Compare every file of the indexes in DIR with its manifest. Exit code 1 where one differs."""
+    from vecsvc.manifest import check_files, read_manifest
+
+    bad = 0
+    for folder in index_folders(directory):
+        for name in [version] if version else folder.versions():
+            path = folder.version(name)
+            try:
+                manifest = read_manifest(path)
+                check_files(path, manifest.files())
+            except VecsvcError as error:
+                bad += 1
+                click.echo(f"{folder.name} {name}: {error}", err=True)
+            else:
+                click.echo(f"{folder.name} {name}: {len(manifest.files()) + 1} files are what was written")
+    sys.exit(1 if bad else 0)
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--to", help="the version to serve; the one before the current otherwise")
+def rollback(directory: Path, to: str | None) -> None:
+    """Serve an earlier version of the index in DIR."""
+    before, after = _one(directory).rollback(to)
+    click.echo(f"{before} -> {after}; running services follow on their own")
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--keep", default=1, type=click.IntRange(0), help="versions to keep besides the one that serves")
+def gc(directory: Path, keep: int) -> None:
+    """Delete old versions of the indexes in DIR, and what dead builds left. Never what serves."""
+    for folder in index_folders(directory):
+        gone = folder.gc(keep)
+        click.echo(f"{folder.name}: deleted {', '.join(gone) if gone else 'nothing'}")
+
+
+def _one(directory: Path) -> IndexFolder:
+    folders = index_folders(directory)
+    if len(folders) > 1:
+        raise ConfigError(f"{directory} holds several indexes, name one: {', '.join(str(f.path) for f in folders)}")
+    return folders[0]
+
+
+# ----------------------------------------------------------------------------------------------- the others
+
+
+@cli.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Say what this installation can do, and what is wrong with it. Exit code 1 where something is."""
+    from vecsvc.doctor import examine
+
+    report = examine()
+    if as_json:
+        click.echo(msgspec.json.encode(report))
+    else:
+        for line in report.lines():
+            click.echo(line)
+    sys.exit(1 if report.problems else 0)
+
+
+@cli.group()
+def encoder() -> None:
+    """Bring an encoder of your own."""
+
+
+@encoder.command("import")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="the new folder")
+@click.option("--max-tokens", default=256, type=click.IntRange(1, 8192), help="texts are cut there")
+def encoder_import(source: Path, out: Path, max_tokens: int) -> None:
+    """Make an encoder folder of a Hugging Face folder: its ONNX model, or a BERT's safetensors converted."""
+    from index_builders.encoder_import import import_encoder
+
+    spec = import_encoder(source, out, max_tokens=max_tokens)
+    click.echo(
+        f"{out}: dim {spec.dim}, {spec.pooling} pooling, {'unit length' if spec.normalize else 'not normalised'}, "
+        f"at most {spec.max_tokens} tokens, fingerprint {spec.fingerprint[:16]}"
+    )

@@ -1,0 +1,210 @@
+"""The Python client, sync and async: the service's questions as calls, its answers and errors as our types.
+
+with Client("http://127.0.0.1:8080") as client:
+    for hit in client.search(text="how do I list files?", k=5, include=["fields"]).results:
+        print(hit.score, hit.id, hit.fields)
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+import msgspec
+import numpy as np
+from numpy.typing import ArrayLike
+
+from vecsvc import errors
+from vecsvc.errors import ConfigError, ServiceError, VecsvcError
+from vecsvc.schemas import JSON, ErrorAnswer
+from vecsvc.types import BatchAnswer, Id, Include, SearchAnswer
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT_S: Final = 30.0
+
+_ERRORS: Final[dict[str, type[VecsvcError]]] = {
+    cls.code: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, VecsvcError)
+}
+
+
+def _body(values: Mapping[str, Any]) -> bytes:
+    return msgspec.json.encode({name: value for name, value in values.items() if value is not None})
+
+
+def _vector(vector: ArrayLike) -> dict[str, str]:
+    """base64 is a third of the size of numbers in JSON, and exact."""
+    return {"base64": base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()}
+
+
+def _path(index: str | None, tail: str) -> str:
+    return f"/indexes/{quote(index, safe='')}{tail}" if index is not None else tail
+
+
+def _decode(status: int, body: bytes, kind: type[T]) -> T:
+    """The answer, or the error that the service raised, as the class it raised it as."""
+    if status == 200:
+        return msgspec.json.decode(body, type=kind)
+    try:
+        error = msgspec.json.decode(body, type=ErrorAnswer).error
+    except msgspec.MsgspecError as malformed:
+        raise ServiceError(f"HTTP {status}: {body[:200]!r}") from malformed
+    raise _ERRORS.get(error.code, ServiceError)(error.message)
+
+
+def _question(
+    text: str | None, vector: ArrayLike | None, id: Id | None, k: int, rest: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {"text": text, "vector": None if vector is None else _vector(vector), "id": id, "k": k, **rest}
+
+
+class Client:
+    """One keep-alive connection; not for several threads at once.
+
+    Every call raises the error that the service names (errors.py), ServiceError where it cannot be reached.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{url!r} is no URL of a service; write http://host:port")
+        make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connection = make(parts.hostname, parts.port, timeout=timeout_s)
+        self._prefix = parts.path.rstrip("/")
+
+    def search(
+        self,
+        *,
+        text: str | None = None,
+        vector: ArrayLike | None = None,
+        id: Id | None = None,
+        k: int = 10,
+        index: str | None = None,
+        filter: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+        rerank: Mapping[str, Any] | None = None,
+        timeout_ms: float | None = None,
+        include: Sequence[Include] | None = None,
+    ) -> SearchAnswer:
+        """The k rows nearest to a text, a vector (dim,) or a row's id."""
+        rest = {"filter": filter, "params": params, "rerank": rerank, "timeout_ms": timeout_ms, "include": include}
+        return self._call("POST", _path(index, "/search"), SearchAnswer, _question(text, vector, id, k, rest))
+
+    def search_batch(
+        self,
+        *,
+        texts: Sequence[str] | None = None,
+        vectors: ArrayLike | None = None,
+        k: int = 10,
+        index: str | None = None,
+        filter: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> BatchAnswer:
+        """The k rows nearest to each text, or to each of the vectors (n, dim)."""
+        rows = None if vectors is None else [_vector(row) for row in np.asarray(vectors)]
+        question = {"texts": texts, "vectors": rows, "k": k, "filter": filter, "params": params}
+        return self._call("POST", _path(index, "/search/batch"), BatchAnswer, question)
+
+    def indexes(self) -> list[dict[str, Any]]:
+        """What is served: name, version, kind, metric, dim, size, shards, fields, encoder."""
+        listed: list[dict[str, Any]] = self._call("GET", "/indexes", dict[str, Any])["indexes"]
+        return listed
+
+    def ready(self) -> bool:
+        try:
+            self._call("GET", "/readyz", dict[str, Any])
+        except ServiceError:
+            return False
+        return True
+
+    def _call(self, method: str, path: str, kind: type[T], question: Mapping[str, Any] | None = None) -> T:
+        body = None if question is None else _body(question)
+        headers = {} if body is None else {"Content-Type": JSON}
+        try:
+            try:
+                self._connection.request(method, self._prefix + path, body, headers)
+                response = self._connection.getresponse()
+            except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
+                # The service closed the idle connection; a search may be asked twice.
+                self._connection.close()
+                self._connection.request(method, self._prefix + path, body, headers)
+                response = self._connection.getresponse()
+            data = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            self._connection.close()
+            raise ServiceError(f"no answer from {self._connection.host}:{self._connection.port}: {error}") from error
+        return _decode(response.status, data, kind)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """Any number of calls at once, over a pool of connections. Raises what Client raises."""
+
+    def __init__(self, url: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, max_connections: int = 100) -> None:
+        self._url = url.rstrip("/")
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._max_connections = max_connections
+        self._session: aiohttp.ClientSession | None = None
+
+    async def search(
+        self,
+        *,
+        text: str | None = None,
+        vector: ArrayLike | None = None,
+        id: Id | None = None,
+        k: int = 10,
+        index: str | None = None,
+        **rest: Any,
+    ) -> SearchAnswer:
+        """As Client.search; `rest` are its other settings."""
+        return await self._call("POST", _path(index, "/search"), SearchAnswer, _question(text, vector, id, k, rest))
+
+    async def search_batch(
+        self,
+        *,
+        texts: Sequence[str] | None = None,
+        vectors: ArrayLike | None = None,
+        k: int = 10,
+        index: str | None = None,
+        **rest: Any,
+    ) -> BatchAnswer:
+        """As Client.search_batch; `rest` are its other settings."""
+        rows = None if vectors is None else [_vector(row) for row in np.asarray(vectors)]
+        question = {"texts": texts, "vectors": rows, "k": k, **rest}
+        return await self._call("POST", _path(index, "/search/batch"), BatchAnswer, question)
+
+    async def _call(self, method: str, path: str, kind: type[T], question: Mapping[str, Any]) -> T:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=self._max_connections)
+            self._session = aiohttp.ClientSession(timeout=self._timeout, connector=connector)
+        try:
+            async with self._session.request(
+                method, self._url + path, data=_body(question), headers={"Content-Type": JSON}
+            ) as response:
+                data = await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ServiceError(f"no answer from {self._url}: {error or type(error).__name__}") from error
+        return _decode(response.status, data, kind)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()

@@ -1,0 +1,212 @@
+"""Every knob says its default, meaning and bounds where it is declared, and is read once into frozen values.
+
+The same words serve on the command line (`--max-k 100`), in the environment (`VECSVC_MAX_K=100`), and in
+`vecsvc.toml` (`[serve]` and `[build]` tables); what stands earlier in that list wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar, get_args, get_type_hints
+
+from vecsvc.errors import ConfigError, InvalidParameter, UnknownParameter, VecsvcError
+
+T = TypeVar("T")
+ENV_PREFIX: Final = "VECSVC_"
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that carries its meaning and bounds (both inclusive) for checks, --help and OpenAPI."""
+    return dataclasses.field(
+        default=default, metadata={"meaning": meaning, "low": low, "high": high, "choices": choices}
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """What `vecsvc serve` can be told."""
+
+    host: str = option("127.0.0.1", "address that /search listens on")
+    port: int = option(8080, "port of /search; 0 lets the system choose", low=0, high=65_535)
+    admin_host: str = option("127.0.0.1", "address that the admin port listens on")
+    admin_port: int = option(
+        8081, "port of /metrics, probes, reload and rollback; 0 lets the system choose", low=0, high=65_535
+    )
+    encoder: str = option("", "folder of the encoder for queries; empty for the one inside the artifact")
+    device: str = option("cpu", "where indexes and encoders that can run on a GPU run", choices=("cpu", "cuda"))
+    verify: str = option(
+        "hash", "how files are checked before they are loaded; sizes always are", choices=("hash", "size")
+    )
+    reload_poll_s: float = option(
+        1.0, "how often CURRENT is looked at for another version; 0 for never", low=0, high=3600
+    )
+    search_threads: int = option(0, "threads that search; 0 for one a core", low=0, high=1024)
+    inline_ms: float = option(
+        0.5, "searches that were measured to take less run in the event loop, others in a thread", low=0, high=100
+    )
+    max_in_flight: int = option(
+        64, "requests that search or wait for a search; one more is refused with 429", low=1, high=100_000
+    )
+    max_connections: int = option(1024, "open connections; one more is closed", low=1, high=1_000_000)
+    timeout_ms: float = option(2000.0, "deadline of a request that names none", low=1, high=600_000)
+    max_timeout_ms: float = option(30_000.0, "longest deadline a request may name", low=1, high=600_000)
+    header_timeout_s: float = option(5.0, "a connection that sent no whole request head by then is closed", low=0.1)
+    body_timeout_s: float = option(10.0, "a body that has not arrived by then is answered with 408", low=0.1)
+    write_timeout_s: float = option(20.0, "a client that takes longer to read its answer is cut off", low=0.1)
+    keepalive_s: float = option(75.0, "idle connections are closed after that", low=1, high=86_400)
+    drain_s: float = option(0.0, "how long /readyz is red before the port closes at shutdown", low=0, high=600)
+    shutdown_s: float = option(30.0, "how long requests in flight may take to end at shutdown", low=0, high=3600)
+    max_body_bytes: int = option(16 << 20, "largest request body", low=1024, high=1 << 30)
+    max_k: int = option(1000, "largest k", low=1, high=100_000)
+    max_depth: int = option(10_000, "largest rerank depth", low=1, high=1_000_000)
+    max_batch: int = option(1024, "most queries in one batch", low=1, high=100_000)
+    max_text_chars: int = option(8192, "longest query text", low=1, high=1_000_000)
+    max_id_bytes: int = option(512, "longest id in UTF-8 bytes", low=1, high=65_536)
+    max_filter_nodes: int = option(64, "most conditions in one filter", low=1, high=10_000)
+    max_filter_values: int = option(1024, "most values of one $in", low=1, high=1_000_000)
+    log: str = option("errors", "which requests are logged", choices=("none", "errors", "all"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildSettings:
+    """What `vecsvc build-index` can be told."""
+
+    out: str = option("./indexes", "folder of the indexes")
+    name: str = option("", "name of the index; empty for the corpus file's stem")
+    kind: str = option("auto", "kind of index: auto, exact, hnsw, kd_tree, faiss, or a plug-in's")
+    metric: str = option("cosine", "what near means", choices=("l2", "ip", "cosine"))
+    shards: int = option(1, "parts the corpus is split into by a hash of the id", low=1, high=256)
+    version: str = option("", "name of the version; empty for the time")
+    encoder: str = option("", "folder of the encoder for the text column and for queries")
+    id_column: str = option("", "column of the ids; empty for `id`")
+    vector_column: str = option("", "column of the vectors; empty for `vector`, `emb` or `embedding`")
+    text_column: str = option("", "column of the texts; empty for `text`, where there are no vectors")
+    fields: str = option("", "columns to store beside the vectors, separated by commas; `*` for all others")
+    recall: float = option(0.95, "recall@10 that the default search settings shall reach", low=0.01, high=1.0)
+    certificate_queries: int = option(256, "rows sampled to measure recall; 0 for no certificate", low=0, high=100_000)
+    threads: int = option(0, "threads; 0 for one a core", low=0, high=1024)
+    seed: int = option(7, "seed of everything random", low=0, high=2**31 - 1)
+    batch_rows: int = option(8192, "rows read at a time", low=1, high=1_000_000)
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, type]:
+    """The plain type of each declared option: `int | None` counts as int."""
+    hints = get_type_hints(cls)
+    return {name: next((t for t in get_args(h) if t is not type(None)), h) for name, h in hints.items()}
+
+
+def make(cls: type[T], values: Mapping[str, Any], *, what: str, error: type[VecsvcError] = InvalidParameter) -> T:
+    """Build the frozen dataclass `cls` from `values`, each checked for name, type and bounds.
+
+    Texts are converted, so that a flag and an environment variable need no care of their own.
+    Raises UnknownParameter or `error`, naming the value and what would be right.
+    """
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            names = ", ".join(known) or "no parameters"
+            raise UnknownParameter(f"{name!r}; {what} knows: {names}")
+        checked[name] = _check(name, value, field_types(cls)[name], known[name].metadata, what, error)  # type: ignore[arg-type]
+    return cls(**checked)
+
+
+def _check(name: str, value: Any, kind: type, meta: Mapping[str, Any], what: str, error: type[VecsvcError]) -> Any:
+    original = value
+    if isinstance(value, str) and kind is not str:
+        value = _from_text(value, kind)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise error(f"{what}: {name} must be {_article(kind)}, got {original!r}")
+    low, high, choices = meta.get("low"), meta.get("high"), meta.get("choices")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise error(f"{what}: {name} must be finite, got {original!r}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise error(f"{what}: {name} must be {_bounds(low, high)}, got {original!r}")
+    if choices and value not in choices:
+        raise error(f"{what}: {name} must be one of {', '.join(choices)}, got {original!r}")
+    return value
+
+
+def _from_text(text: str, kind: type) -> Any:
+    if kind is bool:
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower(), text)
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def _article(kind: type) -> str:
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(kind, kind.__name__)
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    if low is not None and high is not None:
+        return f"between {low:g} and {high:g}"
+    return f"at least {low:g}" if low is not None else f"at most {high:g}"
+
+
+def read_settings(
+    cls: type[T], table: str, flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None
+) -> T:
+    """Flags over environment over the file's table over defaults. Flags that are None were not given.
+
+    Raises ConfigError; an unknown name in the file or an unknown VECSVC_ variable is an error too,
+    because a misspelt limit that silently does nothing is worse than a refusal.
+    """
+    values: dict[str, Any] = {}
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if file is not None:
+        values.update(_read_table(file, table, names))
+    for variable, text in environ.items():
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if name in names:
+            values[name] = text
+        elif name not in _ALL_NAMES:
+            raise ConfigError(f"environment variable {variable} names no setting; unset it or mend its name")
+    values.update({name: value for name, value in flags.items() if value is not None})
+    try:
+        return make(cls, values, what=f"[{table}]", error=ConfigError)
+    except UnknownParameter as error:
+        raise ConfigError(str(error)) from error
+
+
+def _read_table(file: Path, table: str, names: set[str]) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"no settings file {file}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+    for key in document:
+        if key not in _TABLES:
+            raise ConfigError(f"{file}: [{key}] is no table; known are {', '.join(f'[{t}]' for t in _TABLES)}")
+    section = document.get(table, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{file}: {table} must be a table: write [{table}]")
+    for key in section:
+        if key not in names:
+            raise ConfigError(f"{file}: [{table}] has no setting {key!r}; it knows: {', '.join(sorted(names))}")
+    return section
+
+
+_TABLES: Final[dict[str, type]] = {"serve": ServeSettings, "build": BuildSettings}
+_ALL_NAMES: Final = frozenset(f.name for cls in _TABLES.values() for f in dataclasses.fields(cls))

@@ -1,0 +1,69 @@
+"""Says what an installation can do, and which packages are in each other's way."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Final
+
+import msgspec
+
+from vecsvc import __version__, indexes
+from vecsvc.errors import VecsvcError
+from vecsvc.indexes.base import module
+from vecsvc.manifest import cpu_description
+
+# Packages that own the same module: the last one installed wins, and uninstalling one breaks the other.
+_RIVALS: Final = {
+    "faiss": ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cuvs"),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+}
+
+
+class Report(msgspec.Struct):
+    vecsvc: str
+    python: str
+    cpu: str
+    kinds: dict[str, str]  # kind -> "ok", or what is missing and the remedy
+    packages: dict[str, str]
+    problems: list[str]
+
+    def lines(self) -> list[str]:
+        lines = [f"vecsvc {self.vecsvc}, Python {self.python}, {self.cpu}"]
+        lines += [f"kind {kind:<10}{state}" for kind, state in self.kinds.items()]
+        lines += [f"package {name} {version}" for name, version in self.packages.items()]
+        return lines + [f"PROBLEM: {problem}" for problem in self.problems]
+
+
+def examine() -> Report:
+    kinds = {}
+    for kind in indexes.kinds():
+        try:
+            module(kind)
+            kinds[kind] = "ok"
+        except VecsvcError as error:
+            kinds[kind] = str(error)
+    installed = {name: _version(name) for names in _RIVALS.values() for name in names if _version(name) is not None}
+    problems = []
+    for name, rivals in _RIVALS.items():
+        both = [rival for rival in rivals if rival in installed]
+        if len(both) > 1:
+            problems.append(
+                f"{' and '.join(both)} both own the module {name}: "
+                f"pip uninstall -y {' '.join(both)} && pip install 'vecsvc[cpu]' (or 'vecsvc[gpu]')"
+            )
+    return Report(
+        __version__,
+        platform.python_version(),
+        cpu_description()[0],
+        kinds,
+        {name: version for name, version in installed.items() if version},
+        problems,
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

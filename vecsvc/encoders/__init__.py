@@ -1,0 +1,1 @@
+"""The kinds of encoder: text to vectors, one protocol."""

@@ -1,0 +1,376 @@
+"""The use case: a question in, an answer out. Encode, recall from every shard, merge, name the ids."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from vecsvc import indexes
+from vecsvc.catalog import Catalog, Served
+from vecsvc.config import ServeSettings
+from vecsvc.distance import check_vector, score
+from vecsvc.errors import (
+    DeadlineExceeded,
+    DimensionMismatch,
+    InvalidParameter,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    UnknownId,
+    UnknownParameter,
+)
+from vecsvc.ranking import merge_top_k
+from vecsvc.shard import Found
+from vecsvc.telemetry import Metrics
+from vecsvc.types import (
+    BatchAnswer,
+    Condition,
+    Coverage,
+    Hit,
+    IdQuery,
+    Limit,
+    Query,
+    SearchAnswer,
+    SearchSettings,
+    ShardExplain,
+    Stats,
+    TextQuery,
+    TookMs,
+    VectorQuery,
+    Vectors,
+)
+
+T = TypeVar("T")
+
+# Costs of so many different kinds of question are remembered; past that all are forgotten and learnt anew.
+MAX_COSTS: Final = 512
+# Who takes a part of the answer waits so much beyond the deadline for the search to notice it and stop.
+PARTIAL_GRACE_S: Final = 0.05
+
+
+@dataclass(slots=True)
+class Clock:
+    """Where the time of one question went, in seconds."""
+
+    started: float  # time.perf_counter()
+    deadline: float  # time.monotonic()
+    queue: float = 0.0
+    encode: float = 0.0
+    search: float = 0.0
+    rerank: float = 0.0
+
+    def took_ms(self) -> TookMs:
+        total = time.perf_counter() - self.started
+        return TookMs(_ms(total), _ms(self.queue), _ms(self.encode), _ms(self.search), _ms(self.rerank))
+
+
+class Engine:
+    """Answers questions from a catalog, within admission and deadlines. Belongs to one event loop."""
+
+    def __init__(self, catalog: Catalog, settings: ServeSettings, metrics: Metrics, threads: int) -> None:
+        self.catalog = catalog
+        self._settings = settings
+        self._metrics = metrics
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="vecsvc-search")
+        self._in_flight = 0
+        # What kind of question costs how many seconds. A hop to a thread and back costs some 25 µs, which is
+        # a quarter of a graph search; a long search in the event loop costs everybody. So a question goes to a
+        # thread until its like was measured to be short, and again when it turns out long.
+        self._costs: dict[object, float] = {}
+
+    async def search(self, name: str | None, query: Query, settings: SearchSettings) -> SearchAnswer:
+        """Answer one question. Raises what errors.py lists under RequestError and ServiceError."""
+        a = await self.search_batch(name, query, settings)
+        return SearchAnswer(a.results[0], a.took_ms, a.coverage, a.stats, a.index, a.encoder, a.explain)
+
+    async def search_batch(self, name: str | None, query: Query, settings: SearchSettings) -> BatchAnswer:
+        """Answer many questions that share their settings."""
+        clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
+        if self._in_flight >= self._settings.max_in_flight:
+            raise Overloaded(f"{self._settings.max_in_flight} requests are in flight, the limit max_in_flight")
+        served = self.retained(name)
+        self._in_flight += 1
+        # From here on `work` owns both until it ends: a caller whose deadline passes leaves a search behind
+        # in its thread, and that still counts, and still reads the index.
+        work = _Work(self, served)
+        try:
+            search = _Search(served, query, settings, clock, self._threads)
+            key = search.cost_key()
+            if key is not None and self._costs.get(key, 1.0) * 1e3 <= self._settings.inline_ms:
+                answer = search.run()
+            else:
+                answer = await self._in_thread(work, search.run, clock, PARTIAL_GRACE_S if settings.partial else 0.0)
+            if key is not None:
+                self._learn(key, clock.search + clock.rerank)
+        finally:
+            work.leave()
+        stats = answer.stats
+        self._metrics.child(self._metrics.search, served.name, stats.strategy).observe(clock.search)
+        if stats.shortfall:
+            self._metrics.child(self._metrics.shortfall, served.name).inc(stats.shortfall)
+        return answer
+
+    def retained(self, name: str | None) -> Served:
+        """The version of `name` that serves, kept open until the caller releases it.
+
+        A refresh in its thread may retire and close a version just before it is retained; but what is still in
+        the catalog after that was retained in time.
+        """
+        while True:
+            served = self.catalog.get(name)
+            served.retain()
+            if self.catalog.get(name) is served:
+                return served
+            served.release()
+
+    def _learn(self, key: object, seconds: float) -> None:
+        known = self._costs.get(key)
+        if known is None and len(self._costs) >= MAX_COSTS:
+            self._costs.clear()
+        self._costs[key] = seconds if known is None else 0.9 * known + 0.1 * seconds
+
+    async def _in_thread(self, work: _Work, run: Callable[[], T], clock: Clock, grace_s: float) -> T:
+        submitted = time.perf_counter()
+
+        def timed() -> T:
+            clock.queue += time.perf_counter() - submitted
+            if time.monotonic() >= clock.deadline:
+                raise DeadlineExceeded("the deadline passed while the request waited for a thread")
+            return run()
+
+        future = asyncio.get_running_loop().run_in_executor(self._pool, timed)
+        work.wait_for(future)
+        try:
+            async with asyncio.timeout(max(0.0, clock.deadline + grace_s - time.monotonic())):
+                return await asyncio.shield(future)
+        except TimeoutError as error:
+            raise DeadlineExceeded("no answer within timeout_ms; ask for less, or allow more time") from error
+
+    async def in_thread(self, run: Callable[[], T]) -> T:
+        """Run something long of the service's own, outside admission."""
+        return await asyncio.get_running_loop().run_in_executor(None, run)
+
+    @property
+    def in_flight(self) -> int:
+        return self._in_flight
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Work:
+    """Holds a place in admission and a version open until both the caller and its thread are done."""
+
+    def __init__(self, engine: Engine, served: Served) -> None:
+        self._engine, self._served = engine, served
+        self._future: asyncio.Future[Any] | None = None
+
+    def wait_for(self, future: asyncio.Future[Any]) -> None:
+        self._future = future
+
+    def leave(self) -> None:
+        if self._future is not None and not self._future.done():
+            self._future.add_done_callback(self._end)
+        else:
+            self._end(self._future)
+
+    def _end(self, future: asyncio.Future[Any] | None) -> None:
+        if future is not None and not future.cancelled():
+            future.exception()  # nobody else will ask for it
+        self._engine._in_flight -= 1
+        self._served.release()
+
+
+class _Search:
+    """One question against one version, checked against what that version holds."""
+
+    def __init__(self, served: Served, query: Query, settings: SearchSettings, clock: Clock, num_threads: int) -> None:
+        self.served, self.query, self.settings, self.clock = served, query, settings, clock
+        self.num_threads = num_threads
+        self.params = _params(served, settings)
+        _check_fields(settings.conditions, served)
+        if isinstance(query, VectorQuery):
+            _check_vectors(query.vectors, served)
+        elif isinstance(query, TextQuery) and served.encoder is None:
+            raise InvalidRequest(
+                f"index {served.name!r} has no encoder, so it takes a vector or an id, no text: "
+                "build it with --encoder, or serve with --encoder"
+            )
+
+    def cost_key(self) -> object | None:
+        """Questions with one key cost about the same; None for those whose cost cannot be told beforehand."""
+        settings = self.settings
+        if not isinstance(self.query, VectorQuery) or len(self.query.vectors) != 1 or settings.conditions:
+            return None
+        return (
+            self.served.name,
+            self.served.version,
+            self.params,
+            settings.k,
+            settings.exact,
+            settings.max_visited,
+            settings.rerank_depth,
+            settings.include,
+        )
+
+    def run(self) -> BatchAnswer:
+        served, settings, clock = self.served, self.settings, self.clock
+        own: tuple[int, int] | None = None  # shard and label of the row that a query by id leaves out
+        if isinstance(self.query, VectorQuery):
+            queries = self.query.vectors
+        elif isinstance(self.query, TextQuery):
+            queries = self._encode(self.query.texts)
+        else:
+            own = self._find(self.query)
+            queries = np.asarray(served.shards[own[0]].vectors[own[1] : own[1] + 1], dtype=np.float32)
+        if time.monotonic() >= clock.deadline:
+            raise DeadlineExceeded("the deadline passed before the search began")
+        limit = Limit(settings.max_visited, clock.deadline)
+        found: list[Found] = []
+        before = time.perf_counter()
+        for shard in served.shards:
+            found.append(
+                shard.search(
+                    queries,
+                    settings.k,
+                    self.params,
+                    conditions=settings.conditions,
+                    exact=settings.exact,
+                    without=own[1] if own is not None and own[0] == shard.number else None,
+                    rerank_depth=settings.rerank_depth,
+                    limit=limit,
+                    num_threads=self.num_threads if len(queries) > 1 else 1,
+                )
+            )
+        hits = self._name(found, len(queries))
+        clock.rerank = sum(part.rerank_s for part in found)
+        clock.search = time.perf_counter() - before - clock.rerank
+        return self._answer(found, hits)
+
+    def _encode(self, texts: list[str]) -> Vectors:
+        started = time.perf_counter()
+        encoder = self.served.encoder
+        if encoder is None:
+            raise NotReady(f"the encoder of {self.served.name!r} was closed")
+        vectors = encoder.encode(texts, "query")
+        self.clock.encode = time.perf_counter() - started
+        return vectors
+
+    def _find(self, query: IdQuery) -> tuple[int, int]:
+        for shard in self.served.shards:
+            label = shard.ids.label(query.id)
+            if label is not None:
+                return shard.number, label
+        raise UnknownId(f"index {self.served.name!r} has no id {query.id!r}")
+
+    def _name(self, found: list[Found], n: int) -> list[list[Hit]]:
+        """Merge the shards' answers and turn labels into hits."""
+        shards, k, metric = self.served.shards, self.settings.k, self.served.manifest.metric
+        if len(shards) == 1 and not self.settings.include:
+            # The common case, without the steps that it does not need: one shard's order is the answer's.
+            part, ids = found[0], shards[0].ids
+            answers = []
+            for row in range(n):
+                labels = part.labels[row].tolist()
+                while labels and labels[-1] < 0:
+                    labels.pop()
+                distances = part.distances[row]
+                answers.append(list(map(Hit, ids.of(labels), score(distances, metric).tolist(), distances.tolist())))
+            return answers
+        return [self._merge(found, row, k) for row in range(n)]
+
+    def _merge(self, found: list[Found], row: int, k: int) -> list[Hit]:
+        shards, metric, include = self.served.shards, self.served.manifest.metric, self.settings.include
+        parts = []
+        for shard, part in zip(shards, found, strict=True):
+            labels = part.labels[row]
+            parts.append((part.distances[row], np.where(labels >= 0, shard.rows[labels], -1)))
+        which, position = merge_top_k(parts, k)
+        hits = []
+        for number, at in zip(which.tolist(), position.tolist(), strict=True):
+            shard, part = shards[number], found[number]
+            labels = [int(part.labels[row, at])]
+            distance = part.distances[row, at : at + 1]
+            hits.append(
+                Hit(
+                    id=shard.ids.of(labels)[0],
+                    score=float(score(distance, metric)[0]),
+                    distance=float(distance[0]),
+                    fields=(shard.fields.of(labels)[0] if shard.fields else {}) if "fields" in include else None,
+                    vector=shard.vectors[labels[0]].tolist() if "vector" in include else None,
+                )
+            )
+        return hits
+
+    def _answer(self, found: list[Found], hits: list[list[Hit]]) -> BatchAnswer:
+        served, settings = self.served, self.settings
+        degraded = []
+        if any(part.stopped for part in found):
+            degraded.append("the search was cut short")
+            if not settings.partial and time.monotonic() >= self.clock.deadline:
+                raise DeadlineExceeded("no full answer within timeout_ms; allow more time, or ask with partial")
+        strategy, visited = found[0].strategy, found[0].visited
+        for part in found[1:]:
+            strategy = strategy if part.strategy == strategy else "mixed"
+            visited = -1 if min(visited, part.visited) < 0 else visited + part.visited
+        encoder = served.encoder if isinstance(self.query, TextQuery) else None
+        return BatchAnswer(
+            hits,
+            self.clock.took_ms(),
+            Coverage(len(found), len(served.shards), degraded),
+            Stats(strategy, visited, settings.k * len(hits) - sum(map(len, hits))),
+            served.id,
+            encoder.spec.name if encoder is not None else None,
+            self._explain(found) if "explain" in settings.include else None,
+        )
+
+    def _explain(self, found: list[Found]) -> list[ShardExplain]:
+        return [
+            ShardExplain(
+                shard=shard.number,
+                size=shard.size,
+                strategy=part.strategy,
+                params=indexes.params_dict(self.params),
+                allowed=part.allowed,
+                visited=part.visited,
+                took_ms=round(part.took_s * 1e3, 3),
+            )
+            for shard, part in zip(self.served.shards, found, strict=True)
+        ]
+
+
+def _ms(seconds: float) -> float:
+    """To the microsecond, in a tenth of the time of round()."""
+    return int(seconds * 1e6) / 1e3
+
+
+def _params(served: Served, settings: SearchSettings) -> Any:
+    try:
+        return served.search_params(settings.params)
+    except (UnknownParameter, InvalidParameter) as error:
+        raise InvalidRequest(f"params: {error}") from error
+
+
+def _check_fields(conditions: tuple[Condition, ...], served: Served) -> None:
+    for condition in conditions:
+        if condition.field not in served.manifest.fields:
+            stored = ", ".join(served.manifest.fields) or "none"
+            raise InvalidRequest(f"filter: {condition.field!r} is no stored field of {served.name!r}: {stored}")
+
+
+def _check_vectors(vectors: Vectors, served: Served) -> None:
+    spec = served.manifest.spec
+    if vectors.shape[1] != spec.dim:
+        raise DimensionMismatch(f"the vector has {vectors.shape[1]} values, index {served.name!r} has dim {spec.dim}")
+    if len(vectors) == 1:
+        check_vector(vectors[0], spec.metric)
+    else:
+        for row, vector in enumerate(vectors):
+            check_vector(vector, spec.metric, f"vectors[{row}]")

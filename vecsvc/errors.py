@@ -1,0 +1,168 @@
+"""The tree of every error that vecsvc raises on purpose; anything else that escapes is a bug of ours.
+
+VecsvcError
+    UserError                      the caller can mend it: exit code 2, HTTP 4xx
+        ConfigError                a setting has a value it cannot have
+        BackendMissing             a library of an extra is not installed
+        UnknownKind                no such kind of index
+        UnknownParameter           a parameter that the kind does not know
+        InvalidParameter           a parameter out of its bounds
+        CorpusError                the corpus cannot be indexed as it is
+            CorpusUnreadable       no such file, or no Parquet
+            MissingColumn
+            BadRow                 one row is to blame; names its number and id
+        RequestError
+            MalformedRequest       the bytes are not what they say they are
+            InvalidRequest         well-formed, but wrong
+                DimensionMismatch
+                InvalidVector      NaN, infinite, too large, or zero under cosine
+            UnknownIndex
+            UnknownId
+            BodyTooLarge
+            UnsupportedMediaType
+            RequestTimeout         the body did not arrive in time
+        UnknownVersion             no such version in the index folder
+        VersionExists              a version is never written twice
+    ArtifactError                  what was built cannot be served
+        ArtifactDamaged            a file differs from the manifest; names the file
+        ArtifactUnfit              whole, but written for another format or library
+    EncoderError
+        EncoderMismatch            the encoder is not the one the index was built with
+    StorageError                   the disk or the object store refused
+    ServiceError                   the service cannot answer now
+        Overloaded
+        NotReady
+        DeadlineExceeded
+"""
+
+
+class VecsvcError(Exception):
+    code = "internal"
+
+
+class UserError(VecsvcError):
+    code = "invalid"
+
+
+class ConfigError(UserError):
+    code = "bad_setting"
+
+
+class BackendMissing(UserError):
+    code = "backend_missing"
+
+
+class UnknownKind(UserError):
+    code = "unknown_kind"
+
+
+class UnknownParameter(UserError):
+    code = "unknown_parameter"
+
+
+class InvalidParameter(UserError):
+    code = "invalid_parameter"
+
+
+class CorpusError(UserError):
+    code = "bad_corpus"
+
+
+class CorpusUnreadable(CorpusError):
+    code = "corpus_unreadable"
+
+
+class MissingColumn(CorpusError):
+    code = "missing_column"
+
+
+class BadRow(CorpusError):
+    code = "bad_row"
+
+
+class RequestError(UserError):
+    code = "invalid"
+
+
+class MalformedRequest(RequestError):
+    code = "malformed"
+
+
+class InvalidRequest(RequestError):
+    code = "invalid"
+
+
+class DimensionMismatch(InvalidRequest):
+    code = "dimension_mismatch"
+
+
+class InvalidVector(InvalidRequest):
+    code = "invalid_vector"
+
+
+class UnknownIndex(RequestError):
+    code = "unknown_index"
+
+
+class UnknownId(RequestError):
+    code = "unknown_id"
+
+
+class BodyTooLarge(RequestError):
+    code = "body_too_large"
+
+
+class UnsupportedMediaType(RequestError):
+    code = "unsupported_media_type"
+
+
+class RequestTimeout(RequestError):
+    code = "request_timeout"
+
+
+class UnknownVersion(UserError):
+    code = "unknown_version"
+
+
+class VersionExists(UserError):
+    code = "version_exists"
+
+
+class ArtifactError(VecsvcError):
+    code = "artifact"
+
+
+class ArtifactDamaged(ArtifactError):
+    code = "artifact_damaged"
+
+
+class ArtifactUnfit(ArtifactError):
+    code = "artifact_unfit"
+
+
+class EncoderError(VecsvcError):
+    code = "encoder"
+
+
+class EncoderMismatch(EncoderError):
+    code = "encoder_mismatch"
+
+
+class StorageError(VecsvcError):
+    code = "storage"
+
+
+class ServiceError(VecsvcError):
+    code = "unavailable"
+
+
+class Overloaded(ServiceError):
+    code = "overloaded"
+
+
+class NotReady(ServiceError):
+    code = "not_ready"
+
+
+class DeadlineExceeded(ServiceError):
+    code = "deadline_exceeded"

@@ -1,0 +1,241 @@
+"""What an artifact holds: manifest.json written, read and checked. Every file is hashed before it is loaded.
+
+The manifest ends in its own digest, so that one flipped bit anywhere in a version, the manifest included,
+is refused by the name of the file it sits in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+
+from vecsvc.errors import ArtifactDamaged, ArtifactUnfit
+from vecsvc.storage import MANIFEST, sha256, write_file
+from vecsvc.types import MAX_DIM, IndexSpec, Metric
+
+FORMAT_VERSION: Final = 1
+MAX_MANIFEST_BYTES: Final = 64 << 20
+
+_PATH: Final = re.compile(r"(shards/\d{3,4}|encoder)(/[A-Za-z0-9][A-Za-z0-9._-]{0,100}){1,2}")
+_SEAL: Final = re.compile(rb',\n  "manifest_sha256": "([0-9a-f]{64})"\n}\n')
+_SEAL_BYTES: Final = len(b',\n  "manifest_sha256": "') + 64 + len(b'"\n}\n')
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    path: str  # inside the version's folder
+    size_bytes: int
+    sha256: str
+
+
+class ShardEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    size: int
+    spec: IndexSpec
+    files: list[FileEntry]
+
+
+class Canary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    text: str
+    vector: list[float]  # what the encoder of the build made of it
+
+
+class EncoderEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    fingerprint: str
+    dim: int
+    pooling: str
+    normalize: bool
+    max_tokens: int
+    prompts: dict[str, str]
+    canaries: list[Canary]
+    files: list[FileEntry]  # the encoder itself, in encoder/
+
+
+class CorpusEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    path: str
+    rows: int
+    columns: dict[str, str]  # name -> Arrow type, of every column the corpus has
+    sha256: str  # of the file, or of the lines `<sha256>  <name>` where it is several
+
+
+class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    wall_s: float
+    cpu_s: float
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    python: str
+    libraries: dict[str, str]
+    cpu: str
+    cpu_features: list[str]
+    seed: int
+    threads: int
+    phases: dict[str, Phase]
+    peak_rss_bytes: int
+
+
+class OperatingPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    params: dict[str, Any]
+    recall: float
+    recall_error: float  # half the width of the 95 % interval
+    latency_ms: float  # median of single queries, one thread, on the building machine
+    visited: float  # mean; -1 where the library does not tell
+
+
+class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    k: int
+    queries: int
+    method: str
+    target: float
+    reached: bool
+    points: list[OperatingPoint]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format_version: int
+    name: str
+    version: str
+    created: str  # UTC, ISO 8601
+    spec: IndexSpec  # of the whole index; its size is the sum of the shards'
+    search: dict[str, Any]  # search settings for requests that name none
+    partition: str
+    id_type: Literal["int", "str"]
+    vector_dtype: Literal["float32", "float16"]
+    fields: dict[str, str]  # stored fields: name -> Arrow type
+    shards: list[ShardEntry]
+    encoder: EncoderEntry | None
+    corpus: CorpusEntry
+    provenance: Provenance
+    certificate: Certificate | None
+
+    def files(self) -> list[FileEntry]:
+        own = [file for shard in self.shards for file in shard.files]
+        return own + (self.encoder.files if self.encoder else [])
+
+    @property
+    def metric(self) -> Metric:
+        return self.spec.metric
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    body = msgspec.json.format(msgspec.json.encode(manifest), indent=2).removesuffix(b"\n}")
+    seal = hashlib.sha256(body).hexdigest().encode()
+    write_file(folder / MANIFEST, body + b',\n  "manifest_sha256": "' + seal + b'"\n}\n')
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ArtifactDamaged or ArtifactUnfit, naming the file and what is wrong with it."""
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ArtifactDamaged(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactDamaged(f"{path}: {error.strerror}") from error
+    body, tail = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+    seal = _SEAL.fullmatch(tail)
+    if seal is None or hashlib.sha256(body).hexdigest().encode() != seal[1]:
+        raise ArtifactDamaged(f"{path}: is not what was written (its own digest differs)")
+    try:
+        version = msgspec.json.decode(body + b"\n}", type=_Version).format_version
+        if version != FORMAT_VERSION:
+            raise ArtifactUnfit(
+                f"{path}: has format {version}, this vecsvc reads {FORMAT_VERSION}: build the index again"
+            )
+        manifest = msgspec.json.decode(body + b"\n}", type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise ArtifactUnfit(f"{path}: {error}") from error
+    _check_sense(path, manifest)
+    return manifest
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+
+
+def _check_sense(path: Path, manifest: Manifest) -> None:
+    for file in manifest.files():
+        if not _PATH.fullmatch(file.path) or ".." in file.path:
+            raise ArtifactDamaged(f"{path}: {file.path[:120]!r} is no path inside an artifact")
+    if not 1 <= manifest.spec.dim <= MAX_DIM:
+        raise ArtifactDamaged(f"{path}: dim is {manifest.spec.dim}, expected 1 to {MAX_DIM}")
+    if sum(shard.size for shard in manifest.shards) != manifest.spec.size or not manifest.shards:
+        raise ArtifactDamaged(f"{path}: the shards' sizes do not add up to {manifest.spec.size}")
+    for number, shard in enumerate(manifest.shards):
+        if shard.size < 1 or shard.spec != replace(manifest.spec, size=shard.size):
+            raise ArtifactDamaged(f"{path}: shard {number} is of {shard.spec}, the index of {manifest.spec}")
+
+
+def file_entries(folder: Path, paths: Iterable[Path]) -> list[FileEntry]:
+    ordered = sorted(paths)
+    with ThreadPoolExecutor(max_workers=_hash_threads()) as pool:
+        digests = list(pool.map(sha256, ordered))
+    return [
+        FileEntry(path=p.relative_to(folder).as_posix(), size_bytes=p.stat().st_size, sha256=digest)
+        for p, digest in zip(ordered, digests, strict=True)
+    ]
+
+
+def check_files(folder: Path, entries: Sequence[FileEntry], *, hashes: bool = True) -> None:
+    """Refuse the first file, in manifest order, that is not what was written. Sizes are always checked.
+
+    Run this before any native library sees a file: hnswlib, faiss and onnxruntime crash or answer
+    wrongly on damaged ones.
+    """
+    for entry in entries:
+        path = folder / entry.path
+        if path.is_symlink():
+            raise ArtifactDamaged(f"{path}: is a symbolic link, which may point elsewhere tomorrow")
+        if not path.is_file():
+            raise ArtifactDamaged(f"{path}: missing")
+        if path.stat().st_size != entry.size_bytes:
+            raise ArtifactDamaged(f"{path}: has {path.stat().st_size} bytes, the manifest says {entry.size_bytes}")
+    if not hashes:
+        return
+    with ThreadPoolExecutor(max_workers=_hash_threads()) as pool:
+        for entry, digest in zip(entries, pool.map(lambda e: _digest(folder / e.path), entries), strict=True):
+            if digest != entry.sha256:
+                raise ArtifactDamaged(
+                    f"{folder / entry.path}: sha256 is {digest[:16]}…, the manifest says {entry.sha256[:16]}…"
+                )
+
+
+def _digest(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise ArtifactDamaged(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _hash_threads() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def library_versions(names: Iterable[str]) -> dict[str, str]:
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def cpu_description() -> tuple[str, list[str]]:
+    """The processor's name and flags, where the system tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = [f for f in facts.get("flags", "").split() if f.startswith(("sse4", "avx", "fma", "f16c", "amx"))]
+    return facts.get("model name", platform.machine()), flags

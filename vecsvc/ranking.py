@@ -1,0 +1,58 @@
+"""Who comes first: selection and merging as pure functions over arrays. Ties go to the smaller label."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vecsvc.types import Distances, Labels
+
+
+def top_k(distances: Distances, k: int, labels: Labels | None = None) -> tuple[Labels, Distances]:
+    """The k smallest of `distances` (m,), by (distance, label); fewer where m < k.
+
+    `labels` (m,) are the entries' names; without them an entry's name is its position.
+    """
+    names = np.arange(len(distances), dtype=np.int64) if labels is None else labels
+    if len(distances) > k:
+        # Everything tied with the k-th stays in, so that the label decides and not the partition.
+        bound = np.partition(distances, k - 1)[k - 1]
+        keep = np.flatnonzero(distances <= bound)
+        names, distances = names[keep], distances[keep]
+    order = np.lexsort((names, distances))[:k]
+    return names[order], distances[order]
+
+
+def pad(labels: Labels, distances: Distances, k: int) -> tuple[Labels, Distances]:
+    """Rows (m,) with m <= k as rows of k places; the empty ones are -1 at +inf."""
+    full_labels = np.full(k, -1, dtype=np.int64)
+    full_distances = np.full(k, np.inf, dtype=np.float32)
+    full_labels[: len(labels)] = labels
+    full_distances[: len(distances)] = distances
+    return full_labels, full_distances
+
+
+def merge_top_k(parts: list[tuple[Distances, NDArray[np.int64]]], k: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Merge shards' answers, each (distances (m,), corpus rows (m,)): the best k by (distance, row).
+
+    Returns for each place the part it came from and its position in that part. Empty places (row -1)
+    are dropped, and a row that several parts return counts once.
+    """
+    distances = np.concatenate([d for d, _ in parts])
+    rows = np.concatenate([r for _, r in parts])
+    part = np.repeat(np.arange(len(parts)), [len(d) for d, _ in parts])
+    position = np.concatenate([np.arange(len(d)) for d, _ in parts])
+    order = np.lexsort((rows, distances))
+    order = order[rows[order] >= 0]
+    _, first = np.unique(rows[order], return_index=True)
+    order = order[np.sort(first)][:k]
+    return part[order], position[order]
+
+
+def recall(found: Distances, truth: Distances, tolerance: float = 1e-5) -> float:
+    """The share of places whose distance (n, k) is within the k-th true one: ties are no errors.
+
+    Both are recomputed from the vectors, never taken from what an index reports.
+    """
+    bounds = truth[:, -1:] + tolerance
+    return float(np.mean(found <= bounds))

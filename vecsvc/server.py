@@ -1,0 +1,568 @@
+"""HTTP: routes, health, the one error-to-status table, and the life of the process from start to SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import logging
+import os
+import re
+import secrets
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeAlias
+
+import msgspec
+import threadpoolctl
+import uvloop
+from aiohttp import HttpVersion11, StreamReader, hdrs, web
+
+from vecsvc import __version__, openapi, schemas
+from vecsvc.catalog import Catalog
+from vecsvc.config import ServeSettings
+from vecsvc.engine import Engine
+from vecsvc.errors import (
+    BodyTooLarge,
+    ConfigError,
+    DeadlineExceeded,
+    InvalidRequest,
+    MalformedRequest,
+    NotReady,
+    Overloaded,
+    RequestTimeout,
+    UnknownId,
+    UnknownIndex,
+    UnknownVersion,
+    UnsupportedMediaType,
+    UserError,
+    VecsvcError,
+)
+from vecsvc.storage import index_folders
+from vecsvc.telemetry import METRICS_CONTENT_TYPE, Metrics, configure_logging
+from vecsvc.types import Query, SearchSettings
+
+log: Final = logging.getLogger("vecsvc.server")
+
+Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+# The one place that says which error is which status; the first class that fits wins.
+STATUS: Final[tuple[tuple[type[VecsvcError], int], ...]] = (
+    (MalformedRequest, 400),
+    (UnknownIndex, 404),
+    (UnknownId, 404),
+    (UnknownVersion, 404),
+    (RequestTimeout, 408),
+    (BodyTooLarge, 413),
+    (UnsupportedMediaType, 415),
+    (InvalidRequest, 422),
+    (UserError, 422),
+    (Overloaded, 429),
+    (NotReady, 503),
+    (DeadlineExceeded, 504),
+    (VecsvcError, 500),
+)
+RETRY_AFTER_S: Final = "1"
+MAX_LINE_BYTES: Final = 32_768  # of a request line: room for the longest ?q= of percent-encoded UTF-8
+INLINE_HITS: Final = 10_000  # longer answers are encoded in a thread
+TICK_S: Final = 0.25  # how often the reaper looks
+GRACE_S: Final = 0.25  # for requests that were on their way when the port closed
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_JSON: Final = "application/json; charset=utf-8"
+
+
+class Service:
+    """One process that serves a folder of indexes: its handlers, and the state that they share."""
+
+    def __init__(self, directory: Path, settings: ServeSettings) -> None:
+        threads = settings.search_threads or os.cpu_count() or 1
+        self.settings = settings
+        self.metrics = Metrics()
+        self.catalog = Catalog(directory, settings)
+        self.engine = Engine(self.catalog, settings, self.metrics, threads)
+        self.reaper = Reaper(settings)
+        self.draining = False
+        self._loading: set[asyncio.Future[Any]] = set()  # threads that look for versions to open
+        self._directory = directory
+        self._id_prefix = secrets.token_hex(4)
+        self._counter = itertools.count(1)
+        self._log_all = settings.log == "all"
+        self._log_errors = settings.log != "none"
+
+    # -------------------------------------------------------------------------------------- applications
+
+    def app(self) -> web.Application:
+        """The public routes."""
+        return self._app(
+            self.settings.max_body_bytes,
+            [
+                ("POST", "/search", self._search),
+                ("GET", "/search", self._get_search),
+                ("POST", "/search/batch", self._batch),
+                ("GET", "/indexes", self._indexes),
+                ("GET", "/indexes/{name}", self._index),
+                ("POST", "/indexes/{name}/search", self._search),
+                ("GET", "/indexes/{name}/search", self._get_search),
+                ("POST", "/indexes/{name}/search/batch", self._batch),
+                ("GET", "/openapi.json", self._openapi),
+            ],
+        )
+
+    def admin_app(self) -> web.Application:
+        """The routes of the admin port."""
+        return self._app(
+            65_536,
+            [
+                ("GET", "/metrics", self._metrics),
+                ("POST", "/reload", self._reload),
+                ("POST", "/indexes/{name}/rollback", self._rollback),
+            ],
+        )
+
+    def _app(self, max_body_bytes: int, routes: list[tuple[str, str, Handler]]) -> web.Application:
+        app = web.Application(client_max_size=max_body_bytes, middlewares=[self._border])
+        for method, path, handler in [*routes, ("GET", "/livez", self._livez), ("GET", "/readyz", self._readyz)]:
+            app.router.add_route(method, path, handler, expect_handler=_expect)
+        return app
+
+    # ------------------------------------------------------------------------------------------ the border
+
+    @web.middleware
+    async def _border(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Every request comes in and goes out here: its id, its errors as JSON, its metrics and its log line."""
+        started = time.perf_counter()
+        self.reaper.begin(request)
+        why = ""
+        try:
+            response = await handler(request)
+        except VecsvcError as error:
+            status = next(status for kind, status in STATUS if isinstance(error, kind))
+            why = str(error)
+            if status == 500:
+                log.error("failed", exc_info=error)
+            response = _error(status, error.code, why)
+            if isinstance(error, BodyTooLarge | UnsupportedMediaType) or request.content.exception() is not None:
+                # What is left of the body would be taken for the next request.
+                response.force_close()
+        except web.HTTPException as error:
+            why = error.reason
+            response = _error(
+                error.status, _code(error.reason), f"{error.reason}: {request.method} {request.path[:200]}"
+            )
+            if hdrs.ALLOW in error.headers:
+                response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
+        except (asyncio.CancelledError, ConnectionError):
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            log.exception("a bug of ours", extra={"data": {"path": request.path}})
+            response = _error(500, "internal", "the service failed; its log says why")
+        finally:
+            self.reaper.end(request)
+        request_id = request.headers.get("X-Request-Id")
+        if request_id is None or not _REQUEST_ID.fullmatch(request_id):
+            request_id = f"{self._id_prefix}-{next(self._counter):x}"
+        response.headers["X-Request-Id"] = request_id
+        if self.draining:
+            response.force_close()
+        seconds = time.perf_counter() - started
+        resource = request.match_info.route.resource
+        operation = resource.canonical if resource is not None else "unknown"
+        self.metrics.child(self.metrics.requests, operation, str(response.status)).inc()
+        self.metrics.child(self.metrics.latency, operation).observe(seconds)
+        if self._log_all or (why and self._log_errors):
+            data = {
+                "request_id": request_id,
+                "method": request.method,
+                "path": request.path[:200],
+                "status": response.status,
+                "ms": round(seconds * 1e3, 3),
+            }
+            log.info("request", extra={"data": {**data, "why": why} if why else data})
+        return response
+
+    def refuse(self, why: str) -> web.Response:
+        """The answer to bytes that are no HTTP, and so never became a request."""
+        self.metrics.child(self.metrics.requests, "unknown", "400").inc()
+        if self._log_errors:
+            log.info("request", extra={"data": {"status": 400, "why": why}})
+        response = _error(400, MalformedRequest.code, why)
+        response.force_close()
+        return response
+
+    async def _read(self, request: web.Request) -> bytes:
+        """The whole body, within its limits of size and time."""
+        if request.content_type != schemas.JSON:
+            # aiohttp takes a missing or broken type for BINARY.
+            given = request.headers.get(hdrs.CONTENT_TYPE, "")
+            if not given.lower().startswith(schemas.BINARY):
+                raise UnsupportedMediaType(
+                    f"Content-Type is {given[:80]!r}, expected {schemas.JSON} or {schemas.BINARY}"
+                )
+        elif "?" in request.raw_path:
+            raise InvalidRequest("the settings of a JSON question stand in its body, not in the URL")
+        if hdrs.CONTENT_ENCODING in request.headers:
+            raise UnsupportedMediaType("compressed bodies are not taken; send it without Content-Encoding")
+        if (request.content_length or 0) > self.settings.max_body_bytes:
+            raise BodyTooLarge(f"the body has {request.content_length} bytes, {self._body_limit}")
+        if not request.content.is_eof():
+            self.reaper.await_body(request)
+        try:
+            return await request.read()
+        except web.HTTPRequestEntityTooLarge as error:
+            raise BodyTooLarge(f"the body is larger than allowed: {self._body_limit}") from error
+        except web.RequestPayloadError as error:
+            raise MalformedRequest(f"the body ended early: {error}") from error
+
+    @property
+    def _body_limit(self) -> str:
+        return f"the limit max_body_bytes is {self.settings.max_body_bytes}"
+
+    # -------------------------------------------------------------------------------------------- handlers
+
+    async def _search(self, request: web.Request) -> web.Response:
+        name = request.match_info.get("name")
+        body = await self._read(request)
+        if request.content_type == schemas.JSON:
+            query, settings = schemas.parse_search(body, self.settings)
+        else:
+            query, settings = self._binary(name, body, request)
+            if len(body) != 4 * self._dim(name):
+                raise InvalidRequest(f"the body holds more than one vector; send batches to {request.path}/batch")
+        return _json(schemas.encode(await self.engine.search(name, query, settings)))
+
+    async def _get_search(self, request: web.Request) -> web.Response:
+        query, settings = schemas.parse_get(_single(request), self.settings)
+        answer = await self.engine.search(request.match_info.get("name"), query, settings)
+        return _json(schemas.encode(answer))
+
+    async def _batch(self, request: web.Request) -> web.Response:
+        name = request.match_info.get("name")
+        body = await self._read(request)
+        if request.content_type == schemas.JSON:
+            query, settings = schemas.parse_batch(body, self.settings)
+        else:
+            query, settings = self._binary(name, body, request)
+        answer = await self.engine.search_batch(name, query, settings)
+        arrow = schemas.ARROW in request.headers.get(hdrs.ACCEPT, "")
+        encode = schemas.encode_arrow if arrow else schemas.encode
+        # So many hits take long enough to encode to hold up the event loop.
+        long = settings.k * len(answer.results) > INLINE_HITS
+        data = await self.engine.in_thread(lambda: encode(answer)) if long else encode(answer)
+        return web.Response(body=data, headers={hdrs.CONTENT_TYPE: schemas.ARROW if arrow else _JSON})
+
+    def _binary(self, name: str | None, body: bytes, request: web.Request) -> tuple[Query, SearchSettings]:
+        return schemas.parse_binary(body, self._dim(name), _single(request), self.settings)
+
+    def _dim(self, name: str | None) -> int:
+        return self.catalog.get(name).manifest.spec.dim
+
+    async def _indexes(self, request: web.Request) -> web.Response:
+        listed = [openapi.index_summary(self.catalog.get(name)) for name in self.catalog.names()]
+        return _json(schemas.encode({"indexes": listed}))
+
+    async def _index(self, request: web.Request) -> web.Response:
+        return _json(schemas.encode(openapi.index_detail(self.catalog.get(request.match_info["name"]))))
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        served = [self.engine.retained(name) for name in self.catalog.names()]
+        try:
+            return _json(msgspec.json.encode(openapi.document(served, self.settings)))
+        finally:
+            for one in served:
+                one.release()
+
+    async def _livez(self, request: web.Request) -> web.Response:
+        return _json(b'{"status":"alive"}')
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        why = "shutting down" if self.draining else self.catalog.problem()
+        if why:
+            raise NotReady(why)
+        return _json(b'{"status":"ready"}')
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        self.metrics.in_flight.set(self.engine.in_flight)
+        self.metrics.ready.set(0 if self.draining or self.catalog.problem() else 1)
+        self.metrics.version_info.clear()
+        for name in self.catalog.names():
+            self.metrics.version_info.labels(name, self.catalog.get(name).version).set(1)
+        return web.Response(body=self.metrics.text(), headers={hdrs.CONTENT_TYPE: METRICS_CONTENT_TYPE})
+
+    async def _reload(self, request: web.Request) -> web.Response:
+        """Look at CURRENT now, and try again what could not be opened."""
+        _only(_single(request))
+        changed = await self.refresh(again=True)
+        return _json(schemas.encode({"changed": dict(changed), "problems": self.catalog.problems}))
+
+    async def _rollback(self, request: web.Request) -> web.Response:
+        """Serve the version before, or `?to=VERSION`."""
+        name, to = request.match_info["name"], _only(_single(request), "to").get("to")
+        folders = {folder.name: folder for folder in index_folders(self._directory)}
+        if name not in folders:
+            raise UnknownIndex(f"no index {name[:80]!r}; there are: {', '.join(folders)}")
+        before, after = await self.engine.in_thread(lambda: folders[name].rollback(to))
+        await self.refresh(again=True)
+        return _json(schemas.encode({"index": name, "from": before, "to": after, "problems": self.catalog.problems}))
+
+    @property
+    def at_work(self) -> bool:
+        """True where a thread still searches or opens a version."""
+        return bool(self.engine.in_flight or self._loading)
+
+    async def refresh(self, *, again: bool = False) -> list[tuple[str, str]]:
+        look = asyncio.ensure_future(self.engine.in_thread(lambda: self.catalog.refresh(again=again)))
+        self._loading.add(look)
+        look.add_done_callback(self._loading.discard)
+        changed = await asyncio.shield(look)  # whoever waited may go, the thread stays at work
+        for name, version in changed:
+            self.metrics.child(self.metrics.swaps, name).inc()
+            log.info("serving", extra={"data": {"index": name, "version": version}})
+        return changed
+
+
+class Connection(web.RequestHandler):
+    """aiohttp's connection, but what it cannot read is refused in our words and without a traceback in the log."""
+
+    __slots__ = ("_service",)
+
+    def __init__(self, service: Service, server: web.Server | None) -> None:
+        super().__init__(
+            server,  # type: ignore[arg-type]  # None only before the runner's setup
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=service.settings.keepalive_s,
+            access_log=None,  # type: ignore[arg-type]  # it says Logger, and takes None for none
+            max_line_size=MAX_LINE_BYTES,
+            auto_decompress=False,  # compressed bodies are refused, so there is no bomb to go off
+        )
+        self._service = service
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer had begun, there is no room for another")
+        if status == 400:
+            return self._service.refuse(" ".join((message or "this is no HTTP").split())[:200])
+        log.error("a bug of ours", exc_info=exc)
+        return _error(500, "internal", "the service failed; its log says why")
+
+
+class Reaper:
+    """Ends what hangs: silent connections, bodies that drip, clients that do not read. aiohttp has no such limits.
+
+    One task looks at every connection a few times a second, so that a request costs no timer of its own.
+    """
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self._settings = settings
+        self._since: dict[Any, float] = {}  # connection -> when it last did something whole
+        self._served: set[Any] = set()  # connections that sent a whole request head before
+        self._busy: set[Any] = set()
+        self._bodies: dict[Any, tuple[float, StreamReader]] = {}
+        self._writing: dict[Any, float] = {}  # connection -> when its answer was first seen waiting
+
+    def begin(self, request: web.Request) -> None:
+        self._busy.add(request.protocol)
+
+    def end(self, request: web.Request) -> None:
+        connection = request.protocol
+        self._busy.discard(connection)
+        self._bodies.pop(connection, None)
+        self._served.add(connection)
+        self._since[connection] = time.monotonic()
+
+    def await_body(self, request: web.Request) -> None:
+        self._bodies[request.protocol] = (time.monotonic(), request.content)
+
+    def quiet(self, connections: list[Any]) -> bool:
+        """True where no request is worked on, and no answer waits to be read."""
+        return not self._busy and not any(c.transport and c.transport.get_write_buffer_size() for c in connections)
+
+    async def run(self, runner: web.AppRunner) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            if runner.server is not None:
+                self.tick(runner.server.connections)
+
+    def tick(self, connections: list[Any]) -> None:
+        now, settings = time.monotonic(), self._settings
+        live = set(connections)
+        for known in (self._since, self._bodies, self._writing):
+            for gone in known.keys() - live:
+                del known[gone]
+        self._served &= live
+        for started, stream in list(self._bodies.values()):
+            if now - started > settings.body_timeout_s:
+                stream.set_exception(
+                    RequestTimeout(f"the body did not arrive within body_timeout_s, {settings.body_timeout_s:g} s")
+                )
+        idle = [connection for connection in connections if connection not in self._busy]
+        for connection in idle:
+            since = self._since.setdefault(connection, now)
+            limit = settings.keepalive_s + 1 if connection in self._served else settings.header_timeout_s
+            if now - since > limit:
+                connection.force_close()
+        for connection in connections:
+            transport = connection.transport
+            if transport is None or not transport.get_write_buffer_size():
+                self._writing.pop(connection, None)
+            elif now - self._writing.setdefault(connection, now) > settings.write_timeout_s:
+                transport.abort()
+        surplus = len(connections) - settings.max_connections
+        if surplus > 0:
+            # Those that never asked anything go first, so that a flood of them spares the clients that work.
+            for connection in sorted(idle, key=lambda c: (c in self._served, self._since[c]))[:surplus]:
+                connection.force_close()
+
+
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, headers={hdrs.CONTENT_TYPE: _JSON})
+
+
+def _error(status: int, code: str, message: str) -> web.Response:
+    response = web.Response(status=status, body=schemas.encode_error(code, message), headers={hdrs.CONTENT_TYPE: _JSON})
+    if status in (429, 503):
+        response.headers[hdrs.RETRY_AFTER] = RETRY_AFTER_S
+    return response
+
+
+def _code(reason: str) -> str:
+    return reason.lower().replace(" ", "_")
+
+
+def _single(request: web.Request) -> dict[str, str]:
+    """The URL's query; a name that comes twice is refused instead of losing one of its values."""
+    found: dict[str, str] = {}
+    for name, value in request.query.items():
+        if name in found:
+            raise InvalidRequest(f"?{name[:80]} is given twice")
+        found[name] = value
+    return found
+
+
+def _only(query: dict[str, str], *known: str) -> dict[str, str]:
+    for name in query:
+        if name not in known:
+            raise InvalidRequest(f"?{name[:80]} is unknown here; known are: {', '.join(known) or 'none'}")
+    return query
+
+
+async def _expect(request: web.Request) -> web.StreamResponse | None:
+    """aiohttp's answer to Expect, with a refusal in our words."""
+    if request.headers[hdrs.EXPECT].lower() != "100-continue":
+        return _error(
+            417, "expectation_failed", f"Expect is {request.headers[hdrs.EXPECT][:80]!r}, expected 100-continue"
+        )
+    if request.version >= HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- the process
+
+
+def serve(directory: Path, settings: ServeSettings) -> None:
+    """Serve a folder of indexes until SIGTERM or SIGINT. Raises ConfigError where a port cannot be had."""
+    configure_logging()
+    # Searches run side by side in threads; a matrix product that took every core would fight the others.
+    with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
+        uvloop.run(_run(directory, settings))
+
+
+async def _run(directory: Path, settings: ServeSettings) -> None:
+    started = time.perf_counter()
+    service = Service(directory, settings)
+    runner, listener = await _listen(service, service.app(), settings.host, settings.port)
+    admin, admin_listener = await _listen(service, service.admin_app(), settings.admin_host, settings.admin_port)
+    port, admin_port = (server.sockets[0].getsockname()[1] for server in (listener, admin_listener))
+    facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
+    log.info("listening", extra={"data": facts})
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop, stop)
+    watch = asyncio.create_task(_watch(service, started))
+    reap = asyncio.create_task(service.reaper.run(runner))
+    await stop.wait()
+    service.draining = True
+    log.info("draining", extra={"data": {"in_flight": service.engine.in_flight}})
+    await asyncio.sleep(settings.drain_s)
+    listener.close()
+    await _finish(service, runner)
+    reap.cancel()
+    watch.cancel()
+    await runner.cleanup()
+    admin_listener.close()
+    await admin.cleanup()
+    log.info("stopped")
+    if service.at_work:
+        # A thread cannot be told to stop, and holds nothing that would have to be saved.
+        _exit(0)
+    service.engine.close()
+    service.catalog.close()
+
+
+def _stop(stop: asyncio.Event) -> None:
+    """Once: end what is in flight, then the process. Twice: end the process."""
+    if stop.is_set():
+        log.info("stopped at once")
+        _exit(1)
+    stop.set()
+
+
+def _exit(code: int) -> NoReturn:
+    logging.shutdown()
+    os._exit(code)
+
+
+async def _listen(service: Service, app: web.Application, host: str, port: int) -> tuple[web.AppRunner, asyncio.Server]:
+    runner = web.AppRunner(app, shutdown_timeout=service.settings.shutdown_s)
+    await runner.setup()
+    loop = asyncio.get_running_loop()
+    try:
+        listener = await loop.create_server(lambda: Connection(service, runner.server), host, port, backlog=1024)
+    except OSError as error:
+        await runner.cleanup()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
+    return runner, listener
+
+
+async def _watch(service: Service, started: float) -> None:
+    """Open what there is, then look for new versions now and then."""
+    settings = service.settings
+    while True:
+        try:
+            changed = await service.refresh()
+        except Exception:
+            # Whatever went wrong, what serves goes on serving, and the next look may go better.
+            log.exception("refresh failed")
+            changed = []
+        if changed:
+            # What was just opened stays for long: the garbage collector need not walk it again and again.
+            gc.collect()
+            gc.freeze()
+        if changed and not service.catalog.problem():
+            log.info("ready", extra={"data": {"seconds": round(time.perf_counter() - started, 3)}})
+        if not settings.reload_poll_s:
+            return
+        await asyncio.sleep(settings.reload_poll_s)
+
+
+async def _finish(service: Service, runner: web.AppRunner) -> None:
+    """Wait for requests in flight, and for those that were on their way when the port closed."""
+    now = time.monotonic()
+    end, quiet_since = now + service.settings.shutdown_s, now
+    while now < end and now - quiet_since < GRACE_S:
+        await asyncio.sleep(0.01)
+        now = time.monotonic()
+        if runner.server is not None and not service.reaper.quiet(runner.server.connections):
+            quiet_since = now

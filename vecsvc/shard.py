@@ -1,0 +1,191 @@
+"""One opened shard: its index, vectors, ids and fields. It alone decides when exact search serves better."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from vecsvc import filters, indexes
+from vecsvc.distance import exact_distances
+from vecsvc.errors import ArtifactDamaged, ArtifactUnfit
+from vecsvc.exact_search import ExactSearch
+from vecsvc.ids import BATCH_ROWS, IdColumn, IdType, open_batches
+from vecsvc.manifest import ShardEntry
+from vecsvc.ranking import top_k
+from vecsvc.storage import open_array
+from vecsvc.types import Condition, Distances, IndexSpec, Labels, Limit, Mask, Neighbors, StoredVectors, Vectors
+
+VECTORS_FILE: Final = "vectors.npy"  # (size, dim) float32 or float16, as the corpus gave them
+ROWS_FILE: Final = "rows.npy"  # (size,) int64 corpus row of each label, ascending
+FIELDS_FILE: Final = "fields.arrow"
+INDEX_FOLDER: Final = "index"
+
+# A filter that leaves fewer rows than this is answered by comparing them all: a graph would have to walk
+# through the others, and hnswlib asks Python about each. See benchmarks/filtered.py for the crossing.
+EXACT_UP_TO_ROWS: Final = 10_000
+
+
+class Found(msgspec.Struct, frozen=True, gc=False):
+    """What a shard found for n queries: k places a row, by (distance, label); empty ones are -1 at +inf."""
+
+    labels: Labels  # (n, k)
+    distances: Distances  # (n, k)
+    visited: int  # over all queries; -1 where the library does not tell
+    stopped: bool  # a Limit cut some query short
+    strategy: str
+    allowed: int | None  # rows that the filter leaves
+    took_s: float
+    rerank_s: float
+
+
+class Shard:
+    """The read side of `shards/NNN`. Any number of threads may use it at once."""
+
+    def __init__(
+        self, number: int, folder: Path, entry: ShardEntry, *, id_type: IdType, fields: dict[str, str], device: str
+    ) -> None:
+        """Open files that were checked before. Raises ArtifactDamaged or ArtifactUnfit."""
+        self.number = number
+        self.size = entry.size
+        self.spec: IndexSpec = entry.spec
+        shape = (entry.size, entry.spec.dim)
+        self.vectors: StoredVectors = open_array(folder / VECTORS_FILE, (np.float32, np.float16), shape)
+        self.rows: NDArray[np.int64] = open_array(folder / ROWS_FILE, np.int64, (entry.size,))
+        self.ids = IdColumn(folder, entry.size, id_type)
+        self.fields = FieldStore(folder / FIELDS_FILE, entry.size, fields) if fields else None
+        self._exact = ExactSearch(self.vectors, entry.spec.metric)
+        try:
+            self.index = indexes.load(folder / INDEX_FOLDER, entry.spec, vectors=self.vectors, device=device)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ArtifactUnfit(f"{folder / INDEX_FOLDER}: cannot be loaded: {error}") from error
+
+    def search(
+        self,
+        queries: Vectors,
+        k: int,
+        params: Any,
+        *,
+        conditions: tuple[Condition, ...] = (),
+        exact: bool = False,
+        without: int | None = None,
+        rerank_depth: int | None = None,
+        limit: Limit | None = None,
+        num_threads: int = 1,
+    ) -> Found:
+        """The k nearest rows of each query (n, dim) that meet the conditions, without the label `without`."""
+        if without is not None and not conditions:
+            # One more place and one row dropped is cheaper than a mask, about which hnswlib asks Python each time.
+            found = self.search(
+                queries, k + 1, params, exact=exact, rerank_depth=rerank_depth, limit=limit, num_threads=num_threads
+            )
+            return _dropped(found, without, k)
+        started = time.perf_counter()
+        mask, allowed = self._mask(conditions, without)
+        reachable = self.size if allowed is None else allowed
+        wanted = max(k, rerank_depth or 0)
+        use_exact = exact or (mask is not None and reachable <= EXACT_UP_TO_ROWS)
+
+        neighbors: Neighbors | None = None
+        if not use_exact:
+            neighbors = self.index.search(queries, wanted, params, allowed=mask, limit=limit, num_threads=num_threads)
+        # Where the index found fewer rows than there are, exact search fills in: the contract is k where k exist.
+        if neighbors is None or _short(neighbors, min(wanted, reachable)):
+            use_exact = True
+            neighbors = self._exact.search(queries, wanted, allowed=mask, limit=limit)
+        labels, distances = neighbors.labels, neighbors.distances
+        searched = time.perf_counter()
+        if rerank_depth is not None:
+            labels, distances = self._rerank(queries, labels, distances)
+        return Found(
+            labels=labels[:, :k],
+            distances=distances[:, :k],
+            visited=_total(neighbors.visited),
+            stopped=bool(neighbors.stopped[0] if len(queries) == 1 else neighbors.stopped.any()),
+            strategy="exact" if use_exact else self.spec.kind,
+            allowed=allowed if conditions else None,
+            took_s=searched - started,
+            rerank_s=time.perf_counter() - searched,
+        )
+
+    def _mask(self, conditions: tuple[Condition, ...], without: int | None) -> tuple[Mask | None, int | None]:
+        if not conditions:
+            return None, None
+        table = self.fields.table if self.fields else pa.table({})
+        mask = filters.evaluate(conditions, table)
+        if without is not None:
+            mask = mask.copy()
+            mask[without] = False
+            mask.flags.writeable = False
+        return mask, int(np.count_nonzero(mask))
+
+    def _rerank(self, queries: Vectors, labels: Labels, distances: Distances) -> tuple[Labels, Distances]:
+        """The same candidates with exact distances, in their order."""
+        labels, distances = labels.copy(), distances.copy()
+        for row, query in enumerate(queries):
+            known = labels[row] >= 0
+            found = labels[row][known]
+            fresh = exact_distances(query, self.vectors[found], self.spec.metric)
+            labels[row, : len(found)], distances[row, : len(found)] = top_k(fresh, len(found), found)
+        return labels, distances
+
+    def close(self) -> None:
+        self.index.close()
+
+
+def _total(visited: NDArray[np.int64]) -> int:
+    if len(visited) == 1:
+        return int(visited[0])
+    return -1 if (visited < 0).any() else int(visited.sum())
+
+
+def _short(neighbors: Neighbors, reachable: int) -> bool:
+    """True where a place stayed empty although a row is there for it, and no limit is to blame."""
+    if reachable == 0:
+        return False
+    if len(neighbors.labels) == 1:
+        return bool(neighbors.labels[0, reachable - 1] < 0 and not neighbors.stopped[0])
+    return bool(((neighbors.labels[:, reachable - 1] < 0) & ~neighbors.stopped).any())
+
+
+def _dropped(found: Found, label: int, k: int) -> Found:
+    """The first k places of each row without `label`."""
+    order = np.argsort(found.labels == label, axis=1, kind="stable")[:, :k]
+    return msgspec.structs.replace(
+        found,
+        labels=np.take_along_axis(found.labels, order, axis=1),
+        distances=np.take_along_axis(found.distances, order, axis=1),
+    )
+
+
+class FieldStore:
+    """The stored fields of one shard, read by row from the mapped file."""
+
+    def __init__(self, path: Path, size: int, fields: dict[str, str]) -> None:
+        self._batches = open_batches(path, size)
+        self.table = pa.Table.from_batches(self._batches)
+        if self.table.column_names != list(fields):
+            raise ArtifactDamaged(f"{path}: holds {self.table.column_names}, expected {list(fields)}")
+        self._columns = [[batch.column(name) for name in fields] for batch in self._batches]
+        self._names = list(fields)
+
+    def of(self, labels: list[int]) -> list[dict[str, Any]]:
+        """Name -> value of each label; a null is None."""
+        found = []
+        for label in labels:
+            columns, at = self._columns[label // BATCH_ROWS], label % BATCH_ROWS
+            found.append({name: _plain(column[at]) for name, column in zip(self._names, columns, strict=True)})
+        return found
+
+
+def _plain(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError):
+        # Python's own times end at microseconds and at the year 9999.
+        return str(value)

@@ -1,0 +1,458 @@
+"""Where artifacts live, and the only file that writes them: whole or not at all, synced, renamed into place.
+
+<out>/<name>/CURRENT               one line: the version that serves
+<out>/<name>/<version>/...         a published version; never changes
+<out>/<name>/.staging-<version>/   a build at work, or what is left of one that died
+<out>/<name>/.state-<version>      how far that build is
+<out>/<name>/.trash-<version>/     a version that gc is deleting
+
+Who holds what: a builder holds an exclusive flock on its staging folder, whoever serves a version a shared one
+on the version's folder. The kernel drops both when the process dies, so what nobody holds is free to go, and
+there is nothing to clean up by hand after a crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import mmap
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vecsvc.errors import ArtifactDamaged, ConfigError, StorageError, UnknownVersion, VersionExists
+
+CURRENT: Final = "CURRENT"
+MANIFEST: Final = "manifest.json"
+STAGING: Final = ".staging-"
+TRASH: Final = ".trash-"
+STATE: Final = ".state-"
+
+_SAFE: Final = "what serves is untouched"
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_VERSION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def no_failpoint(point: str) -> None:
+    """Called before every write, sync, rename and delete with its name. Tests put a killer in its place."""
+
+
+failpoint: Callable[[str], None] = no_failpoint
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def check_name(name: str) -> str:
+    """An index name that is safe as a folder and in a URL; anything else is refused, never repaired."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"index name {name[:80]!r} must be 1 to 64 of a-z, 0-9, _ and -, and start with a letter or digit"
+        )
+    return name
+
+
+def check_version(version: str) -> str:
+    if not _VERSION.fullmatch(version):
+        raise ConfigError(
+            f"version {version[:80]!r} must be 1 to 64 letters, digits, ., _ and -, and start with a letter or digit"
+        )
+    return version
+
+
+# ----------------------------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def foreign_errors(path: Path, verb: str = "write", outcome: str = "nothing was published") -> Iterator[None]:
+    """The border where the system's errors become ours."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot {verb} {path}: {error.strerror or error}; {outcome}") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around each write of a library that writes into one of `new_file`'s files."""
+    with foreign_errors(path):
+        failpoint(f"write {path.name}")
+        yield
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that did not exist, synced when the block ends. An error inside leaves it for gc, unpublished."""
+    with foreign_errors(path):
+        failpoint(f"create {path.name}")
+        with path.open("xb") as file:
+            yield file
+            failpoint(f"write {path.name}")
+            file.flush()
+            failpoint(f"fsync {path.name}")
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def native_file(path: Path) -> Iterator[Path]:
+    """For libraries that write by path: the path to write to, synced when the block ends."""
+    with foreign_errors(path):
+        failpoint(f"create {path.name}")
+        # Libraries tell less than the system about a file that cannot be created.
+        path.open("xb").close()
+        failpoint(f"write {path.name}")
+        yield path
+        failpoint(f"fsync {path.name}")
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    with new_file(path) as file:
+        file.write(data)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Change a file's content in one step that a crash cannot split."""
+    aside = path.with_name(path.name + ".tmp")
+    delete_file(aside)
+    write_file(aside, data)
+    rename(aside, path)
+
+
+def make_folder(folder: Path) -> None:
+    """A folder and those above it, where they are missing; made durable, each in the one above it."""
+    for missing in [f for f in (*reversed(folder.parents), folder) if not f.is_dir()]:
+        with foreign_errors(missing):
+            failpoint(f"make folder {missing.name}")
+            missing.mkdir(exist_ok=True)
+        sync_folder(missing.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename and make it durable: a rename without a synced folder may be forgotten by a power cut."""
+    with foreign_errors(target):
+        failpoint(f"rename {target.name}")
+        source.rename(target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    with foreign_errors(folder, "sync", "a power cut may undo what was last renamed in it"):
+        failpoint(f"fsync folder {folder.name}")
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class ArrayWriter:
+    """Appends rows to an .npy file whose number of rows is not known before the end."""
+
+    def __init__(self, path: Path, dtype: Any, row_shape: tuple[int, ...] = ()) -> None:
+        self.path = path
+        self.rows = 0
+        self._dtype = np.dtype(dtype)
+        self._row_shape = row_shape
+        with foreign_errors(path):
+            failpoint(f"create {path.name}")
+            self._file = path.open("xb")
+            self._header_size = self._write_header()
+
+    def write(self, rows: NDArray[Any]) -> None:
+        block = np.ascontiguousarray(rows, dtype=self._dtype)
+        with foreign_errors(self.path):
+            failpoint(f"write {self.path.name}")
+            self._file.write(block.data)
+        self.rows += len(block)
+
+    def close(self) -> None:
+        with foreign_errors(self.path):
+            # NumPy's header leaves room for the first axis to grow, so it can be written again in place.
+            self._file.seek(0)
+            failpoint(f"write header {self.path.name}")
+            if self._write_header() != self._header_size:
+                raise StorageError(f"{self.path}: the header does not fit {self.rows} rows")
+            self._file.flush()
+            failpoint(f"fsync {self.path.name}")
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def abandon(self) -> None:
+        """Close without keeping what was not written: on a full disk closing fails once more."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _write_header(self) -> int:
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.rows, *self._row_shape)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        return self._file.tell()
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    writer = ArrayWriter(path, array.dtype, array.shape[1:])
+    try:
+        writer.write(array)
+        writer.close()
+    finally:
+        writer.abandon()
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+def open_array(path: Path, dtype: Any, shape: tuple[int | None, ...], *, mmap: bool = True) -> NDArray[Any]:
+    """The array of an .npy file, read-only, mapped where `mmap` allows it; None in `shape` means any length.
+
+    Nothing is unpickled. Raises ArtifactDamaged where the file does not hold what was expected.
+    """
+    try:
+        array = np.load(path, mmap_mode="r" if mmap and path.stat().st_size else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ArtifactDamaged(f"{path}: not a readable .npy file: {error}") from error
+    if array.dtype not in [np.dtype(d) for d in (dtype if isinstance(dtype, tuple) else (dtype,))]:
+        raise ArtifactDamaged(f"{path}: holds {array.dtype}, expected {dtype}")
+    if len(array.shape) != len(shape) or any(
+        want is not None and have != want for have, want in zip(array.shape, shape, strict=True)
+    ):
+        raise ArtifactDamaged(f"{path}: has shape {array.shape}, expected {shape}")
+    plain: NDArray[Any] = array.view(np.ndarray)
+    plain.flags.writeable = False
+    return plain
+
+
+def release_pages(array: NDArray[Any]) -> None:
+    """Tell the system that a mapped array's pages are not needed now: a pass over a large file stays small."""
+    base: Any = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "base", None)
+    if base is not None:
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------- locks
+
+
+class Lease:
+    """An flock on a folder. The kernel ends it with the process, however that dies."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    @classmethod
+    def take(cls, path: Path, *, exclusive: bool) -> Lease | None:
+        """None where somebody else holds it, or the file is gone or was replaced meanwhile."""
+        with foreign_errors(path, "lock", "nothing was changed"):
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
+            held = False
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                held = os.path.samestat(os.fstat(descriptor), path.stat())
+            except (BlockingIOError, FileNotFoundError):
+                pass
+            finally:
+                if not held:
+                    os.close(descriptor)
+            return cls(descriptor) if held else None
+
+    def share(self) -> None:
+        """From exclusive to shared, without a moment in between in which another could take it."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+# ---------------------------------------------------------------------------------- versions of an index
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFolder:
+    """One index in an --out folder: its versions and which of them serves."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def current(self) -> str | None:
+        """The version that serves; None where nothing was published yet."""
+        try:
+            text = (self.path / CURRENT).read_text("ascii")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArtifactDamaged(f"{self.path / CURRENT}: unreadable: {error}") from error
+        version = text.removesuffix("\n")
+        if not _VERSION.fullmatch(version):
+            raise ArtifactDamaged(f"{self.path / CURRENT}: {version[:80]!r} is no version; run vecsvc rollback")
+        return version
+
+    def versions(self) -> list[str]:
+        """Published versions, the oldest first."""
+        found = []
+        for folder in self.path.iterdir() if self.path.is_dir() else ():
+            # Another process's gc may take a version away between the listing and the look at it.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if _VERSION.fullmatch(folder.name):
+                    found.append(((folder / MANIFEST).stat().st_mtime_ns, folder.name))
+        return [name for _, name in sorted(found)]
+
+    def version(self, version: str) -> Path:
+        if version not in self.versions():
+            raise UnknownVersion(f"{self.name} has no version {version!r}; there are: {self._listed()}")
+        return self.path / version
+
+    def publish(self, staging: Path, version: str) -> None:
+        """Move a finished staging folder into place. What serves stays: `serve` comes after."""
+        target = self.path / version
+        if target.exists():
+            raise VersionExists(f"{target} exists, and a version is never written twice: choose another --version")
+        for folder in sorted((f for f in staging.rglob("*") if f.is_dir()), reverse=True):
+            sync_folder(folder)
+        sync_folder(staging)
+        rename(staging, target)
+
+    def serve(self, version: str) -> None:
+        """Point CURRENT at a published version, which gc cannot take away meanwhile."""
+        lease = Lease.take(self.version(version), exclusive=False)
+        if lease is None:
+            raise UnknownVersion(f"{self.name} {version} is just being deleted; there are: {self._listed()}")
+        try:
+            replace_file(self.path / CURRENT, f"{version}\n".encode())
+        finally:
+            lease.release()
+
+    def rollback(self, to: str | None = None) -> tuple[str, str]:
+        """Serve `to`, or the version before the one that serves. Returns (from, to)."""
+        try:
+            current = self.current()
+        except ArtifactDamaged:
+            current = None  # rolling back is also how a damaged CURRENT is mended
+        versions = self.versions()
+        if to is None:
+            older = versions[: versions.index(current)] if current in versions else versions
+            if not older:
+                raise UnknownVersion(f"{self.name} has no version before {current}; there are: {self._listed()}")
+            to = older[-1]
+        self.serve(to)
+        return current or "none", to
+
+    def gc(self, keep: int) -> list[str]:
+        """Delete all but CURRENT and the newest `keep` versions, and what dead builds left.
+
+        A version that a process serves is never touched: its folder is flocked. Returns what went.
+        """
+        current = self.current()
+        gone = []
+        self._empty_trash()  # a version of the same name may be in it since a crash
+        newest = [v for v in self.versions() if v != current]
+        for version in newest[: max(0, len(newest) - keep)]:
+            lease = Lease.take(self.path / version, exclusive=True)
+            if lease is None:
+                continue
+            try:
+                # Who puts a version to serve holds it meanwhile, so that from here on CURRENT cannot come to name it.
+                if self.current() == version:
+                    continue
+                # A version vanishes in one step, so that a crash never leaves half of one to be served.
+                rename(self.path / version, self.path / f"{TRASH}{version}")
+            finally:
+                lease.release()
+            gone.append(version)
+        self._empty_trash()
+        return gone + self.sweep()
+
+    def _empty_trash(self) -> None:
+        for folder in sorted(self.path.glob(f"{TRASH}*")):
+            delete_folder(folder)
+
+    def sweep(self) -> list[str]:
+        """Delete what builds that died left behind; the folders of living builds are flocked."""
+        gone = []
+        for folder in sorted(self.path.glob(f"{STAGING}*")):
+            lease = Lease.take(folder, exclusive=True)
+            if lease is not None:
+                try:
+                    delete_folder(folder)
+                finally:
+                    lease.release()
+                gone.append(folder.name)
+        for state in sorted(self.path.glob(f"{STATE}*")):
+            if not (self.path / state.name.replace(STATE, STAGING, 1).removesuffix(".tmp")).exists():
+                delete_file(state)
+        delete_file(self.path / f"{CURRENT}.tmp")
+        return gone
+
+    def _listed(self) -> str:
+        return ", ".join(self.versions()) or "none"
+
+
+def delete_folder(folder: Path) -> None:
+    """A folder with all that is in it; what another process deletes at the same time is no error."""
+    for root, folders, files in os.walk(folder, topdown=False):
+        for name in files:
+            delete_file(Path(root, name))
+        for name in folders:
+            _delete_empty(Path(root, name))
+    _delete_empty(folder)
+
+
+def _delete_empty(folder: Path) -> None:
+    if folder.is_symlink():
+        delete_file(folder)
+        return
+    with foreign_errors(folder, "delete", _SAFE), contextlib.suppress(FileNotFoundError):
+        failpoint(f"delete folder {folder.name}")
+        folder.rmdir()
+
+
+def delete_file(path: Path) -> None:
+    with foreign_errors(path, "delete", _SAFE):
+        failpoint(f"delete {path.name}")
+        path.unlink(missing_ok=True)
+
+
+def index_folders(directory: Path) -> list[IndexFolder]:
+    """The indexes that DIR means: itself where it is one, otherwise those in it, by name."""
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is no folder; give the --out folder of vecsvc build-index, or one index in it")
+    if _is_index(directory):
+        return [IndexFolder(directory)]
+    found = [IndexFolder(f) for f in sorted(directory.iterdir()) if _NAME.fullmatch(f.name) and _is_index(f)]
+    if not found:
+        raise ConfigError(f"{directory} holds no index; build one: vecsvc build-index CORPUS --out {directory}")
+    return found
+
+
+def _is_index(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    return (folder / CURRENT).exists() or any((f / MANIFEST).is_file() for f in folder.iterdir() if f.is_dir())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file into a staging folder, synced."""
+    with source.open("rb") as reader, new_file(target) as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
