@@ -168,10 +168,13 @@ class _Build:
         self.resumed: list[str] = []
         self._state_path = folder.path / f"{STATE}{version}"
         self._encoder: Encoder | None = None
-        make_folder(self.staging)
-        lease = Lease.take(self.staging, exclusive=True)
-        if lease is None:
-            raise VersionExists(f"version {version} is being built by another process: choose another --version")
+        lease = None
+        while lease is None:
+            make_folder(self.staging)
+            lease = Lease.take(self.staging, exclusive=True)
+            # Between the two another build may have swept it away, as one that nobody holds.
+            if lease is None and self.staging.exists():
+                raise VersionExists(f"version {version} is being built by another process: choose another --version")
         self._lease = lease
         try:
             state = _read_state(self._state_path, key)
@@ -241,6 +244,8 @@ class _Build:
                         shown(len(batch.hashes))
                 for writer in writers:
                     writer.finish()
+            # Arrow keeps what it read with for the next read, which does not come.
+            pa.default_memory_pool().release_unused()
             sizes = [writer.size for writer in writers]
             if min(sizes) == 0:
                 raise ConfigError(

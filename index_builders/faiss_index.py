@@ -9,13 +9,12 @@ import faiss as _faiss
 import numpy as np
 
 from index_builders.base import Progress
-from vecsvc.blocks import block_rows, checked_blocks
+from vecsvc.blocks import checked_blocks
 from vecsvc.config import option
 from vecsvc.distance import unit
 from vecsvc.errors import InvalidParameter
 from vecsvc.indexes.base import params_dict
 from vecsvc.indexes.faiss_index import FaissIndex, knobs, metric_type, to_gpu, translated
-from vecsvc.storage import release_pages
 from vecsvc.types import IndexSpec, Metric, StoredVectors, Vectors
 
 faiss: Any = _faiss  # its stubs know only a part of it
@@ -83,12 +82,14 @@ def _cells(index: Any) -> int:
 
 
 def _sample(vectors: StoredVectors, rows: int, metric: Metric, rng: np.random.Generator) -> Vectors:
-    """So many rows drawn without repetition, in the form that the metric feeds to faiss."""
+    """So many rows drawn without repetition, in the form that the metric feeds to faiss.
+
+    All rows are read, so that a bad one is named and not trained on.
+    """
     chosen = np.sort(rng.choice(len(vectors), rows, replace=False))
     sample = np.empty((rows, vectors.shape[1]), dtype=np.float32)
-    step = block_rows(vectors.shape[1])
-    for start in range(0, rows, step):
-        block = vectors[chosen[start : start + step]]
-        sample[start : start + step] = unit(block) if metric == "cosine" else block
-        release_pages(vectors)
+    for start, block in checked_blocks(vectors):
+        first, end = np.searchsorted(chosen, (start, start + len(block)))
+        picked = block[chosen[first:end] - start]
+        sample[first:end] = unit(picked) if metric == "cosine" else picked
     return sample

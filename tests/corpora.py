@@ -118,6 +118,8 @@ def ask(
     """One batch of questions."""
     if isinstance(query, np.ndarray):
         query = VectorQuery(np.atleast_2d(query).astype(np.float32))
+    if "params" in settings:
+        settings["params"] = tuple(settings["params"].items())
     wanted = SearchSettings(k=k, **{"timeout_ms": 30_000.0, **settings})
     return asyncio.run(engine.search_batch(name, query, wanted))
 

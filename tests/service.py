@@ -80,8 +80,9 @@ def corpora() -> dict[str, Corpus]:
             "day": dt.date(2024, 1, 1) + dt.timedelta(days=i % 90),
             "flag": None if i % 7 == 0 else i % 2 == 0,
             "lang": None if i % 11 == 0 else ("de", "en", "fr", "日本")[i % 4],
+            "made": dt.datetime(2024, 1, 31, 12) + dt.timedelta(minutes=i),
             "price": None if i % 13 == 0 else i / 8,
-            "seen": dt.datetime(2024, 1, 31, 12) + dt.timedelta(minutes=i),
+            "seen": dt.datetime(2024, 1, 31, 12, tzinfo=dt.timezone.utc) + dt.timedelta(hours=i),
             "year": 1990 + i % 35,
         }
         for i in range(400)
@@ -104,7 +105,7 @@ def corpora() -> dict[str, Corpus]:
 
     encoder = open_encoder(encoder_folder())
     found["texts"] = Corpus(
-        [f"t-{i}" for i in range(60)], encoder.encode(texts, "passage"), [{"text": text} for text in texts], "cosine"
+        [f"t-{i}" for i in range(60)], encoder.encode(texts, "passage"), [dict(sorted({**row, "text": text}.items())) for row, text in zip(fields, texts)], "cosine"
     )
     encoder.close()
     return found
@@ -126,7 +127,11 @@ def encoder_folder() -> Path:
 def index(name: str) -> Path:
     """The folder of one of the `corpora`, built on the first call; all lie in one --out folder."""
     corpus = corpora()[name]
-    options: dict[str, Any] = {"kind": GRAPH, "metric": corpus.metric, "fields": ",".join(corpus.fields[0:1] and corpus.fields[0])}
+    options: dict[str, Any] = {
+        "kind": GRAPH,
+        "metric": corpus.metric,
+        "fields": ",".join(corpus.fields[0:1] and corpus.fields[0]),
+    }
     if name in ("numbers", "large"):
         options["kind"] = "exact"
     if name == "sharded":
@@ -244,7 +249,7 @@ class Service:
 
     def log(self) -> list[dict[str, Any]]:
         """The log's lines; each must be JSON."""
-        return [json.loads(line) for line in self.log_file.read_text().splitlines()]
+        return [json.loads(line) for line in self.log_file.read_text().split("\n")[:-1]]
 
     def metrics(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         """(name, sorted labels) -> value of every sample."""

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 
 from vecsvc import __version__, indexes
 from vecsvc.catalog import Served
 from vecsvc.config import ServeSettings, field_types
-from vecsvc.filters import OPERATORS
+from vecsvc.filters import MAX_DEPTH, OPERATORS
 from vecsvc.indexes.base import module
-from vecsvc.schemas import ARROW, BINARY, JSON, ErrorAnswer
+from vecsvc.schemas import ARROW, BINARY, JSON, MAX_URL_TEXT_CHARS, ErrorAnswer
 from vecsvc.types import DEFAULT_K, INCLUDES, MAX_ABS, BatchAnswer, SearchAnswer
 
 _REF: Final = "#/components/schemas/{name}"
 
+# Settings of the service are named in braces.
 _ERRORS: Final = {
     400: "the bytes are not what they say they are",
     404: "no such index, or no such id",
-    408: "the body did not arrive in time",
-    413: "the body is too large",
+    408: "the body did not arrive within {body_timeout_s:g} s",
+    413: "the body has more than {max_body_bytes} bytes",
     415: "the body has another type, or is compressed",
     422: "well-formed, but wrong: the message names the value and what would be right",
-    429: "too many requests are in flight; try again after Retry-After",
+    429: "{max_in_flight} requests are in flight already; try again after Retry-After",
     500: "the service failed",
     503: "not ready; the message says why",
-    504: "the deadline passed",
+    504: "the deadline timeout_ms passed",
 }
+
+_MAX_FLOAT64: Final = 1.7976931348623157e308
+_MIN_FLOAT32: Final = 1.401298464324817e-45  # smaller ones become zero
+# Values become float32 before they are compared with MAX_ABS, which a little more than it still rounds down to.
+_FIRST_TOO_LARGE: Final = float(
+    (np.float64(np.float32(MAX_ABS)) + np.float64(np.nextafter(np.float32(MAX_ABS), np.float32(np.inf)))) / 2
+)
 
 
 class IndexSummary(msgspec.Struct, frozen=True):
@@ -98,12 +108,10 @@ def document(served: list[Served], settings: ServeSettings) -> dict[str, Any]:
         [SearchAnswer, BatchAnswer, ErrorAnswer, IndexList, IndexDetail, Status], ref_template=_REF
     )
     paths: dict[str, Any] = {
-        "/indexes": _get("The indexes that are served", "IndexList", "indexes", [500]),
+        "/indexes": {"get": _get("The indexes that are served", "IndexList", "indexes", [500], settings)},
         "/indexes/{name}": {
             "get": {
-                **_get("One index: what it is and what it was measured to do", "IndexDetail", "index", [404, 500, 503])[
-                    "get"
-                ],
+                **_get("What an index is and was measured to do", "IndexDetail", "index", [404, 500, 503], settings),
                 "parameters": [
                     {
                         "name": "name",
@@ -114,16 +122,13 @@ def document(served: list[Served], settings: ServeSettings) -> dict[str, Any]:
                 ],
             }
         },
-        "/livez": _get("200 while the process answers", "Status", "livez", [500]),
-        "/readyz": _get("200 where every index serves the version it should", "Status", "readyz", [500, 503]),
-        "/openapi.json": {
-            "get": {
-                "operationId": "openapi",
-                "summary": "This document",
-                "responses": {"200": {"description": "OpenAPI 3.1", "content": {JSON: {"schema": {"type": "object"}}}}},
-            }
+        "/livez": {"get": _get("200 while the process answers", "Status", "livez", [500], settings)},
+        "/readyz": {
+            "get": _get("200 where every index serves the version it should", "Status", "readyz", [500, 503], settings)
         },
+        "/openapi.json": {"get": _get("This document, OpenAPI 3.1", "Document", "openapi", [500], settings)},
     }
+    components["Document"] = {"type": "object"}
     for one in served:
         prefix = f"Search_{one.name}"
         components |= _request_schemas(prefix, one, settings)
@@ -142,18 +147,27 @@ def document(served: list[Served], settings: ServeSettings) -> dict[str, Any]:
     }
 
 
-def _get(summary: str, answer: str, operation: str, errors: Iterable[int]) -> dict[str, Any]:
-    return {"get": {"operationId": operation, "summary": summary, "responses": _responses(answer, errors)}}
+def _get(summary: str, answer: str, operation: str, errors: Iterable[int], settings: ServeSettings) -> dict[str, Any]:
+    return {"operationId": operation, "summary": summary, "responses": _responses(answer, errors, settings)}
 
 
-def _responses(answer: str, errors: Iterable[int], arrow: bool = False) -> dict[str, Any]:
+def _responses(answer: str, errors: Iterable[int], settings: ServeSettings, arrow: bool = False) -> dict[str, Any]:
     content: dict[str, Any] = {JSON: {"schema": {"$ref": _REF.format(name=answer)}}}
     if arrow:
         content[ARROW] = {"schema": {"type": "string", "format": "binary"}}
     error = {JSON: {"schema": {"$ref": _REF.format(name="ErrorAnswer")}}}
+    request_id = {"X-Request-Id": {"description": "yours, or one of ours", "schema": {"type": "string"}}}
+    retry = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
     return {
-        "200": {"description": "OK", "content": content},
-        **{str(status): {"description": _ERRORS[status], "content": error} for status in errors},
+        "200": {"description": "OK", "headers": request_id, "content": content},
+        **{
+            str(status): {
+                "description": _ERRORS[status].format_map(asdict(settings)),
+                "headers": request_id | (retry if status in (429, 503) else {}),
+                "content": error,
+            }
+            for status in errors
+        },
     }
 
 
@@ -161,13 +175,10 @@ def _search_paths(path: str, prefix: str, served: Served, settings: ServeSetting
     name = f"{prefix}_short" if not path else prefix
     dim = served.manifest.spec.dim
     errors = [400, 404, 408, 413, 415, 422, 429, 500, 503, 504]
-    single = {
-        JSON: {"schema": {"$ref": _REF.format(name=prefix)}},
-        BINARY: {"schema": {"type": "string", "format": f"float32-rows-1x{dim}", "contentMediaType": BINARY}},
-    }
+    single = {JSON: {"schema": {"$ref": _REF.format(name=prefix)}}, BINARY: _rows(f"1x{dim}", "one row")}
     batch = {
         JSON: {"schema": {"$ref": _REF.format(name=f"{prefix}_batch")}},
-        BINARY: {"schema": {"type": "string", "format": f"float32-rows-{dim}", "contentMediaType": BINARY}},
+        BINARY: _rows(str(dim), f"1 to {settings.max_batch} rows"),
     }
     paths: dict[str, Any] = {
         f"{path}/search": {
@@ -175,7 +186,7 @@ def _search_paths(path: str, prefix: str, served: Served, settings: ServeSetting
                 "operationId": name,
                 "summary": f"The rows of {served.name} nearest to a text, a vector or a row",
                 "requestBody": {"required": True, "content": single},
-                "responses": _responses("SearchAnswer", errors),
+                "responses": _responses("SearchAnswer", errors, settings),
             }
         },
         f"{path}/search/batch": {
@@ -183,7 +194,7 @@ def _search_paths(path: str, prefix: str, served: Served, settings: ServeSetting
                 "operationId": f"{name}_batch",
                 "summary": f"Many questions to {served.name} with the same settings",
                 "requestBody": {"required": True, "content": batch},
-                "responses": _responses("BatchAnswer", errors, arrow=True),
+                "responses": _responses("BatchAnswer", errors, settings, arrow=True),
             }
         },
     }
@@ -192,10 +203,17 @@ def _search_paths(path: str, prefix: str, served: Served, settings: ServeSetting
             "operationId": f"{name}_get",
             "summary": f"The rows of {served.name} nearest to a text",
             "parameters": [
-                {"name": "q", "in": "query", "required": True, "schema": _text(settings)},
+                {"name": "q", "in": "query", "required": True, "schema": _text(settings, MAX_URL_TEXT_CHARS)},
                 {"name": "k", "in": "query", "schema": _k(settings)},
                 {"name": "timeout_ms", "in": "query", "schema": _timeout(settings)},
                 {"name": "partial", "in": "query", "schema": {"type": "boolean"}},
+                {
+                    "name": "include",
+                    "in": "query",
+                    "style": "form",
+                    "explode": False,
+                    "schema": {"type": "array", "items": {"enum": list(INCLUDES)}, "minItems": 1},
+                },
                 {"name": "exact", "in": "query", "schema": {"type": "boolean"}},
                 *(
                     {"name": name, "in": "query", "schema": schema}
@@ -203,9 +221,21 @@ def _search_paths(path: str, prefix: str, served: Served, settings: ServeSetting
                     if name != "exact"
                 ),
             ],
-            "responses": _responses("SearchAnswer", [404, 422, 429, 500, 503, 504]),
+            "responses": _responses("SearchAnswer", [404, 422, 429, 500, 503, 504], settings),
         }
     return paths
+
+
+def _rows(shape: str, what: str) -> dict[str, Any]:
+    meaning = f"{what} of little-endian float32; the settings stand in the URL: ?k=10&timeout_ms=50&exact=true"
+    return {
+        "schema": {
+            "type": "string",
+            "format": f"float32-rows-{shape}",
+            "contentMediaType": BINARY,
+            "description": meaning,
+        }
+    }
 
 
 def _request_schemas(prefix: str, served: Served, settings: ServeSettings) -> dict[str, Any]:
@@ -232,16 +262,21 @@ def _request_schemas(prefix: str, served: Served, settings: ServeSettings) -> di
         "partial": {"type": "boolean", "default": False},
         "include": {"type": "array", "items": {"enum": list(INCLUDES)}, "default": []},
     }
-    filter_schema = _filter(served, settings)
     schemas: dict[str, Any] = {}
+    ref = _REF.format(name=f"{prefix}_filter")
+    filter_schema = _filter(ref, served, settings)
     if filter_schema is not None:
         schemas[f"{prefix}_filter"] = filter_schema
-        common["filter"] = {"$ref": _REF.format(name=f"{prefix}_filter")}
+        common["filter"] = {"$ref": ref}
     vector = _vector(served)
     row_id: dict[str, Any] = (
         {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
         if served.manifest.id_type == "int"
-        else {"type": "string", "maxLength": settings.max_id_bytes // 4}
+        else {
+            "type": "string",
+            "maxLength": settings.max_id_bytes,
+            "description": f"at most {settings.max_id_bytes} bytes of UTF-8",
+        }
     )
     single = {"vector": vector, "id": row_id}
     batch = {"vectors": {"type": "array", "items": vector, "minItems": 1, "maxItems": settings.max_batch}}
@@ -266,12 +301,12 @@ def _vector(served: Served) -> dict[str, Any]:
     spec = served.manifest.spec
     numbers: dict[str, Any] = {
         "type": "array",
-        "items": {"type": "number", "minimum": -MAX_ABS, "maximum": MAX_ABS},
+        "items": {"type": "number", "exclusiveMinimum": -_FIRST_TOO_LARGE, "exclusiveMaximum": _FIRST_TOO_LARGE},
         "minItems": spec.dim,
         "maxItems": spec.dim,
     }
     if spec.metric == "cosine":
-        numbers["contains"] = {"not": {"const": 0}}
+        numbers["contains"] = {"anyOf": [{"minimum": _MIN_FLOAT32}, {"maximum": -_MIN_FLOAT32}]}
         numbers["description"] = "not all zeros, which would have no direction"
     encoded = {
         "type": "object",
@@ -305,7 +340,7 @@ def _params(served: Served) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def _filter(served: Served, settings: ServeSettings) -> dict[str, Any] | None:
+def _filter(ref: str, served: Served, settings: ServeSettings) -> dict[str, Any] | None:
     """Conditions on the stored fields; None where nothing is stored that could be compared."""
     properties: dict[str, Any] = {}
     for name, column in _stored_types(served).items():
@@ -322,13 +357,15 @@ def _filter(served: Served, settings: ServeSettings) -> dict[str, Any] | None:
             properties[name] = {"oneOf": [operand, conditions]}
     if not properties:
         return None
-    conjunction = {
-        "type": "array",
-        "items": {"type": "object", "properties": dict(properties), "additionalProperties": False},
-        "minItems": 1,
-        "maxItems": 4,
+    # JSON Schema cannot count across levels, so these two bounds stand in words.
+    bounds = f"at most {settings.max_filter_nodes} conditions in all, and {MAX_DEPTH} levels of $and"
+    conjunction = {"type": "array", "items": {"$ref": ref}, "minItems": 1}
+    return {
+        "type": "object",
+        "properties": {**properties, "$and": conjunction},
+        "additionalProperties": False,
+        "description": f"all must hold; {bounds}",
     }
-    return {"type": "object", "properties": {**properties, "$and": conjunction}, "additionalProperties": False}
 
 
 def _stored_types(served: Served) -> dict[str, pa.DataType]:
@@ -337,18 +374,24 @@ def _stored_types(served: Served) -> dict[str, pa.DataType]:
 
 
 def _operand(kind: pa.DataType) -> dict[str, Any] | None:
-    if pa.types.is_dictionary(kind):
+    """What a stored value is compared with: the same words as in an answer's fields."""
+    types = pa.types
+    if types.is_dictionary(kind):
         kind = kind.value_type
-    if pa.types.is_boolean(kind):
+    if types.is_boolean(kind):
         return {"type": "boolean"}
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        return {"type": "number"}
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
+        return {"type": "number", "minimum": -_MAX_FLOAT64, "maximum": _MAX_FLOAT64}
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return {"type": "string"}
-    if pa.types.is_timestamp(kind):
-        return {"type": "string", "format": "date-time"}
-    if pa.types.is_date(kind):
+    if types.is_date(kind):
         return {"type": "string", "format": "date"}
+    if types.is_timestamp(kind) and kind.tz is not None:
+        return {"type": "string", "format": "date-time", "description": f"in {kind.unit} at the finest"}
+    if types.is_timestamp(kind):
+        return {"type": "string", "format": "date-time-local", "description": f"in {kind.unit}, without an offset"}
+    if types.is_time(kind):
+        return {"type": "string", "format": "time-local", "description": f"in {kind.unit} at the finest"}
     return None
 
 
@@ -360,5 +403,6 @@ def _timeout(settings: ServeSettings) -> dict[str, Any]:
     return {"type": "number", "minimum": 1, "maximum": settings.max_timeout_ms, "default": settings.timeout_ms}
 
 
-def _text(settings: ServeSettings) -> dict[str, Any]:
-    return {"type": "string", "minLength": 1, "maxLength": settings.max_text_chars, "pattern": r"\S"}
+def _text(settings: ServeSettings, most: int | None = None) -> dict[str, Any]:
+    longest = min(settings.max_text_chars, most or settings.max_text_chars)
+    return {"type": "string", "minLength": 1, "maxLength": longest, "pattern": r"\S"}

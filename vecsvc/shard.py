@@ -187,5 +187,10 @@ def _plain(value: pa.Scalar) -> Any:
     try:
         return value.as_py()
     except (ValueError, OverflowError):
-        # Python's own times end at microseconds and at the year 9999.
-        return str(value)
+        # Python's own times end at microseconds and at the year 9999; Arrow can spell more, one by one.
+        if pa.types.is_struct(value.type):
+            return {name: _plain(part) for name, part in value.items()}
+        if pa.types.is_nested(value.type):
+            return [_plain(part) for part in value.values]
+        text = str(value.cast(pa.string()).as_py())
+        return text.replace(" ", "T", 1) if pa.types.is_timestamp(value.type) else text

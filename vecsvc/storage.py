@@ -7,8 +7,8 @@
 <out>/<name>/.trash-<version>/     a version that gc is deleting
 
 Who holds what: a builder holds an exclusive flock on its staging folder, whoever serves a version a shared one
-on the version's folder. The kernel drops both when the process dies, so what nobody holds is free to go, and
-there is nothing to clean up by hand after a crash.
+on the version's folder, whoever changes CURRENT an exclusive one on the index's folder. The kernel drops them
+when the process dies, so what nobody holds is free to go, and there is nothing to clean up by hand after a crash.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import mmap
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ MANIFEST: Final = "manifest.json"
 STAGING: Final = ".staging-"
 TRASH: Final = ".trash-"
 STATE: Final = ".state-"
+
+TURN_WAIT_S: Final = 5.0  # changing CURRENT takes milliseconds; whoever holds it for longer is stuck
 
 _SAFE: Final = "what serves is untouched"
 
@@ -340,7 +343,21 @@ class IndexFolder:
         if lease is None:
             raise UnknownVersion(f"{self.name} {version} is just being deleted; there are: {self._listed()}")
         try:
-            replace_file(self.path / CURRENT, f"{version}\n".encode())
+            with self._turn(TURN_WAIT_S):
+                replace_file(self.path / CURRENT, f"{version}\n".encode())
+        finally:
+            lease.release()
+
+    @contextlib.contextmanager
+    def _turn(self, wait_s: float) -> Iterator[None]:
+        """One process at a time changes CURRENT: two would write the same file aside."""
+        end = time.monotonic() + wait_s
+        while (lease := Lease.take(self.path, exclusive=True)) is None:
+            if time.monotonic() >= end:
+                raise StorageError(f"cannot write {self.path / CURRENT}: another process is changing it; try again")
+            time.sleep(0.01)
+        try:
+            yield
         finally:
             lease.release()
 
@@ -402,7 +419,9 @@ class IndexFolder:
         for state in sorted(self.path.glob(f"{STATE}*")):
             if not (self.path / state.name.replace(STATE, STAGING, 1).removesuffix(".tmp")).exists():
                 delete_file(state)
-        delete_file(self.path / f"{CURRENT}.tmp")
+        if (self.path / f"{CURRENT}.tmp").exists():
+            with self._turn(TURN_WAIT_S):
+                delete_file(self.path / f"{CURRENT}.tmp")
         return gone
 
     def _listed(self) -> str:

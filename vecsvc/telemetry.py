@@ -75,7 +75,8 @@ class JsonFormatter(logging.Formatter):
         line.update(getattr(record, "data", {}))
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        # In ASCII: what requests carry into the log can neither break its lines nor speak to a terminal.
+        return json.dumps(line, default=str)
 
 
 class _NotTheClientsFault(logging.Filter):

@@ -1,0 +1,385 @@
+"""Kills builds, gc and rollback with SIGKILL at each of their failpoints, and looks at what is left.
+
+Run as a script: crash_driver.py SCENARIO FOLDER. It imports everything once and forks a child for each death,
+so that hundreds of them take seconds. Prints the failpoints as JSON; a broken promise ends it with a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Before NumPy and pyarrow start: the fewer threads there are in the parent, the less a fork can miss.
+os.environ.update({"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"})
+os.environ.update({"TOKENIZERS_PARALLELISM": "false"})
+
+import onnxruntime  # noqa: F401
+from corpora import answers, build, check_version, file_hashes, make_vectors, strays, write_corpus
+from tiny_bert import write_tiny_bert
+
+import index_builders.hnsw  # noqa: F401  what a build would import on its way
+from vecsvc import storage
+from vecsvc.errors import StorageError
+from vecsvc.storage import IndexFolder
+
+WORKERS = 2
+DIM = 16
+ROWS = 40
+QUERIES = make_vectors(4, DIM, seed=99)
+SETTINGS: dict[str, Any] = {"kind": "hnsw", "shards": 2, "fields": "label,text", "certificate_queries": 4}
+
+
+# ----------------------------------------------------------------------------------------------- processes
+
+
+def fork(work: Callable[[], None]) -> int:
+    """The id of a child that does `work` and ends with exit code 0, or 1 and a traceback."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stderr.flush()
+        os._exit(code)
+    return child
+
+
+def wait(child: int) -> int:
+    """Its exit code, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def must(work: Callable[[], None]) -> None:
+    assert wait(fork(work)) == 0, "see the traceback of the child above"
+
+
+def stopping(nth: int, signal_number: int, points: list[str] | None = None) -> Callable[[str], None]:
+    """A failpoint that sends the signal to its own process the nth time it is met."""
+    met = 0
+
+    def hook(point: str) -> None:
+        nonlocal met
+        met += 1
+        if points is not None:
+            points.append(point)
+        if met == nth:
+            os.kill(os.getpid(), signal_number)
+
+    return hook
+
+
+def at(nth: int, signal_number: int, work: Callable[[], Any]) -> Callable[[], None]:
+    def run() -> None:
+        storage.failpoint = stopping(nth, signal_number)
+        work()
+
+    return run
+
+
+def failpoints(work: Callable[[], Any], folder: Path) -> list[str]:
+    """The names of all that `work` meets, in order; it runs in a child and leaves its files."""
+    report = folder.parent / f"{folder.name}.points"
+
+    def run() -> None:
+        points: list[str] = []
+        storage.failpoint = stopping(0, 0, points)
+        work()
+        report.write_text(json.dumps(points))
+
+    must(run)
+    found: list[str] = json.loads(report.read_text())
+    return found
+
+
+def for_each(count: int, job: Callable[[int], None]) -> None:
+    """job(1) to job(count), shared out among a few workers."""
+
+    def part(worker: int) -> Callable[[], None]:
+        def run() -> None:
+            for nth in range(1 + worker, count + 1, WORKERS):
+                try:
+                    job(nth)
+                except BaseException as error:
+                    raise AssertionError(f"failpoint {nth}") from error
+
+        return run
+
+    codes = [wait(child) for child in [fork(part(worker)) for worker in range(WORKERS)]]
+    assert codes == [0] * WORKERS, "see the traceback of the worker above"
+
+
+@contextmanager
+def copied(template: Path, name: str) -> Iterator[Path]:
+    """A copy of an --out folder, times and all: they say which version is older."""
+    copy = template.parent / name
+    shutil.copytree(template, copy)
+    yield copy
+    shutil.rmtree(copy)
+
+
+# --------------------------------------------------------------------------------------------------- what is promised
+
+
+def whole_and_serving(folder: IndexFolder, version: str, expected: Any) -> None:
+    """Every published version is what was written, and the one that serves answers as expected."""
+    assert folder.current() == version, (folder.current(), version)
+    for published in folder.versions():
+        assert check_version(folder.path / published).version == published
+    assert answers(folder.path, QUERIES) == expected
+
+
+def nothing_left(folder: IndexFolder, keep: int) -> None:
+    folder.gc(keep)
+    assert strays(folder) == [], strays(folder)
+    assert len(folder.versions()) <= 1 + keep
+
+
+class World:
+    """Two corpora, and an --out folder where v1 was published, then v2, both of the first corpus."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.old, self.new = folder / "old.parquet", folder / "new.parquet"
+        self.encoder = folder / "bert"
+        self.template = folder / "template"
+        self.whole = folder / "whole"
+        report = folder / "answers.json"
+
+        def prepare() -> None:
+            write_tiny_bert(self.encoder, dim=DIM)
+            write_corpus(self.old, n=ROWS, dim=DIM, seed=1)
+            write_corpus(self.new, n=ROWS, dim=DIM, seed=2)
+            for version in ("v1", "v2"):
+                build(self.old, self.template, name="demo", version=version, **SETTINGS)
+            result = build(self.new, self.whole, name="demo", version="v3", **SETTINGS, encoder=str(self.encoder))
+            report.write_text(
+                json.dumps(
+                    [answers(self.template, QUERIES), answers(self.whole, QUERIES), file_hashes(result.manifest)]
+                )
+            )
+
+        must(prepare)
+        before, after, self.hashes = json.loads(report.read_text())
+        self.before, self.after = ([[tuple(hit) for hit in row] for row in rows] for rows in (before, after))
+        assert self.before != self.after
+
+    def build(self, out: Path, version: str = "v3", resume: bool = False, corpus: Path | None = None) -> Any:
+        source = corpus or self.new
+        settings = {"name": "demo", "encoder": str(self.encoder), "resume": resume, "version": version, **SETTINGS}
+        return build(source, out, **settings)
+
+
+# --------------------------------------------------------------------------------------------------- scenarios
+
+
+def kill_builds(world: World) -> list[str]:
+    """A build dies at each failpoint; the next one, with and without --resume, completes."""
+    with copied(world.template, "counted") as out:
+        points = failpoints(lambda: world.build(out), out)
+    serves = points.index("rename CURRENT") + 1  # a failpoint comes before its step
+    saved = [nth for nth, point in enumerate(points, 1) if point == "rename .state-v3"]
+
+    def job(nth: int) -> None:
+        with copied(world.template, f"killed-{nth}") as out:
+            folder = IndexFolder(out / "demo")
+            assert wait(fork(at(nth, signal.SIGKILL, lambda: world.build(out)))) == -signal.SIGKILL
+            resume = nth % 2 == 0
+
+            def look_and_go_on() -> None:
+                if nth > serves:
+                    whole_and_serving(folder, "v3", world.after)
+                else:
+                    whole_and_serving(folder, "v2", world.before)
+                published = "v3" in folder.versions()
+                if resume:
+                    result = world.build(out, resume=True)
+                    # What was written down as done (ingest first, then each shard's index) is not done again.
+                    steps = sum(nth > step for step in saved) - 1
+                    assert len(result.resumed) == max(0, steps) or "everything" in result.resumed[0], result.resumed
+                    assert Path(result.path).name == "v3"
+                elif published:
+                    result = world.build(out, "v4")
+                else:
+                    result = world.build(out)
+                assert file_hashes(result.manifest) == world.hashes
+                whole_and_serving(folder, Path(result.path).name, world.after)
+                nothing_left(folder, keep=nth % 3)
+                whole_and_serving(folder, Path(result.path).name, world.after)
+
+            must(look_and_go_on)
+
+    for_each(len(points), job)
+    return points
+
+
+def kill_resumed_builds(world: World) -> list[str]:
+    """A build dies, the one that resumes it dies too, the third completes."""
+    with copied(world.template, "counted") as out:
+        points = failpoints(lambda: world.build(out), out)
+    first = points.index("create manifest.json") + 1
+    with copied(world.template, "counted-2") as out:
+        wait(fork(at(first, signal.SIGKILL, lambda: world.build(out))))
+        more = failpoints(lambda: world.build(out, resume=True), out)
+    assert len(more) < len(points) / 2
+
+    def job(nth: int) -> None:
+        with copied(world.template, f"twice-{nth}") as out:
+            folder = IndexFolder(out / "demo")
+            assert wait(fork(at(first, signal.SIGKILL, lambda: world.build(out)))) == -signal.SIGKILL
+            assert wait(fork(at(nth, signal.SIGKILL, lambda: world.build(out, resume=True)))) == -signal.SIGKILL
+
+            def look_and_go_on() -> None:
+                if nth > more.index("rename CURRENT") + 1:
+                    whole_and_serving(folder, "v3", world.after)
+                else:
+                    whole_and_serving(folder, "v2", world.before)
+                result = world.build(out, resume=True)
+                assert result.resumed and file_hashes(result.manifest) == world.hashes
+                whole_and_serving(folder, "v3", world.after)
+                nothing_left(folder, keep=1)
+
+            must(look_and_go_on)
+
+    for_each(len(more), job)
+    return more
+
+
+def kill_gc(world: World) -> list[str]:
+    """gc dies at each failpoint with two old versions, a dead build and older trash before it."""
+    littered = world.folder / "littered"
+    shutil.copytree(world.template, littered)
+
+    def litter() -> None:
+        world.build(littered, "v3", corpus=world.old)
+        index = littered / "demo"
+        shutil.copytree(index / "v1", index / ".trash-v1")
+        (index / "CURRENT.tmp").write_text("v1")
+
+    must(litter)
+    in_build = failpoints(lambda: world.build(world.folder / "scratch", "dead"), world.folder / "scratch")
+    nth = in_build.index("create manifest.json")
+    assert wait(fork(at(nth, signal.SIGKILL, lambda: world.build(littered, "dead", resume=True)))) == -signal.SIGKILL
+    assert (littered / "demo" / ".staging-dead").exists() and (littered / "demo" / ".state-dead").exists()
+    with copied(littered, "counted") as out:
+        points = failpoints(lambda: IndexFolder(out / "demo").gc(0), out)
+
+    def job(nth: int) -> None:
+        with copied(littered, f"gc-{nth}") as out:
+            folder = IndexFolder(out / "demo")
+            assert wait(fork(at(nth, signal.SIGKILL, lambda: folder.gc(0)))) == -signal.SIGKILL
+
+            def look_and_go_on() -> None:
+                whole_and_serving(folder, "v3", world.before)
+                if nth % 2 and "v1" not in folder.versions():
+                    # A name that gc had begun to delete can be used again, and deleted again.
+                    world.build(out, "v1")
+                    folder.rollback("v3")
+                nothing_left(folder, keep=0)
+                assert folder.versions() == ["v3"]
+                whole_and_serving(folder, "v3", world.before)
+
+            must(look_and_go_on)
+
+    for_each(len(points), job)
+    return points
+
+
+def kill_rollback(world: World) -> list[str]:
+    """Rollback dies at each failpoint: CURRENT names the one or the other, and the next rollback works."""
+    published = world.folder / "published"
+    shutil.copytree(world.template, published)
+    must(lambda: world.build(published, "v3") and None)
+    with copied(published, "counted") as out:
+        points = failpoints(lambda: IndexFolder(out / "demo").rollback(), out)
+
+    def job(nth: int) -> None:
+        with copied(published, f"rollback-{nth}") as out:
+            folder = IndexFolder(out / "demo")
+            assert wait(fork(at(nth, signal.SIGKILL, folder.rollback))) == -signal.SIGKILL
+
+            def look_and_go_on() -> None:
+                done = nth > points.index("rename CURRENT") + 1
+                whole_and_serving(folder, *(("v2", world.before) if done else ("v3", world.after)))
+                folder.rollback("v1")
+                whole_and_serving(folder, "v1", world.before)
+                nothing_left(folder, keep=1)
+                whole_and_serving(folder, "v1", world.before)
+
+            must(look_and_go_on)
+
+    for_each(len(points), job)
+    return points
+
+
+def two_builds(world: World) -> list[str]:
+    """One build stops at a failpoint, another one of the same index runs; then the first dies or goes on."""
+    with copied(world.template, "counted") as out:
+        points = failpoints(lambda: world.build(out), out)
+    storage.TURN_WAIT_S = 0.1  # type: ignore[misc]
+    published, serves = points.index("rename v3") + 1, points.index("rename CURRENT") + 1
+    changing = range(points.index("delete CURRENT.tmp") + 1, serves + 2)  # CURRENT, until its folder is synced
+    chosen = [*range(1, 12, 2), *range(20, published - 4, 25), *range(published - 1, len(points) + 1)]
+
+    def play(nth: int, first_lives: bool, out: Path) -> None:
+        folder = IndexFolder(out / "demo")
+        staged = folder.path / ".staging-v3" / "shards"
+        first = fork(at(nth, signal.SIGSTOP, lambda: world.build(out)))
+        assert os.WIFSTOPPED(os.waitpid(first, os.WUNTRACED)[1])
+
+        def second() -> None:
+            was_staged = staged.exists()
+            try:
+                world.build(out, "v4", corpus=world.old)
+            except StorageError as error:
+                assert nth in changing and "another process is changing it" in str(error), str(error)
+                whole_and_serving(folder, *(("v3", world.after) if nth > serves else ("v2", world.before)))
+            else:
+                assert nth not in changing
+                whole_and_serving(folder, "v4", world.before)
+                folder.gc(5)
+            assert staged.exists() == was_staged, "swept a living build"
+
+        must(second)
+        os.kill(first, signal.SIGCONT if first_lives else signal.SIGKILL)
+        assert wait(first) == (0 if first_lives else -signal.SIGKILL)
+
+        def afterwards() -> None:
+            if first_lives:
+                # Who changes CURRENT last serves.
+                late = ("v4", world.before) if nth > changing[-1] else ("v3", world.after)
+            elif nth in changing:
+                late = ("v3", world.after) if nth > serves else ("v2", world.before)
+            else:
+                late = ("v4", world.before)
+            whole_and_serving(folder, *late)
+            nothing_left(folder, keep=0)
+            whole_and_serving(folder, *late)
+
+        must(afterwards)
+
+    def job(number: int) -> None:
+        nth, first_lives = chosen[(number - 1) // 2], bool(number % 2)
+        with copied(world.template, f"two-{nth}-{first_lives}") as out:
+            play(nth, first_lives, out)
+
+    for_each(2 * len(chosen), job)
+    return [points[nth - 1] for nth in chosen]
+
+
+SCENARIOS = {work.__name__: work for work in (kill_builds, kill_resumed_builds, kill_gc, kill_rollback, two_builds)}
+
+
+if __name__ == "__main__":
+    json.dump(SCENARIOS[sys.argv[1]](World(Path(sys.argv[2]))), sys.stdout)

@@ -1,0 +1,53 @@
+"""Selection and merging: ties go to the smaller label, empty places and repeats are dropped."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vecsvc.ranking import merge_top_k, pad, recall, top_k
+
+
+def distances(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
+def test_top_k_orders_by_distance_then_label() -> None:
+    labels, found = top_k(distances(3, 1, 2, 1, 1), 3)
+    assert (labels.tolist(), found.tolist()) == ([1, 3, 4], [1, 1, 1])
+    labels, _ = top_k(distances(3, 1, 2, 1, 1), 2, np.array([9, 8, 7, 6, 5]))
+    assert labels.tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("k", [1, 7, 50, 80])
+def test_top_k_is_a_stable_sort_cut_short(k: int) -> None:
+    values = np.random.default_rng(1).integers(0, 9, 50).astype(np.float32)
+    labels, found = top_k(values, k)
+    order = np.argsort(values, kind="stable")[:k]
+    np.testing.assert_array_equal(labels, order)
+    np.testing.assert_array_equal(found, values[order])
+
+
+def test_pad_fills_with_minus_one_at_infinity() -> None:
+    labels, found = pad(np.array([4]), distances(0.5), 3)
+    assert (labels.tolist(), found.tolist()) == ([4, -1, -1], [0.5, np.inf, np.inf])
+
+
+def test_merge_takes_the_best_of_all_parts_and_ties_by_row() -> None:
+    first = distances(1, 2, 3), np.array([10, 30, 50])
+    second = distances(1, 2, 4), np.array([5, 20, 40])
+    part, position = merge_top_k([first, second], 4)
+    assert list(zip(part.tolist(), position.tolist(), strict=True)) == [(1, 0), (0, 0), (1, 1), (0, 1)]
+
+
+def test_merge_drops_empty_places_and_repeated_rows() -> None:
+    first = distances(1, np.inf), np.array([7, -1])
+    second = distances(1, 2), np.array([7, 8])
+    part, position = merge_top_k([first, second], 5)
+    assert list(zip(part.tolist(), position.tolist(), strict=True)) == [(0, 0), (1, 1)]
+
+
+def test_recall_counts_ties_as_hits() -> None:
+    truth = np.stack([distances(1, 2), distances(1, 1)])
+    assert recall(truth, truth) == 1.0
+    assert recall(np.stack([distances(1, 3), distances(1, np.inf)]), truth) == 0.5
