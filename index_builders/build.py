@@ -433,15 +433,19 @@ class ShardWriter:
         self.dim = 0
         self.dtype = ""
         self._stack = contextlib.ExitStack()
-        make_folder(folder)
-        self._rows = ArrayWriter(folder / ROWS_FILE, np.int64)
         self._vectors: ArrayWriter | None = None
         self._hashes: list[NDArray[np.uint64]] = []
-        ids = pa.schema([("id", pa.int64() if corpus.id_type == "int" else pa.string())])
-        self._ids = ArrowWriter(self._stack, folder / IDS_FILE, ids)
-        self._fields = (
-            ArrowWriter(self._stack, folder / FIELDS_FILE, stored_schema(corpus)) if len(corpus.fields) else None
-        )
+        make_folder(folder)
+        self._rows = ArrayWriter(folder / ROWS_FILE, np.int64)
+        try:
+            ids = pa.schema([("id", pa.int64() if corpus.id_type == "int" else pa.string())])
+            self._ids = ArrowWriter(self._stack, folder / IDS_FILE, ids)
+            self._fields = (
+                ArrowWriter(self._stack, folder / FIELDS_FILE, stored_schema(corpus)) if len(corpus.fields) else None
+            )
+        except BaseException:
+            self.__exit__()
+            raise
 
     def write(
         self, rows: NDArray[np.int64], hashes: NDArray[np.uint64], vectors: Any, ids: pa.Array, fields: Any

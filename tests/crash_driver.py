@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {"kind": "hnsw", "shards": 2, "fields": "label,text",
 # ----------------------------------------------------------------------------------------------- processes
 
 
-def fork(work: Callable[[], None]) -> int:
+def fork(work: Callable[[], object]) -> int:
     """The id of a child that does `work` and ends with exit code 0, or 1 and a traceback."""
     sys.stdout.flush()
     child = os.fork()
@@ -61,7 +61,7 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def must(work: Callable[[], None]) -> None:
+def must(work: Callable[[], object]) -> None:
     assert wait(fork(work)) == 0, "see the traceback of the child above"
 
 
@@ -152,27 +152,21 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.old, self.new = folder / "old.parquet", folder / "new.parquet"
-        self.encoder = folder / "bert"
-        self.template = folder / "template"
-        self.whole = folder / "whole"
+        self.encoder = write_tiny_bert(folder / "bert", dim=DIM)
+        self.template, self.whole = folder / "template", folder / "whole"
         report = folder / "answers.json"
-
-        def prepare() -> None:
-            write_tiny_bert(self.encoder, dim=DIM)
-            write_corpus(self.old, n=ROWS, dim=DIM, seed=1)
-            write_corpus(self.new, n=ROWS, dim=DIM, seed=2)
-            for version in ("v1", "v2"):
-                build(self.old, self.template, name="demo", version=version, **SETTINGS)
-            result = build(self.new, self.whole, name="demo", version="v3", **SETTINGS, encoder=str(self.encoder))
-            report.write_text(
-                json.dumps(
-                    [answers(self.template, QUERIES), answers(self.whole, QUERIES), file_hashes(result.manifest)]
-                )
-            )
-
-        must(prepare)
-        before, after, self.hashes = json.loads(report.read_text())
-        self.before, self.after = ([[tuple(hit) for hit in row] for row in rows] for rows in (before, after))
+        write_corpus(self.old, n=ROWS, dim=DIM, seed=1)
+        write_corpus(self.new, n=ROWS, dim=DIM, seed=2)
+        # Built in the parent, so that what is imported and compiled on the way is there for every child.
+        threads = len(list(Path("/proc/self/task").iterdir()))
+        for version in ("v1", "v2"):
+            build(self.old, self.template, name="demo", version=version, **SETTINGS)
+        self.hashes = file_hashes(self.build(self.whole).manifest)
+        assert len(list(Path("/proc/self/task").iterdir())) == threads, "a thread would be missing after the fork"
+        asked = (self.template, self.whole)
+        must(lambda: report.write_text(json.dumps([answers(out, QUERIES) for out in asked])))
+        both = json.loads(report.read_text())
+        self.before, self.after = ([[tuple(hit) for hit in row] for row in rows] for rows in both)
         assert self.before != self.after
 
     def build(self, out: Path, version: str = "v3", resume: bool = False, corpus: Path | None = None) -> Any:
@@ -216,7 +210,7 @@ def kill_builds(world: World) -> list[str]:
                 assert file_hashes(result.manifest) == world.hashes
                 whole_and_serving(folder, Path(result.path).name, world.after)
                 nothing_left(folder, keep=nth % 3)
-                whole_and_serving(folder, Path(result.path).name, world.after)
+                assert folder.current() == check_version(Path(result.path)).version
 
             must(look_and_go_on)
 
@@ -300,7 +294,7 @@ def kill_rollback(world: World) -> list[str]:
     """Rollback dies at each failpoint: CURRENT names the one or the other, and the next rollback works."""
     published = world.folder / "published"
     shutil.copytree(world.template, published)
-    must(lambda: world.build(published, "v3") and None)
+    must(lambda: world.build(published, "v3"))
     with copied(published, "counted") as out:
         points = failpoints(lambda: IndexFolder(out / "demo").rollback(), out)
 
@@ -330,7 +324,7 @@ def two_builds(world: World) -> list[str]:
     storage.TURN_WAIT_S = 0.1  # type: ignore[misc]
     published, serves = points.index("rename v3") + 1, points.index("rename CURRENT") + 1
     changing = range(points.index("delete CURRENT.tmp") + 1, serves + 2)  # CURRENT, until its folder is synced
-    chosen = [*range(1, 12, 2), *range(20, published - 4, 25), *range(published - 1, len(points) + 1)]
+    chosen = [1, 2, 3, 5, 8, *range(20, published - 4, 25), *range(published - 1, len(points) + 1)]
 
     def play(nth: int, first_lives: bool, out: Path) -> None:
         folder = IndexFolder(out / "demo")
@@ -378,7 +372,64 @@ def two_builds(world: World) -> list[str]:
     return [points[nth - 1] for nth in chosen]
 
 
-SCENARIOS = {work.__name__: work for work in (kill_builds, kill_resumed_builds, kill_gc, kill_rollback, two_builds)}
+def announced_and_synced(world: World) -> list[str]:
+    """Every step that changes the disk comes right after its failpoint; what is renamed was synced before."""
+    out = world.folder / "looked-at"
+    verbs = {"os.mkdir": "make folder", "os.remove": "delete", "os.rmdir": "delete folder", "os.rename": "rename"}
+
+    def watch() -> None:
+        announced: list[str] = []
+        seen: list[str] = []
+        synced: dict[int, int] = {}  # inode -> when it was last changed
+        fsync = os.fsync
+
+        def recorded_fsync(descriptor: int) -> None:
+            fsync(descriptor)
+            status = os.fstat(descriptor)
+            synced[status.st_ino] = status.st_mtime_ns
+            name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+            assert announced[-1].removeprefix("fsync ").removeprefix("folder ") == name, (announced[-1], name)
+
+        def audit(event: str, arguments: tuple[Any, ...]) -> None:
+            verb = verbs.get(event)
+            if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                verb = "create"
+            if verb is None or not str(arguments[0]).startswith(str(out)):
+                return
+            source, target = str(arguments[0]), str(arguments[1] if verb == "rename" else arguments[0])
+            step = f"{verb} {target.rpartition('/')[2]}"
+            if verb == "delete" and not os.path.lexists(source):
+                return
+            seen.append(step)
+            if announced[-1] != step:
+                raise AssertionError(f"{step}: announced was {announced[-1]}")
+            if verb == "rename":
+                for path in [Path(source), *Path(source).rglob("*")]:
+                    status = path.stat()
+                    if synced.get(status.st_ino) != status.st_mtime_ns and ".trash-" not in target:
+                        raise AssertionError(f"{target} before {path} was synced")
+
+        os.fsync = recorded_fsync
+        storage.failpoint = announced.append
+        sys.addaudithook(audit)
+        for version in ("v1", "v2", "v3"):
+            world.build(out, version)
+            assert announced[-2:] == ["fsync folder demo", f"delete .state-{version}"], "CURRENT's rename is synced"
+        folder = IndexFolder(out / "demo")
+        folder.rollback()
+        assert announced[-1] == "fsync folder demo"
+        folder.gc(0)
+        (world.folder / "watched.json").write_text(json.dumps(seen))
+
+    must(watch)
+    seen: list[str] = json.loads((world.folder / "watched.json").read_text())
+    return seen
+
+
+SCENARIOS = {
+    work.__name__: work
+    for work in (kill_builds, kill_resumed_builds, kill_gc, kill_rollback, two_builds, announced_and_synced)
+}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import resource
+import signal
 import sys
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,11 +26,12 @@ from vecsvc.errors import (
     DimensionMismatch,
     InvalidParameter,
     InvalidVector,
+    StorageError,
     UnknownKind,
     UnknownParameter,
 )
 from vecsvc.indexes import base
-from vecsvc.types import METRICS, IndexSpec, Metric, Neighbors
+from vecsvc.types import METRICS, IndexSpec, Limit, Metric, Neighbors
 
 SIZE, DIM, K = 640, 16, 10
 STATES = ("built", "loaded", "mmapped")
@@ -225,6 +229,13 @@ def test_nothing_is_stopped_where_there_is_no_limit(opened: Opened) -> None:
     assert ((found.visited == -1) | (found.visited > 0)).all()
 
 
+def test_a_limit_that_has_passed_is_told_or_changes_nothing(opened: Opened) -> None:
+    found = opened.index.search(queries(), K, opened.generous, limit=Limit(deadline=time.monotonic() - 1))
+    whole = opened.index.search(queries(), K, opened.generous)
+    np.testing.assert_array_equal(found.labels[~found.stopped], whole.labels[~found.stopped])
+    assert found.stopped.all() == (opened.name == "exact")
+
+
 # -------------------------------------------------------------------------------------------------- masks
 
 
@@ -336,7 +347,7 @@ def test_k_that_is_no_positive_integer_is_refused_by_name(opened: Opened, k: Any
 
 
 def test_params_of_another_type_are_refused(opened: Opened) -> None:
-    with pytest.raises(InvalidParameter, match=f"{opened.case.kind} takes SearchParams of its own, got dict"):
+    with pytest.raises(InvalidParameter, match=f"{opened.case.kind} takes vecsvc.*SearchParams, got builtins.dict"):
         opened.index.search(queries(), K, {"ef_search": 10})
 
 
@@ -378,6 +389,25 @@ def test_one_thread_and_one_seed_give_identical_files(name: str, metric: Metric,
         build(name, metric, data(), seed=5).save(tmp_path / folder)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert files(tmp_path / "one") or name == "exact"
+
+
+@pytest.mark.parametrize("missing", [1, 5000])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "exact"])
+def test_a_disk_that_fills_up_is_noticed_to_the_last_byte(name: str, missing: int, tmp_path: Path) -> None:
+    for folder in ("whole", "cut"):
+        (tmp_path / folder).mkdir()
+    index = _built(name, "l2")
+    index.save(tmp_path / "whole")
+    largest = max(len(content) for content in files(tmp_path / "whole").values())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - missing, hard))
+        with pytest.raises(StorageError, match=r"cannot write .*; nothing was published"):
+            index.save(tmp_path / "cut")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
 
 
 @pytest.mark.parametrize(("name", "metric"), BUILDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vecsvc import indexes
 from vecsvc.distance import exact_distances
 from vecsvc.errors import ArtifactDamaged, ArtifactUnfit, InvalidParameter
 from vecsvc.indexes import kd_tree
-from vecsvc.types import METRICS, Metric
+from vecsvc.types import METRICS, Limit, Metric
 
 RNG = np.random.default_rng(8)
 VECTORS = (RNG.standard_normal((900, 6)) * 10.0 ** RNG.uniform(-2, 2, (900, 1))).astype(np.float32)
@@ -47,6 +48,14 @@ def test_ties_that_run_on_are_settled_by_comparing_all(metric: Metric) -> None:
     vectors = np.concatenate([VECTORS[:200], np.repeat(VECTORS[:1], 100, axis=0), np.zeros((30, 6), dtype=np.float32)])
     found = check(build(vectors, metric), vectors, VECTORS[:3] * np.float32(2), 10)
     assert metric == "ip" or found.visited[0] == len(vectors)
+
+
+def test_a_limit_leaves_ties_unsettled_and_says_so() -> None:
+    vectors = np.concatenate([VECTORS[:200], np.repeat(VECTORS[:1], 100, axis=0)])
+    found = build(vectors).search(VECTORS[:2], 10, limit=Limit(deadline=time.monotonic() - 1))
+    assert found.stopped.tolist() == [True, False]
+    assert (found.labels >= 0).all()
+    assert (found.distances[0] == 0).all()
 
 
 def test_a_zero_query_ties_with_everything_under_ip() -> None:

@@ -154,7 +154,8 @@ def _get(summary: str, answer: str, operation: str, errors: Iterable[int], setti
 def _responses(answer: str, errors: Iterable[int], settings: ServeSettings, arrow: bool = False) -> dict[str, Any]:
     content: dict[str, Any] = {JSON: {"schema": {"$ref": _REF.format(name=answer)}}}
     if arrow:
-        content[ARROW] = {"schema": {"type": "string", "format": "binary"}}
+        meaning = "a row per hit: query, rank, id, score, distance; the rest in the schema's metadata `vecsvc`, as JSON"
+        content[ARROW] = {"schema": {"type": "string", "format": "binary", "description": meaning}}
     error = {JSON: {"schema": {"$ref": _REF.format(name="ErrorAnswer")}}}
     request_id = {"X-Request-Id": {"description": "yours, or one of ours", "schema": {"type": "string"}}}
     retry = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
@@ -380,7 +381,9 @@ def _operand(kind: pa.DataType) -> dict[str, Any] | None:
         kind = kind.value_type
     if types.is_boolean(kind):
         return {"type": "boolean"}
-    if types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
+    if types.is_integer(kind):
+        return {"type": "number"}
+    if types.is_floating(kind) or types.is_decimal(kind):
         return {"type": "number", "minimum": -_MAX_FLOAT64, "maximum": _MAX_FLOAT64}
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return {"type": "string"}

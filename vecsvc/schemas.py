@@ -18,6 +18,7 @@ from msgspec import UNSET, Struct, UnsetType
 from vecsvc import filters
 from vecsvc.config import ServeSettings
 from vecsvc.errors import InvalidRequest, MalformedRequest
+from vecsvc.ids import IdType
 from vecsvc.types import (
     DEFAULT_K,
     INCLUDES,
@@ -360,19 +361,24 @@ def encode(answer: Any) -> bytes:
     return _encoder.encode(answer)
 
 
-def encode_arrow(answer: BatchAnswer | SearchAnswer) -> bytes:
-    """An Arrow IPC stream with a row per hit: query, rank, id, score, distance."""
+def encode_arrow(answer: BatchAnswer | SearchAnswer, id_type: IdType | None = None) -> bytes:
+    """An Arrow IPC stream with a row per hit: query, rank, id, score, distance.
+
+    The rest of the answer is in the schema's metadata, `vecsvc`, as JSON. Without `id_type` the hits tell it.
+    """
     lists = answer.results if isinstance(answer, BatchAnswer) else [answer.results]
     hits = [(i, rank, hit) for i, found in enumerate(lists) for rank, hit in enumerate(found)]
     ids = [hit.id for _, _, hit in hits]
+    whole = id_type == "int" or (id_type is None and bool(ids) and isinstance(ids[0], int))
     table = pa.record_batch(
         {
             "query": pa.array([i for i, _, _ in hits], pa.int32()),
             "rank": pa.array([rank for _, rank, _ in hits], pa.int32()),
-            "id": pa.array(ids, pa.int64() if ids and isinstance(ids[0], int) else pa.string()),
+            "id": pa.array(ids, pa.int64() if whole else pa.string()),
             "score": pa.array([hit.score for _, _, hit in hits], pa.float32()),
             "distance": pa.array([hit.distance for _, _, hit in hits], pa.float32()),
-        }
+        },
+        metadata={"vecsvc": encode(msgspec.structs.replace(answer, results=[]))},
     )
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:

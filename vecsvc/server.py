@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import itertools
 import logging
@@ -42,7 +43,7 @@ from vecsvc.errors import (
 )
 from vecsvc.storage import index_folders
 from vecsvc.telemetry import METRICS_CONTENT_TYPE, Metrics, configure_logging
-from vecsvc.types import Query, SearchSettings
+from vecsvc.types import BatchAnswer, Query, SearchSettings
 
 log: Final = logging.getLogger("vecsvc.server")
 
@@ -248,7 +249,9 @@ class Service:
             query, settings = self._binary(name, body, request)
         answer = await self.engine.search_batch(name, query, settings)
         arrow = schemas.ARROW in request.headers.get(hdrs.ACCEPT, "")
-        encode = schemas.encode_arrow if arrow else schemas.encode
+        encode: Callable[[BatchAnswer], bytes] = schemas.encode
+        if arrow:
+            encode = functools.partial(schemas.encode_arrow, id_type=self.catalog.get(name).manifest.id_type)
         # So many hits take long enough to encode to hold up the event loop.
         long = settings.k * len(answer.results) > INLINE_HITS
         data = await self.engine.in_thread(lambda: encode(answer)) if long else encode(answer)

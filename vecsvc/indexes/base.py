@@ -134,7 +134,8 @@ def check_search(spec: IndexSpec, queries: Vectors, k: int, params: Any, expecte
     if params is None:
         params = expected()
     elif type(params) is not expected:
-        raise InvalidParameter(f"{spec.kind} takes {expected.__qualname__} of its own, got {type(params).__name__}")
+        given = f"{type(params).__module__}.{type(params).__name__}"
+        raise InvalidParameter(f"{spec.kind} takes {expected.__module__}.{expected.__name__}, got {given}")
     if allowed is not None and (allowed.dtype != np.bool_ or allowed.shape != (spec.size,)):
         raise InvalidParameter(f"allowed has shape {allowed.shape} of {allowed.dtype}, expected ({spec.size},) of bool")
     return params

@@ -19,11 +19,11 @@ import numpy as np
 
 from vecsvc.config import option
 from vecsvc.distance import unit
-from vecsvc.errors import ArtifactDamaged, BackendMissing, InvalidParameter, StorageError, UnknownParameter, VecsvcError
+from vecsvc.errors import ArtifactDamaged, BackendMissing, InvalidParameter, UnknownParameter, VecsvcError
 from vecsvc.exact_search import ExactSearch, nearest
 from vecsvc.indexes.base import check_search, empty, padded
 from vecsvc.ranking import pad
-from vecsvc.storage import native_file
+from vecsvc.storage import new_file
 from vecsvc.types import Distances, IndexSpec, Labels, Limit, Mask, Metric, Neighbors, StoredVectors, Vectors
 
 faiss: Any = _faiss  # its stubs know only a part of it
@@ -58,6 +58,9 @@ class SearchParams:
     k_factor: int | None = option(
         None, "candidates an answer that codes bring for exact comparison: more gives better recall", low=1, high=1000
     )
+
+
+_SETTINGS: Final = tuple(field.name for field in dataclasses.fields(SearchParams))
 
 
 def load(directory: Path, spec: IndexSpec, *, vectors: StoredVectors, mmap: bool, device: str) -> FaissIndex:
@@ -108,7 +111,7 @@ class FaissIndex:
         faiss does not tell how many vectors it compared. Raises UnknownParameter.
         """
         settings: SearchParams = check_search(self.spec, queries, k, params, SearchParams, allowed)
-        given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+        given = {name: value for name in _SETTINGS if (value := getattr(settings, name)) is not None}
         for name in given:
             if name not in self._known:
                 known = ", ".join(self._known) or "no settings"
@@ -146,13 +149,10 @@ class FaissIndex:
 
     def save(self, directory: Path) -> None:
         """Always in its form for the CPU, so that a machine without a GPU can read it."""
-        path = directory / FILE
         index = faiss.index_gpu_to_cpu(self._index) if self._on_gpu else self._index
-        with native_file(path):
-            try:
-                faiss.write_index(index, str(path))
-            except RuntimeError as error:
-                raise StorageError(f"cannot write {path}: {reason(error)}; nothing was published") from error
+        with new_file(directory / FILE) as file:
+            # faiss' own files do not notice where the last bytes no longer fit on the disk; Python's do.
+            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
 
     def close(self) -> None:
         """Nothing to close: memory goes with the last reference, so that searches in flight end undisturbed."""

@@ -113,10 +113,10 @@ class KdTreeIndex:
             if ask < self.spec.size and distances[-1] >= beyond[i]:
                 # Equally near vectors go on beyond what was asked for: only comparing all settles it.
                 exact = self._exact.search(queries[i : i + 1], k, limit=limit)
-                answer.labels[i], answer.distances[i] = exact.labels[0], exact.distances[0]
-                answer.visited[i], answer.stopped[i] = exact.visited[0], exact.stopped[0]
-            else:
-                answer.labels[i], answer.distances[i] = pad(labels, distances, k)
+                answer.stopped[i] = exact.stopped[0]
+                if not exact.stopped[0]:
+                    labels, distances, answer.visited[i] = exact.labels[0], exact.distances[0], exact.visited[0]
+            answer.labels[i], answer.distances[i] = pad(labels, distances, k)
         return answer
 
     def _least_beyond(self, reached: Lengths, lengths: Lengths) -> Distances:
