@@ -33,7 +33,7 @@ PEAK = """
 import json, sys
 from pathlib import Path
 import numpy, pyarrow.parquet, hnswlib, faiss, sklearn.neighbors
-from index_builders.build import build_index
+from index_builders.pipeline import build_index
 import index_builders.hnsw, index_builders.faiss_index, index_builders.exact
 from vecsvc.config import BuildSettings
 def status(name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from index_builders.build import BuildResult, build_index
+from index_builders.pipeline import BuildResult, build_index
 from vecsvc.catalog import Catalog
 from vecsvc.config import BuildSettings, ServeSettings
 from vecsvc.engine import Engine
@@ -22,6 +23,11 @@ from vecsvc.manifest import Manifest, check_files, read_manifest
 from vecsvc.storage import IndexFolder
 from vecsvc.telemetry import Metrics
 from vecsvc.types import BatchAnswer, Id, Query, SearchSettings, VectorQuery
+
+# hnswlib needs a compiler to be installed; the promises of a graph hold without it, for faiss' own.
+HAS_HNSWLIB = importlib.util.find_spec("hnswlib") is not None
+GRAPH, GRAPH_FILE = ("hnsw", "hnsw.bin") if HAS_HNSWLIB else ("faiss", "faiss.index")
+KINDS = ("exact", "kd_tree", "faiss", *(("hnsw",) if HAS_HNSWLIB else ()))
 
 WORDS = ("red", "green", "blue", "cat", "tree", "house", "water", "fire", "stone", "music", "river", "cloud")
 EPOCH_US = 1_700_000_000_000_000

@@ -33,7 +33,7 @@ from corpora import (
 from tiny_bert import write_tiny_bert
 
 from index_builders import base, certify
-from index_builders import build as build_module
+from index_builders import pipeline as build_module
 from index_builders.corpus import Corpus
 from vecsvc import indexes, storage
 from vecsvc.encoders.onnx import open_encoder

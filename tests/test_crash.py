@@ -17,7 +17,7 @@ import pytest
 from corpora import answers, build, check_version, current_version, file_hashes, make_vectors, strays, write_corpus
 
 from vecsvc import storage
-from vecsvc.errors import StorageError
+from vecsvc.errors import StorageError, UnknownVersion
 from vecsvc.storage import IndexFolder
 
 
@@ -92,6 +92,42 @@ def test_a_rollback_killed_at_any_step_serves_the_one_or_the_other(fast: Path) -
 
 def test_two_builds_at_once_disturb_each_other_at_no_step_dead_or_alive(fast: Path) -> None:
     assert {"make folder .staging-v3", "rename v3", "rename CURRENT"} <= set(run("two_builds", fast))
+
+
+@pytest.mark.parametrize("how", ["build", "rollback"])
+def test_gc_leaves_a_version_that_was_put_to_serve_after_it_looked_at_current(
+    fast: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    corpus = write_corpus(fast / "demo.parquet", n=20)
+    folder = IndexFolder(fast / "out" / "demo")
+    for version in ("v1", "v2"):
+        build(corpus, fast / "out", version=version)
+    versions = IndexFolder.versions
+
+    def listed(index: IndexFolder) -> list[str]:
+        monkeypatch.setattr(IndexFolder, "versions", versions)
+        build(corpus, fast / "out", version="v3") if how == "build" else folder.rollback("v1")
+        return versions(index)
+
+    monkeypatch.setattr(IndexFolder, "versions", listed)
+    folder.gc(0)
+    assert current_version(folder).version == ("v3" if how == "build" else "v1")
+
+
+def test_a_version_that_gc_has_taken_cannot_be_put_to_serve(fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = write_corpus(fast / "demo.parquet", n=20)
+    folder = IndexFolder(fast / "out" / "demo")
+    for version in ("v1", "v2"):
+        build(corpus, fast / "out", version=version)
+
+    def meanwhile(point: str) -> None:
+        if point == "rename .trash-v1":
+            with pytest.raises(UnknownVersion, match="v1 is just being deleted"):
+                folder.rollback("v1")
+
+    monkeypatch.setattr(storage, "failpoint", meanwhile)
+    assert folder.gc(0) == ["v1"]
+    assert current_version(folder).version == "v2"
 
 
 # ----------------------------------------------------------------------------------- failing, not dying

@@ -42,7 +42,7 @@ NOT_OF_REQUESTS = {
     "log",
 }
 
-HOOKS = r'''
+HOOKS = r"""
 import base64, collections, json, os, struct
 
 import schemathesis
@@ -90,7 +90,7 @@ def after_call(context, case, response):
     SEEN[f"{case.method} {case.path} {case.media_type} {response.status_code}"] += 1
     with open(os.environ["SEEN"], "w") as file:
         json.dump(SEEN, file)
-'''
+"""
 
 # 504 is how the service keeps timeout_ms, which starts at 1 ms; every other 5xx is a failure.
 CONFIG = """

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 from service import BINARY, DIM, GRAPH, JSON, Corpus, Reply, Service, corpora
 
-from vecsvc import indexes
 from vecsvc.catalog import Served
 from vecsvc.config import ServeSettings
 from vecsvc.server import Service as Handlers
@@ -64,7 +63,8 @@ def encode(text: str) -> NDArray[np.float32]:
 
     encoder = open_encoder(service.encoder_folder())
     try:
-        return encoder.encode([text], "query")[0]
+        found: NDArray[np.float32] = encoder.encode([text], "query")[0]
+        return found
     finally:
         encoder.close()
 
@@ -214,9 +214,15 @@ FILTERS: list[tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = [
     ({"made": "2024-01-31T13:30:00"}, lambda row: row["made"] == NOON),
     ({"seen": {"$gte": "2024-02-03T12:00:00Z"}}, at_least("seen", UTC_NOON)),
     ({"seen": {"$gte": "2024-02-03T17:30:00+05:30"}}, at_least("seen", UTC_NOON)),
-    ({"$and": [{"year": {"$gte": 2000}}, {"$and": [{"flag": True}]}]}, lambda r: r["year"] >= 2000 and r["flag"] is True),
-    ({"lang": "en", "flag": False, "year": {"$ne": 2000}}, lambda r: r["lang"] == "en" and r["flag"] is False and r["year"] != 2000),
-]  # fmt: skip
+    (
+        {"$and": [{"year": {"$gte": 2000}}, {"$and": [{"flag": True}]}]},
+        lambda r: r["year"] >= 2000 and r["flag"] is True,
+    ),
+    (
+        {"lang": "en", "flag": False, "year": {"$ne": 2000}},
+        lambda r: r["lang"] == "en" and r["flag"] is False and r["year"] != 2000,
+    ),
+]
 
 
 @pytest.mark.parametrize(("filter", "keep"), FILTERS, ids=[json.dumps(f, ensure_ascii=False) for f, _ in FILTERS])
@@ -583,7 +589,7 @@ def test_a_wrong_get_is_422_and_says_what_would_be_right(texts: Service, path: s
 
 
 def test_the_longest_text_fits_into_a_url_however_it_is_written(texts: Service) -> None:
-    for letter in ("a", "é", "日", "𝔘"):
+    for letter in ("a", "é", "日", "\U0001d518"):
         assert len(texts.get(f"/search?q={urllib.parse.quote(letter * 2000)}&k=1").results) == 1
 
 
@@ -753,7 +759,7 @@ def test_too_many_at_once_are_429_with_retry_after() -> None:
     import threading
 
     slow = "import time; from vecsvc.shard import Shard; search = Shard.search\n"
-    slow += "Shard.search = lambda *a, **k: (time.sleep(0.5), search(*a, **k))[1]"
+    slow += "Shard.search = lambda *a, **k: (time.sleep(0.3), search(*a, **k))[1]"
     with service.running(service.index("texts"), slow, max_in_flight=1) as running:
         first: list[Reply] = []
         thread = threading.Thread(target=lambda: first.append(running.post("/search", {"id": "t-1"})))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,12 +17,25 @@ from vecsvc.errors import ArtifactDamaged, ArtifactUnfit, EncoderMismatch, NotRe
 from vecsvc.manifest import Manifest, check_files, read_manifest
 from vecsvc.shard import Shard
 from vecsvc.storage import MANIFEST, IndexFolder, Lease, index_folders
-from vecsvc.types import ServedIndex
+from vecsvc.types import SearchSettings, ServedIndex
 
 log: Final = logging.getLogger("vecsvc.catalog")
 
 ENCODER_FOLDER: Final = "encoder"
-MAX_PARAMS: Final = 256  # settings remembered as checked; past that all are checked anew
+MAX_PLANS: Final = 512  # settings remembered; past that all are forgotten and learnt anew
+
+
+class Plan:
+    """The kind's search settings, and the measured seconds of one question; None until one was measured."""
+
+    __slots__ = ("params", "seconds")
+
+    def __init__(self, params: Any) -> None:
+        self.params = params
+        self.seconds: float | None = None
+
+    def learn(self, seconds: float) -> None:
+        self.seconds = seconds if self.seconds is None else 0.9 * self.seconds + 0.1 * seconds
 
 
 class Served:
@@ -43,7 +54,7 @@ class Served:
         self.id = ServedIndex(folder.name, version)
         self._lease = lease
         self._users = 0
-        self._params: dict[tuple[tuple[str, int], ...], Any] = {}  # checked before, by what was asked for
+        self._plans: dict[SearchSettings, Plan] = {}
         self._retired = False
         self._lock = threading.Lock()
         self.shards: list[Shard] = []
@@ -81,38 +92,29 @@ class Served:
                 if manifest.metric != "cosine" or query.any():
                     shard.search(query, min(10, shard.size), self.params)
 
-    def search_params(self, values: tuple[tuple[str, int], ...]) -> Any:
-        """The kind's search settings: these over the ones that the index was certified with."""
-        if not values:
-            return self.params
-        found = self._params.get(values)
+    def plan(self, settings: SearchSettings) -> Plan:
+        """What these settings mean for this version, and what a question with them costs.
+
+        Raises UnknownParameter or InvalidParameter.
+        """
+        if settings.conditions:
+            return Plan(self._search_params(settings.params))
+        found = self._plans.get(settings)
         if found is None:
-            found = indexes.search_params(self.manifest.spec.kind, **{**self.manifest.search, **dict(values)})
-            if len(self._params) >= MAX_PARAMS:
-                self._params.clear()
-            self._params[values] = found
+            found = Plan(self._search_params(settings.params))
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            self._plans[settings] = found
         return found
 
-    @contextmanager
-    def used(self) -> Iterator[Served]:
-        """Keeps the version open for the length of the block."""
-        self.retain()
-        try:
-            yield self
-        finally:
-            self.release()
+    def _search_params(self, values: tuple[tuple[str, int], ...]) -> Any:
+        if not values:
+            return self.params
+        return indexes.search_params(self.manifest.spec.kind, **{**self.manifest.search, **dict(values)})
 
     def retain(self) -> None:
         with self._lock:
             self._users += 1
-
-    def try_retain(self) -> bool:
-        """Keep the version open, unless it was retired and may be closed already."""
-        with self._lock:
-            if self._retired:
-                return False
-            self._users += 1
-            return True
 
     def release(self) -> None:
         with self._lock:
@@ -170,7 +172,7 @@ class Catalog:
         self._directory = directory
         self._settings = settings
         self._served: dict[str, Served] = {}
-        self._failed: dict[str, str] = {}  # index -> version that could not be opened
+        self._failed: dict[str, tuple[str, str]] = {}  # index -> version that could not be opened, and why
         self._refreshing = threading.Lock()
         self.problems: dict[str, str] = {"vecsvc": "nothing is loaded yet"}
 
@@ -193,13 +195,6 @@ class Catalog:
         if name in self.problems:
             raise NotReady(f"index {name!r} is not ready: {self.problems[name]}")
         raise UnknownIndex(f"no index {name[:80]!r}; served are: {', '.join(self.names()) or 'none'}")
-
-    def acquire(self, name: str | None) -> Served:
-        """As `get`, and kept open: a swap between looking up and keeping is not noticed. `release` it."""
-        while True:
-            served = self.get(name)
-            if served.try_retain():
-                return served
 
     def problem(self) -> str:
         """Why the service is not ready; empty where it is."""
@@ -237,19 +232,21 @@ class Catalog:
         if before is not None and before.version == version:
             self._failed.pop(folder.name, None)
             return False
-        if self._failed.get(folder.name) == version and not again:
-            raise ArtifactUnfit(self.problems.get(folder.name, f"version {version} could not be opened"))
+        failed, why = self._failed.get(folder.name, ("", ""))
+        if failed == version and not again:
+            raise ArtifactUnfit(why)
         try:
             served = Served(folder, version, self._settings)
         except VecsvcError as error:
-            self._failed[folder.name] = version
+            self._failed[folder.name] = (version, str(error))
             log.error("cannot serve", extra={"data": {"index": folder.name, "version": version, "why": str(error)}})
             raise
         except Exception as error:
             # A bug of ours or of a library: the others still serve, and /readyz says why this one does not.
-            self._failed[folder.name] = version
+            why = f"{folder.path / version}: {type(error).__name__}: {error}"
+            self._failed[folder.name] = (version, why)
             log.exception("cannot serve", extra={"data": {"index": folder.name, "version": version}})
-            raise ArtifactUnfit(f"{folder.path / version}: {type(error).__name__}: {error}") from error
+            raise ArtifactUnfit(why) from error
         self._failed.pop(folder.name, None)
         self._served = {**self._served, folder.name: served}
         if before is not None:

@@ -98,7 +98,7 @@ def build_index(
 
     CORPUS is a Parquet file, a folder or a glob, local or s3://, with a column of ids and one of vectors or texts.
     """
-    from index_builders.build import build_index as build
+    from index_builders.pipeline import build_index as build
 
     result = build(corpus, _read(BuildSettings, "build", flags, settings), _pairs(params), resume=resume)
     if as_json:

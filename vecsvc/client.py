@@ -62,6 +62,13 @@ def _question(
     return {"text": text, "vector": None if vector is None else _vector(vector), "id": id, "k": k, **rest}
 
 
+def _questions(
+    texts: Sequence[str] | None, vectors: ArrayLike | None, k: int, rest: Mapping[str, Any]
+) -> dict[str, Any]:
+    rows = None if vectors is None else [_vector(row) for row in np.asarray(vectors)]
+    return {"texts": texts, "vectors": rows, "k": k, **rest}
+
+
 class Client:
     """One keep-alive connection; not for several threads at once.
 
@@ -88,10 +95,12 @@ class Client:
         params: Mapping[str, Any] | None = None,
         rerank: Mapping[str, Any] | None = None,
         timeout_ms: float | None = None,
+        partial: bool | None = None,
         include: Sequence[Include] | None = None,
     ) -> SearchAnswer:
         """The k rows nearest to a text, a vector (dim,) or a row's id."""
-        rest = {"filter": filter, "params": params, "rerank": rerank, "timeout_ms": timeout_ms, "include": include}
+        rest: dict[str, Any] = {"filter": filter, "params": params, "rerank": rerank}
+        rest |= {"timeout_ms": timeout_ms, "partial": partial, "include": include}
         return self._call("POST", _path(index, "/search"), SearchAnswer, _question(text, vector, id, k, rest))
 
     def search_batch(
@@ -103,11 +112,15 @@ class Client:
         index: str | None = None,
         filter: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
+        rerank: Mapping[str, Any] | None = None,
+        timeout_ms: float | None = None,
+        partial: bool | None = None,
+        include: Sequence[Include] | None = None,
     ) -> BatchAnswer:
         """The k rows nearest to each text, or to each of the vectors (n, dim)."""
-        rows = None if vectors is None else [_vector(row) for row in np.asarray(vectors)]
-        question = {"texts": texts, "vectors": rows, "k": k, "filter": filter, "params": params}
-        return self._call("POST", _path(index, "/search/batch"), BatchAnswer, question)
+        rest: dict[str, Any] = {"filter": filter, "params": params, "rerank": rerank}
+        rest |= {"timeout_ms": timeout_ms, "partial": partial, "include": include}
+        return self._call("POST", _path(index, "/search/batch"), BatchAnswer, _questions(texts, vectors, k, rest))
 
     def indexes(self) -> list[dict[str, Any]]:
         """What is served: name, version, kind, metric, dim, size, shards, fields, encoder."""
@@ -181,22 +194,42 @@ class AsyncClient:
         **rest: Any,
     ) -> BatchAnswer:
         """As Client.search_batch; `rest` are its other settings."""
-        rows = None if vectors is None else [_vector(row) for row in np.asarray(vectors)]
-        question = {"texts": texts, "vectors": rows, "k": k, **rest}
+        question = _questions(texts, vectors, k, rest)
         return await self._call("POST", _path(index, "/search/batch"), BatchAnswer, question)
 
-    async def _call(self, method: str, path: str, kind: type[T], question: Mapping[str, Any]) -> T:
+    async def indexes(self) -> list[dict[str, Any]]:
+        """As Client.indexes."""
+        listed: list[dict[str, Any]] = (await self._call("GET", "/indexes", dict[str, Any]))["indexes"]
+        return listed
+
+    async def ready(self) -> bool:
+        try:
+            await self._call("GET", "/readyz", dict[str, Any])
+        except ServiceError:
+            return False
+        return True
+
+    async def _call(self, method: str, path: str, kind: type[T], question: Mapping[str, Any] | None = None) -> T:
+        try:
+            try:
+                status, data = await self._ask(method, path, question)
+            except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+                if isinstance(error, aiohttp.ClientConnectorError):
+                    raise
+                # The service closed the idle connection; a search may be asked twice.
+                status, data = await self._ask(method, path, question)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ServiceError(f"no answer from {self._url}: {str(error) or type(error).__name__}") from error
+        return _decode(status, data, kind)
+
+    async def _ask(self, method: str, path: str, question: Mapping[str, Any] | None) -> tuple[int, bytes]:
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=self._max_connections)
             self._session = aiohttp.ClientSession(timeout=self._timeout, connector=connector)
-        try:
-            async with self._session.request(
-                method, self._url + path, data=_body(question), headers={"Content-Type": JSON}
-            ) as response:
-                data = await response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise ServiceError(f"no answer from {self._url}: {error or type(error).__name__}") from error
-        return _decode(response.status, data, kind)
+        body = None if question is None else _body(question)
+        headers = {} if body is None else {"Content-Type": JSON}
+        async with self._session.request(method, self._url + path, data=body, headers=headers) as response:
+            return response.status, await response.read()
 
     async def close(self) -> None:
         if self._session is not None:

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from vecsvc import indexes
-from vecsvc.catalog import Catalog, Served
+from vecsvc.catalog import Catalog, Plan, Served
 from vecsvc.config import ServeSettings
 from vecsvc.distance import check_vector, score
 from vecsvc.errors import (
@@ -48,10 +48,13 @@ from vecsvc.types import (
 
 T = TypeVar("T")
 
-# Costs of so many different kinds of question are remembered; past that all are forgotten and learnt anew.
-MAX_COSTS: Final = 512
 # Who takes a part of the answer waits so much beyond the deadline for the search to notice it and stop.
 PARTIAL_GRACE_S: Final = 0.05
+# What an answer may take in memory, by estimate: a hit, a stored field of it, and a value of its vector.
+MAX_ANSWER_BYTES: Final = 1 << 28
+_HIT_BYTES: Final = 256
+_FIELD_BYTES: Final = 256
+_VALUE_BYTES: Final = 32
 
 
 @dataclass(slots=True)
@@ -80,10 +83,7 @@ class Engine:
         self._threads = threads
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="vecsvc-search")
         self._in_flight = 0
-        # What kind of question costs how many seconds. A hop to a thread and back costs some 25 µs, which is
-        # a quarter of a graph search; a long search in the event loop costs everybody. So a question goes to a
-        # thread until its like was measured to be short, and again when it turns out long.
-        self._costs: dict[object, float] = {}
+        self._inline_s = settings.inline_ms / 1e3
 
     async def search(self, name: str | None, query: Query, settings: SearchSettings) -> SearchAnswer:
         """Answer one question. Raises what errors.py lists under RequestError and ServiceError."""
@@ -102,19 +102,21 @@ class Engine:
         work = _Work(self, served)
         try:
             search = _Search(served, query, settings, clock, self._threads)
-            key = search.cost_key()
-            if key is not None and self._costs.get(key, 1.0) * 1e3 <= self._settings.inline_ms:
+            measurable, seconds = search.measurable, search.plan.seconds
+            # A hop to a thread and back costs more than a search of a graph; a long search in the event loop
+            # costs everybody. So a question goes to a thread until its like was measured to be short.
+            if measurable and seconds is not None and seconds <= self._inline_s:
                 answer = search.run()
             else:
                 answer = await self._in_thread(work, search.run, clock, PARTIAL_GRACE_S if settings.partial else 0.0)
-            if key is not None:
-                self._learn(key, clock.search + clock.rerank)
+            if measurable:
+                search.plan.learn(clock.search + clock.rerank)
         finally:
             work.leave()
         stats = answer.stats
-        self._metrics.child(self._metrics.search, served.name, stats.strategy).observe(clock.search)
+        self._metrics.search(served.name, stats.strategy).observe(clock.search)
         if stats.shortfall:
-            self._metrics.child(self._metrics.shortfall, served.name).inc(stats.shortfall)
+            self._metrics.shortfall(served.name).inc(stats.shortfall)
         return answer
 
     def retained(self, name: str | None) -> Served:
@@ -129,12 +131,6 @@ class Engine:
             if self.catalog.get(name) is served:
                 return served
             served.release()
-
-    def _learn(self, key: object, seconds: float) -> None:
-        known = self._costs.get(key)
-        if known is None and len(self._costs) >= MAX_COSTS:
-            self._costs.clear()
-        self._costs[key] = seconds if known is None else 0.9 * known + 0.1 * seconds
 
     async def _in_thread(self, work: _Work, run: Callable[[], T], clock: Clock, grace_s: float) -> T:
         submitted = time.perf_counter()
@@ -194,8 +190,9 @@ class _Search:
     def __init__(self, served: Served, query: Query, settings: SearchSettings, clock: Clock, num_threads: int) -> None:
         self.served, self.query, self.settings, self.clock = served, query, settings, clock
         self.num_threads = num_threads
-        self.params = _params(served, settings)
+        self.plan = _plan(served, settings)
         _check_fields(settings.conditions, served)
+        _check_size(query, settings, served)
         if isinstance(query, VectorQuery):
             _check_vectors(query.vectors, served)
         elif isinstance(query, TextQuery) and served.encoder is None:
@@ -204,21 +201,10 @@ class _Search:
                 "build it with --encoder, or serve with --encoder"
             )
 
-    def cost_key(self) -> object | None:
-        """Questions with one key cost about the same; None for those whose cost cannot be told beforehand."""
-        settings = self.settings
-        if not isinstance(self.query, VectorQuery) or len(self.query.vectors) != 1 or settings.conditions:
-            return None
-        return (
-            self.served.name,
-            self.served.version,
-            self.params,
-            settings.k,
-            settings.exact,
-            settings.max_visited,
-            settings.rerank_depth,
-            settings.include,
-        )
+    @property
+    def measurable(self) -> bool:
+        """True for questions that cost about the same as others with their settings."""
+        return isinstance(self.query, VectorQuery) and len(self.query.vectors) == 1
 
     def run(self) -> BatchAnswer:
         served, settings, clock = self.served, self.settings, self.clock
@@ -240,7 +226,7 @@ class _Search:
                 shard.search(
                     queries,
                     settings.k,
-                    self.params,
+                    self.plan.params,
                     conditions=settings.conditions,
                     exact=settings.exact,
                     without=own[1] if own is not None and own[0] == shard.number else None,
@@ -337,7 +323,7 @@ class _Search:
                 shard=shard.number,
                 size=shard.size,
                 strategy=part.strategy,
-                params=indexes.params_dict(self.params),
+                params=indexes.params_dict(self.plan.params),
                 allowed=part.allowed,
                 visited=part.visited,
                 took_ms=round(part.took_s * 1e3, 3),
@@ -351,9 +337,9 @@ def _ms(seconds: float) -> float:
     return int(seconds * 1e6) / 1e3
 
 
-def _params(served: Served, settings: SearchSettings) -> Any:
+def _plan(served: Served, settings: SearchSettings) -> Plan:
     try:
-        return served.search_params(settings.params)
+        return served.plan(settings)
     except (UnknownParameter, InvalidParameter) as error:
         raise InvalidRequest(f"params: {error}") from error
 
@@ -363,6 +349,25 @@ def _check_fields(conditions: tuple[Condition, ...], served: Served) -> None:
         if condition.field not in served.manifest.fields:
             stored = ", ".join(served.manifest.fields) or "none"
             raise InvalidRequest(f"filter: {condition.field!r} is no stored field of {served.name!r}: {stored}")
+
+
+def _check_size(query: Query, settings: SearchSettings, served: Served) -> None:
+    hits = settings.k
+    if isinstance(query, VectorQuery):
+        hits *= len(query.vectors)
+    elif isinstance(query, TextQuery):
+        hits *= len(query.texts)
+    hit_bytes = _HIT_BYTES
+    if settings.include:
+        if "fields" in settings.include:
+            hit_bytes += _FIELD_BYTES * len(served.manifest.fields)
+        if "vector" in settings.include:
+            hit_bytes += _VALUE_BYTES * served.manifest.spec.dim
+    if hits * hit_bytes > MAX_ANSWER_BYTES:
+        raise InvalidRequest(
+            f"the answer may have {hits} hits of some {hit_bytes} bytes, the limit is {MAX_ANSWER_BYTES} bytes: "
+            "ask for a smaller k, fewer queries, or less in include"
+        )
 
 
 def _check_vectors(vectors: Vectors, served: Served) -> None:

@@ -135,6 +135,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """Raises ArtifactDamaged or ArtifactUnfit, naming the file and what is wrong with it."""
     path = folder / MANIFEST
+    if not path.is_file():  # anything else, a pipe say, might be read forever
+        raise ArtifactDamaged(f"{path}: missing")
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ArtifactDamaged(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")

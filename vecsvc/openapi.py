@@ -14,6 +14,7 @@ import pyarrow as pa
 from vecsvc import __version__, indexes
 from vecsvc.catalog import Served
 from vecsvc.config import ServeSettings, field_types
+from vecsvc.engine import MAX_ANSWER_BYTES
 from vecsvc.filters import MAX_DEPTH, OPERATORS
 from vecsvc.indexes.base import module
 from vecsvc.schemas import ARROW, BINARY, JSON, MAX_URL_TEXT_CHARS, ErrorAnswer
@@ -261,7 +262,12 @@ def _request_schemas(prefix: str, served: Served, settings: ServeSettings) -> di
         },
         "timeout_ms": _timeout(settings),
         "partial": {"type": "boolean", "default": False},
-        "include": {"type": "array", "items": {"enum": list(INCLUDES)}, "default": []},
+        "include": {
+            "type": "array",
+            "items": {"enum": list(INCLUDES)},
+            "default": [],
+            "description": f"answers that may take more than {MAX_ANSWER_BYTES} bytes in memory are refused beforehand",
+        },
     }
     schemas: dict[str, Any] = {}
     ref = _REF.format(name=f"{prefix}_filter")

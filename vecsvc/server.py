@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import itertools
 import logging
 import os
 import re
+import resource
 import secrets
 import signal
+import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -69,10 +73,12 @@ RETRY_AFTER_S: Final = "1"
 MAX_LINE_BYTES: Final = 32_768  # of a request line: room for the longest ?q= of percent-encoded UTF-8
 INLINE_HITS: Final = 10_000  # longer answers are encoded in a thread
 TICK_S: Final = 0.25  # how often the reaper looks
+SPARE_FILES: Final = 1024  # open files besides connections: indexes, logs, libraries
 GRACE_S: Final = 0.25  # for requests that were on their way when the port closed
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _JSON: Final = "application/json; charset=utf-8"
+_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, for 0 s
 
 
 class Service:
@@ -172,8 +178,8 @@ class Service:
         seconds = time.perf_counter() - started
         resource = request.match_info.route.resource
         operation = resource.canonical if resource is not None else "unknown"
-        self.metrics.child(self.metrics.requests, operation, str(response.status)).inc()
-        self.metrics.child(self.metrics.latency, operation).observe(seconds)
+        self.metrics.requests(operation, str(response.status)).inc()
+        self.metrics.latency(operation).observe(seconds)
         if self._log_all or (why and self._log_errors):
             data = {
                 "request_id": request_id,
@@ -187,7 +193,7 @@ class Service:
 
     def refuse(self, why: str) -> web.Response:
         """The answer to bytes that are no HTTP, and so never became a request."""
-        self.metrics.child(self.metrics.requests, "unknown", "400").inc()
+        self.metrics.requests("unknown", "400").inc()
         if self._log_errors:
             log.info("request", extra={"data": {"status": 400, "why": why}})
         response = _error(400, MalformedRequest.code, why)
@@ -322,7 +328,7 @@ class Service:
         look.add_done_callback(self._loading.discard)
         changed = await asyncio.shield(look)  # whoever waited may go, the thread stays at work
         for name, version in changed:
-            self.metrics.child(self.metrics.swaps, name).inc()
+            self.metrics.swaps(name).inc()
             log.info("serving", extra={"data": {"index": name, "version": version}})
         return changed
 
@@ -350,10 +356,12 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
+        if isinstance(exc, ConnectionError):
+            raise exc  # nobody is there to be answered
         if request.writer.output_size > 0:
             raise ConnectionError("the answer had begun, there is no room for another")
         if status == 400:
-            return self._service.refuse(" ".join((message or "this is no HTTP").split())[:200])
+            return self._service.refuse(f"this is no HTTP request: {' '.join((message or '').split())[:200]}")
         log.error("a bug of ours", exc_info=exc)
         return _error(500, "internal", "the service failed; its log says why")
 
@@ -389,11 +397,10 @@ class Reaper:
         """True where no request is worked on, and no answer waits to be read."""
         return not self._busy and not any(c.transport and c.transport.get_write_buffer_size() for c in connections)
 
-    async def run(self, runner: web.AppRunner) -> None:
+    async def run(self, runners: list[web.AppRunner]) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            if runner.server is not None:
-                self.tick(runner.server.connections)
+            self.tick([c for runner in runners if runner.server is not None for c in runner.server.connections])
 
     def tick(self, connections: list[Any]) -> None:
         now, settings = time.monotonic(), self._settings
@@ -418,6 +425,8 @@ class Reaper:
             if transport is None or not transport.get_write_buffer_size():
                 self._writing.pop(connection, None)
             elif now - self._writing.setdefault(connection, now) > settings.write_timeout_s:
+                # With a reset, or the kernel would go on with what it holds of the answer.
+                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 transport.abort()
         surplus = len(connections) - settings.max_connections
         if surplus > 0:
@@ -476,9 +485,20 @@ async def _expect(request: web.Request) -> web.StreamResponse | None:
 def serve(directory: Path, settings: ServeSettings) -> None:
     """Serve a folder of indexes until SIGTERM or SIGINT. Raises ConfigError where a port cannot be had."""
     configure_logging()
+    _allow_files(settings.max_connections + SPARE_FILES)
     # Searches run side by side in threads; a matrix product that took every core would fight the others.
     with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
         uvloop.run(_run(directory, settings))
+
+
+def _allow_files(wanted: int) -> None:
+    """A connection is an open file, and many systems allow 1024 of them to those who do not ask for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < wanted:
+            log.warning("few files", extra={"data": {"allowed": allowed, "wanted": wanted, "remedy": "ulimit -n"}})
 
 
 async def _run(directory: Path, settings: ServeSettings) -> None:
@@ -494,12 +514,12 @@ async def _run(directory: Path, settings: ServeSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop, stop)
     watch = asyncio.create_task(_watch(service, started))
-    reap = asyncio.create_task(service.reaper.run(runner))
+    reap = asyncio.create_task(service.reaper.run([runner, admin]))
     await stop.wait()
     service.draining = True
     log.info("draining", extra={"data": {"in_flight": service.engine.in_flight}})
     await asyncio.sleep(settings.drain_s)
-    listener.close()
+    await _close(listener, service, runner)
     await _finish(service, runner)
     reap.cancel()
     watch.cancel()
@@ -535,8 +555,24 @@ async def _listen(service: Service, app: web.Application, host: str, port: int) 
         listener = await loop.create_server(lambda: Connection(service, runner.server), host, port, backlog=1024)
     except OSError as error:
         await runner.cleanup()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
+        # asyncio puts words of its own around the system's.
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another port") from error
     return runner, listener
+
+
+async def _close(listener: asyncio.Server, service: Service, runner: web.AppRunner) -> None:
+    """Close the port, and take in whom the kernel let in already: for a client, that is to be accepted."""
+    held = [socket.socket(fileno=os.dup(port.fileno())) for port in listener.sockets]
+    listener.close()
+    waiting: list[socket.socket] = []
+    for port in held:
+        with port, contextlib.suppress(OSError):
+            port.setblocking(False)
+            while True:
+                waiting.append(port.accept()[0])
+    for client in waiting:
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: Connection(service, runner.server), client)
 
 
 async def _watch(service: Service, started: float) -> None:

@@ -37,6 +37,7 @@ STAGING: Final = ".staging-"
 TRASH: Final = ".trash-"
 STATE: Final = ".state-"
 
+MAX_CURRENT_BYTES: Final = 256
 TURN_WAIT_S: Final = 5.0  # changing CURRENT takes milliseconds; whoever holds it for longer is stuck
 
 _SAFE: Final = "what serves is untouched"
@@ -221,7 +222,7 @@ def open_array(path: Path, dtype: Any, shape: tuple[int | None, ...], *, mmap: b
     """
     try:
         array = np.load(path, mmap_mode="r" if mmap and path.stat().st_size else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy lets through what Python's tokenizer says to a damaged header
         raise ArtifactDamaged(f"{path}: not a readable .npy file: {error}") from error
     if array.dtype not in [np.dtype(d) for d in (dtype if isinstance(dtype, tuple) else (dtype,))]:
         raise ArtifactDamaged(f"{path}: holds {array.dtype}, expected {dtype}")
@@ -301,15 +302,19 @@ class IndexFolder:
 
     def current(self) -> str | None:
         """The version that serves; None where nothing was published yet."""
+        path = self.path / CURRENT
         try:
-            text = (self.path / CURRENT).read_text("ascii")
+            if path.exists() and not path.is_file():
+                raise ArtifactDamaged(f"{path}: is no file; run vecsvc rollback")
+            with path.open("rb") as file:
+                text = file.read(MAX_CURRENT_BYTES).decode("ascii")
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            raise ArtifactDamaged(f"{self.path / CURRENT}: unreadable: {error}") from error
+            raise ArtifactDamaged(f"{path}: unreadable: {error}; run vecsvc rollback") from error
         version = text.removesuffix("\n")
         if not _VERSION.fullmatch(version):
-            raise ArtifactDamaged(f"{self.path / CURRENT}: {version[:80]!r} is no version; run vecsvc rollback")
+            raise ArtifactDamaged(f"{path}: {version[:80]!r} is no version; run vecsvc rollback")
         return version
 
     def versions(self) -> list[str]:
@@ -459,16 +464,21 @@ def index_folders(directory: Path) -> list[IndexFolder]:
         raise ConfigError(f"{directory} is no folder; give the --out folder of vecsvc build-index, or one index in it")
     if _is_index(directory):
         return [IndexFolder(directory)]
-    found = [IndexFolder(f) for f in sorted(directory.iterdir()) if _NAME.fullmatch(f.name) and _is_index(f)]
+    with foreign_errors(directory, "read", "check that it may be read"):
+        inside = sorted(directory.iterdir())
+    found = [IndexFolder(f) for f in inside if _NAME.fullmatch(f.name) and _is_index(f)]
     if not found:
         raise ConfigError(f"{directory} holds no index; build one: vecsvc build-index CORPUS --out {directory}")
     return found
 
 
 def _is_index(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    return (folder / CURRENT).exists() or any((f / MANIFEST).is_file() for f in folder.iterdir() if f.is_dir())
+    try:
+        if not folder.is_dir():
+            return False
+        return (folder / CURRENT).exists() or any((f / MANIFEST).is_file() for f in folder.iterdir() if f.is_dir())
+    except OSError:
+        return False  # gone meanwhile, or not ours to read
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -6,9 +6,14 @@ import json
 import logging
 import sys
 import time
-from typing import Any, Final
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any, Final, Generic, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 METRICS_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -17,46 +22,85 @@ _SECONDS: Final = (
 )  # fmt: skip
 
 
+class Count:
+    """A counter of the event loop's own: without the lock and the calls that make Prometheus' fit for threads."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def inc(self, by: int = 1) -> None:
+        self.value += by
+
+
+class Spread:
+    """A histogram of seconds, in the same way."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(_SECONDS) + 1)
+        self.total = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(_SECONDS, seconds)] += 1
+        self.total += seconds
+
+
+C = TypeVar("C", Count, Spread)
+
+
+class Family(Generic[C]):
+    """One metric and its labelled children, made when they are first asked for."""
+
+    def __init__(self, make: type[C], name: str, help: str, labels: tuple[str, ...]) -> None:
+        self.name, self.help, self.labels = name, help, labels
+        self._make: type[C] = make
+        self.children: dict[tuple[str, ...], C] = {}
+
+    def __call__(self, *labels: str) -> C:
+        found = self.children.get(labels)
+        if found is None:
+            found = self.children[labels] = self._make()
+        return found
+
+
 class Metrics:
-    """Every metric of one service, in a registry of its own."""
+    """Every metric of one service, in a registry of its own. What is counted is counted in the event loop."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter("vecsvc_requests", "Answered requests", ["operation", "status"], registry=self.registry)
-        self.latency = Histogram(
-            "vecsvc_request_seconds",
-            "Seconds from the request's head to its answer",
-            ["operation"],
-            buckets=_SECONDS,
-            registry=self.registry,
+        self.requests = Family(Count, "vecsvc_requests", "Answered requests", ("operation", "status"))
+        self.latency = Family(
+            Spread, "vecsvc_request_seconds", "Seconds from the request's head to its answer", ("operation",)
         )
-        self.search = Histogram(
-            "vecsvc_search_seconds",
-            "Seconds in the indexes of all shards",
-            ["index", "strategy"],
-            buckets=_SECONDS,
-            registry=self.registry,
+        self.search = Family(
+            Spread, "vecsvc_search_seconds", "Seconds in the indexes of all shards", ("index", "strategy")
         )
+        self.shortfall = Family(Count, "vecsvc_shortfall_places", "Places of k that stayed empty", ("index",))
+        self.swaps = Family(Count, "vecsvc_version_swaps", "Versions opened and put to serve", ("index",))
         self.in_flight = Gauge("vecsvc_in_flight", "Requests that search or wait to", registry=self.registry)
-        self.shortfall = Counter(
-            "vecsvc_shortfall_places", "Places of k that stayed empty", ["index"], registry=self.registry
-        )
         self.ready = Gauge("vecsvc_ready", "1 where /readyz is green", registry=self.registry)
         self.version_info = Gauge(
             "vecsvc_index_info", "1 for the version that serves", ["index", "version"], registry=self.registry
         )
-        self.swaps = Counter(
-            "vecsvc_version_swaps", "Versions opened and put to serve", ["index"], registry=self.registry
-        )
-        self._children: dict[tuple[object, ...], Any] = {}
+        self.registry.register(self)
 
-    def child(self, metric: Any, *labels: str) -> Any:
-        """A labelled child, looked up once: `labels()` takes a lock and a tuple of texts each time."""
-        key = (id(metric), *labels)
-        found = self._children.get(key)
-        if found is None:
-            found = self._children[key] = metric.labels(*labels)
-        return found
+    def collect(self) -> Iterator[Metric]:
+        """What prometheus_client asks a collector for."""
+        for counter in (self.requests, self.shortfall, self.swaps):
+            counted = CounterMetricFamily(counter.name, counter.help, labels=counter.labels)
+            for labels, count in counter.children.items():
+                counted.add_metric(labels, count.value)
+            yield counted
+        bounds = [*map(floatToGoString, _SECONDS), "+Inf"]
+        for histogram in (self.latency, self.search):
+            spread_out = HistogramMetricFamily(histogram.name, histogram.help, labels=histogram.labels)
+            for labels, spread in histogram.children.items():
+                buckets = list(zip(bounds, accumulate(spread.counts), strict=True))
+                spread_out.add_metric(labels, buckets, spread.total)
+            yield spread_out
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

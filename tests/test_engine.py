@@ -1,0 +1,546 @@
+"""The engine without HTTP: where searches run, what ends them, what holds a version open, and what merging promises."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import service
+from service import DIM, Corpus, corpora
+
+from vecsvc import exact_search, filters, schemas
+from vecsvc.catalog import Catalog, Served
+from vecsvc.config import ServeSettings
+from vecsvc.engine import PARTIAL_GRACE_S, Engine
+from vecsvc.errors import (
+    DeadlineExceeded,
+    DimensionMismatch,
+    InvalidRequest,
+    InvalidVector,
+    NotReady,
+    Overloaded,
+    UnknownId,
+    UnknownIndex,
+)
+from vecsvc.storage import IndexFolder, Lease
+from vecsvc.telemetry import Metrics
+from vecsvc.types import IdQuery, Query, SearchAnswer, SearchSettings, TextQuery, VectorQuery
+
+QUERIES = service.vectors(6, seed=50)
+
+
+@contextlib.contextmanager
+def opened(directory: Path, threads: int = 2, **settings: Any) -> Iterator[Engine]:
+    limits = ServeSettings(**settings)
+    catalog = Catalog(directory, limits)
+    catalog.refresh()
+    assert catalog.names(), catalog.problems
+    engine = Engine(catalog, limits, Metrics(), threads)
+    try:
+        yield engine
+    finally:
+        engine.close()
+        catalog.close()
+
+
+def vector(row: int = 0, dim: int = DIM) -> VectorQuery:
+    return VectorQuery(service.vectors(row + 1, seed=51, dim=dim)[row:])
+
+
+def ids(answer: SearchAnswer) -> list[Any]:
+    return [hit.id for hit in answer.results]
+
+
+class Spy:
+    """Stands in for the index of a shard: notes the thread of each search, and can make one slow."""
+
+    def __init__(self, engine: Engine, name: str | None = None) -> None:
+        [shard] = engine.catalog.get(name).shards
+        self._index = shard.index
+        self.threads: list[str] = []
+        self.sleep_s = 0.0
+        self.gate = threading.Event()
+        self.gate.set()
+        shard.index = self  # type: ignore[assignment]
+
+    def search(self, *arguments: Any, **named: Any) -> Any:
+        self.threads.append("event loop" if threading.current_thread() is threading.main_thread() else "thread")
+        time.sleep(self.sleep_s)
+        assert self.gate.wait(20)
+        return self._index.search(*arguments, **named)
+
+    def close(self) -> None:
+        self._index.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.001)
+
+
+def run(coroutine: Awaitable[Any]) -> Any:
+    async def main() -> Any:
+        return await coroutine
+
+    return asyncio.run(main())
+
+
+# ------------------------------------------------------------------------------------------- where searches run
+
+
+def test_a_question_runs_in_a_thread_until_its_like_was_measured_to_be_short() -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        for _ in range(3):
+            await engine.search(None, vector(), SearchSettings(k=5))
+        assert spy.threads == ["thread", "event loop", "event loop"]
+        await engine.search(None, vector(), SearchSettings(k=6))
+        assert spy.threads.pop() == "thread", "another k is another question"
+
+    with opened(service.index("products"), inline_ms=50) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+def test_a_question_that_turns_out_long_goes_to_a_thread_again() -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        for _ in range(3):
+            await engine.search(None, vector(), SearchSettings())
+        spy.sleep_s = 0.2
+        for _ in range(3):
+            await engine.search(None, vector(), SearchSettings())
+        assert spy.threads[2:] == ["event loop", "event loop", "thread", "thread"]
+
+    with opened(service.index("products"), inline_ms=15) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+def test_long_searches_never_run_in_the_event_loop() -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        spy.sleep_s = 0.02
+        for _ in range(5):
+            await engine.search(None, vector(), SearchSettings())
+        assert set(spy.threads) == {"thread"}
+
+    with opened(service.index("products"), inline_ms=5) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+def test_nothing_runs_in_the_event_loop_where_inline_ms_is_0() -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        for _ in range(5):
+            await engine.search(None, vector(), SearchSettings())
+        assert set(spy.threads) == {"thread"}
+
+    with opened(service.index("products"), inline_ms=0) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+@pytest.mark.parametrize(
+    "query",
+    [VectorQuery(service.vectors(3, seed=52)), TextQuery(["river"]), IdQuery("t-1")],
+    ids=["batch", "text", "id"],
+)
+def test_batches_texts_and_ids_always_go_to_a_thread(query: Query) -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        for _ in range(4):
+            await engine.search_batch(None, query, SearchSettings())
+        assert set(spy.threads) == {"thread"}
+
+    with opened(service.index("texts"), inline_ms=100) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+def test_filters_always_go_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    evaluate = filters.evaluate
+
+    def noted(*arguments: Any) -> Any:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(filters, "evaluate", noted)
+
+    async def ask(engine: Engine) -> None:
+        conditions = filters.parse({"year": 2000}, max_nodes=9, max_values=9)
+        for _ in range(4):
+            await engine.search(None, vector(), SearchSettings(conditions=conditions))
+
+    with opened(service.index("products"), inline_ms=100) as engine:
+        run(ask(engine))
+    assert threads == [False] * 4
+
+
+def test_what_a_batch_costs_does_not_move_single_questions_to_a_thread() -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        for _ in range(3):
+            await engine.search(None, vector(), SearchSettings())
+        spy.sleep_s = 0.5
+        await engine.search_batch(None, VectorQuery(QUERIES), SearchSettings())
+        spy.sleep_s = 0.0
+        await engine.search(None, vector(), SearchSettings())
+        assert spy.threads == ["thread", "event loop", "event loop", "thread", "event loop"]
+
+    with opened(service.index("products"), inline_ms=20) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+def test_the_event_loop_goes_on_while_a_thread_searches() -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        spy.gate.clear()
+        search = asyncio.create_task(engine.search(None, vector(), SearchSettings()))
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert not search.done()
+        spy.gate.set()
+        assert len((await search).results) == 10
+
+    with opened(service.index("products")) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+# ------------------------------------------------------------------------------------- deadlines and admission
+
+
+def test_a_search_whose_deadline_passed_in_the_queue_never_begins() -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        spy.gate.clear()
+        first = asyncio.create_task(engine.search(None, vector(), SearchSettings(timeout_ms=20_000)))
+        await until(lambda: len(spy.threads) == 1)
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match="timeout_ms"):
+            await engine.search(None, vector(), SearchSettings(timeout_ms=30))
+        assert time.monotonic() - started < 1
+        spy.gate.set()
+        await first
+        await until(lambda: engine.in_flight == 0)
+        assert len(spy.threads) == 1
+
+    with opened(service.index("products"), threads=1) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+def test_a_search_keeps_its_place_until_its_thread_ends_and_not_only_until_its_caller_left() -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        spy.gate.clear()
+        with pytest.raises(DeadlineExceeded):
+            await engine.search(None, vector(), SearchSettings(timeout_ms=20))
+        assert engine.in_flight == 1
+        with pytest.raises(Overloaded, match="1 requests are in flight, the limit max_in_flight"):
+            await engine.search(None, vector(), SearchSettings())
+        spy.gate.set()
+        await until(lambda: engine.in_flight == 0)
+        assert len((await engine.search(None, vector(), SearchSettings())).results) == 10
+
+    with opened(service.index("products"), max_in_flight=1) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+def test_a_caller_who_is_cancelled_leaves_his_search_counted_until_it_ends() -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        spy.gate.clear()
+        search = asyncio.create_task(engine.search(None, vector(), SearchSettings()))
+        await until(lambda: len(spy.threads) == 1)
+        search.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await search
+        assert engine.in_flight == 1
+        spy.gate.set()
+        await until(lambda: engine.in_flight == 0)
+
+    with opened(service.index("products")) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+def test_as_many_as_allowed_are_admitted_and_not_one_more() -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        spy.gate.clear()
+        searches = [
+            asyncio.create_task(engine.search(None, vector(), SearchSettings(timeout_ms=20_000))) for _ in range(5)
+        ]
+        await asyncio.sleep(0.01)
+        assert engine.in_flight == 5
+        for _ in range(3):
+            with pytest.raises(Overloaded):
+                await engine.search(None, vector(), SearchSettings())
+        spy.gate.set()
+        assert {len(answer.results) for answer in await asyncio.gather(*searches)} == {10}
+        assert engine.in_flight == 0
+
+    with opened(service.index("products"), max_in_flight=5) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+@pytest.mark.parametrize(
+    ("query", "settings", "error"),
+    [
+        (VectorQuery(service.vectors(1, seed=1, dim=9)), SearchSettings(), DimensionMismatch),
+        (VectorQuery(np.full((1, DIM), np.nan, np.float32)), SearchSettings(), InvalidVector),
+        (TextQuery(["a"]), SearchSettings(), InvalidRequest),
+        (IdQuery("nobody"), SearchSettings(), UnknownId),
+        (vector(), schemas.parse_search(b'{"id": 1, "params": {"nprobe": 1}}', ServeSettings())[1], InvalidRequest),
+    ],
+)  # fmt: skip
+def test_a_refused_question_gives_its_place_back(query: Query, settings: Any, error: type[Exception]) -> None:
+    async def ask(engine: Engine) -> None:
+        for _ in range(3):
+            with pytest.raises(error):
+                await engine.search(None, query, settings)
+            await until(lambda: engine.in_flight == 0)
+
+    with opened(service.index("products"), max_in_flight=1) as engine:
+        run(ask(engine))
+
+
+@pytest.mark.parametrize(
+    ("queries", "k", "include"),
+    [(1024, 1000, ["fields"]), (1024, 1000, ["vector"]), (2, 1_000_000, []), (600, 200, ["fields", "vector"])],
+)
+def test_an_answer_that_would_fill_the_memory_is_refused_beforehand(queries: int, k: int, include: list[str]) -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        query = VectorQuery(service.vectors(queries, seed=53))
+        with pytest.raises(
+            InvalidRequest, match=f"{queries * k} hits of some [0-9]+ bytes, the limit is {2**28} bytes"
+        ):
+            await engine.search_batch(None, query, SearchSettings(k=k, include=frozenset(include)))
+        assert not spy.threads and engine.in_flight == 0
+
+    with opened(service.index("products")) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+def test_the_largest_batch_of_the_largest_k_is_answered_where_nothing_more_is_asked_for() -> None:
+    limits = ServeSettings()
+    with opened(service.index("products")) as engine:
+        query = VectorQuery(service.vectors(limits.max_batch, seed=53))
+        answer = run(engine.search_batch(None, query, SearchSettings(k=limits.max_k, timeout_ms=60_000)))
+    assert {len(found) for found in answer.results} == {400}
+
+
+def test_a_search_that_fails_tells_its_caller_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(engine: Engine) -> None:
+        [shard] = engine.catalog.get(None).shards
+        good = shard.index
+
+        class Broken:
+            def search(self, *arguments: Any, **named: Any) -> Any:
+                raise RuntimeError("the library gave up")
+
+        shard.index = Broken()  # type: ignore[assignment]
+        with pytest.raises(RuntimeError, match="gave up"):
+            await engine.search(None, vector(), SearchSettings())
+        shard.index = good
+        assert engine.in_flight == 0
+        assert len((await engine.search(None, vector(), SearchSettings())).results) == 10
+
+    with opened(service.index("products"), max_in_flight=1) as engine:
+        run(ask(engine))
+
+
+@pytest.fixture
+def slow_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact search goes through the rows ten at a time, and takes 5 ms for each ten."""
+    bounds = exact_search.lower_bounds
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.005)
+        return bounds(*arguments)
+
+    monkeypatch.setattr(exact_search, "lower_bounds", slow)
+    monkeypatch.setattr(exact_search, "block_rows", lambda dim: 10)
+
+
+@pytest.mark.usefixtures("slow_blocks")
+def test_a_deadline_in_the_middle_of_a_search_is_504_or_a_part_of_the_answer_as_was_asked() -> None:
+    async def ask(engine: Engine) -> None:
+        started = time.monotonic()
+        settings = SearchSettings(k=3, exact=True, timeout_ms=80, partial=True)
+        answer = await engine.search(None, vector(), settings)
+        assert time.monotonic() - started < 0.08 + PARTIAL_GRACE_S + 0.05
+        assert answer.coverage.degraded == ["the search was cut short"]
+        seen = answer.stats.visited
+        assert 10 <= seen < 400 and seen % 10 == 0
+        corpus = corpora()["products"]
+        first = Corpus(corpus.ids[:seen], corpus.vectors[:seen], corpus.fields[:seen], corpus.metric)
+        assert ids(answer) == first.ids_of(vector().vectors[0], 3)
+        await until(lambda: engine.in_flight == 0)
+        with pytest.raises(DeadlineExceeded, match="timeout_ms"):
+            await engine.search(None, vector(), SearchSettings(k=3, exact=True, timeout_ms=80))
+
+    with opened(service.index("products")) as engine:
+        run(ask(engine))
+
+
+# --------------------------------------------------------------------------------------------------- versions
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> IndexFolder:
+    for number in (1, 2):
+        corpus = Corpus([f"v{number}-{i}" for i in range(30)], service.vectors(30, seed=60 + number), [], "l2")
+        service.build(corpus, tmp_path, "demo", f"v{number}", kind="exact", metric="l2")
+    folder = IndexFolder(tmp_path / "demo")
+    folder.serve("v1")
+    return folder
+
+
+def is_held(folder: IndexFolder, version: str) -> bool:
+    lease = Lease.take(folder.path / version, exclusive=True)
+    if lease is not None:
+        lease.release()
+    return lease is None
+
+
+def test_a_retired_version_closes_after_its_last_search(demo: IndexFolder) -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        spy.gate.clear()
+        searches = [asyncio.create_task(engine.search(None, vector(), SearchSettings())) for _ in range(2)]
+        await until(lambda: len(spy.threads) == 2)
+        demo.serve("v2")
+        assert engine.catalog.refresh() == [("demo", "v2")]
+        assert ids(await engine.search(None, vector(), SearchSettings(k=1)))[0].startswith("v2-")
+        assert is_held(demo, "v1") and is_held(demo, "v2")
+        spy.gate.set()
+        for search in searches:
+            answer = await search
+            assert answer.index.version == "v1" and all(id.startswith("v1-") for id in ids(answer))
+        await until(lambda: not is_held(demo, "v1"))
+        assert is_held(demo, "v2")
+
+    with opened(demo.path, threads=4) as engine:
+        run(ask(engine, Spy(engine)))
+    assert not is_held(demo, "v2")
+
+
+def test_a_version_whose_caller_left_is_held_until_the_search_ends(demo: IndexFolder) -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        spy.gate.clear()
+        with pytest.raises(DeadlineExceeded):
+            await engine.search(None, vector(), SearchSettings(timeout_ms=20))
+        demo.serve("v2")
+        engine.catalog.refresh()
+        assert is_held(demo, "v1")
+        spy.gate.set()
+        await until(lambda: not is_held(demo, "v1"))
+
+    with opened(demo.path) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+def test_a_swap_between_looking_up_a_version_and_holding_it_is_noticed(
+    demo: IndexFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retain = Served.retain
+
+    def swapped_before(served: Served) -> None:
+        if demo.current() == "v1":
+            demo.serve("v2")
+            engine.catalog.refresh()
+        retain(served)
+
+    with opened(demo.path) as engine:
+        monkeypatch.setattr(Served, "retain", swapped_before)
+        answer = run(engine.search(None, vector(), SearchSettings(k=30)))
+    assert answer.index.version == "v2" and len(answer.results) == 30
+    assert not is_held(demo, "v1")
+
+
+def test_an_index_that_is_not_there_and_one_that_is_not_ready_are_told_apart(demo: IndexFolder) -> None:
+    with opened(demo.path.parent) as engine:
+        with pytest.raises(UnknownIndex, match="no index 'other'; served are: demo"):
+            run(engine.search("other", vector(), SearchSettings()))
+        (demo.path.parent / "late" / "v1").mkdir(parents=True)
+        (demo.path.parent / "late" / "v1" / "manifest.json").write_text("{}")
+        engine.catalog.refresh()
+        with pytest.raises(NotReady, match="index 'late' is not ready: nothing is published"):
+            run(engine.search("late", vector(), SearchSettings()))
+        assert ids(run(engine.search("demo", vector(), SearchSettings(k=1))))
+
+
+# ------------------------------------------------------------------------------------------------- what comes out
+
+
+@pytest.mark.parametrize("name", ["products", "numbers", "sharded", "squared"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SearchSettings(k=7),
+        SearchSettings(k=7, exact=True),
+        SearchSettings(k=7, include=frozenset(["fields", "vector"])),
+    ],
+    ids=["index", "exact", "include"],
+)
+def test_a_batch_is_its_singles(name: str, settings: SearchSettings) -> None:
+    async def ask(engine: Engine) -> None:
+        batch = await engine.search_batch(None, VectorQuery(QUERIES), settings)
+        singles = [await engine.search(None, VectorQuery(row[None]), settings) for row in QUERIES]
+        assert batch.results == [single.results for single in singles]
+        if singles[0].stats.visited >= 0:
+            assert batch.stats.visited == sum(single.stats.visited for single in singles)
+
+    with opened(service.index(name)) as engine:
+        run(ask(engine))
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 5, 50, 400])
+def test_the_number_of_shards_changes_no_answer_though_nearly_everything_is_a_tie(tmp_path: Path, k: int) -> None:
+    corpus = corpora()["sharded"]
+    folder = service.work_folder() / "one-shard"
+    if not folder.exists():
+        service.build(corpus, folder, "whole", kind=service.GRAPH, metric="cosine", fields="part")
+    settings = SearchSettings(k=k, exact=True)
+
+    async def ask(engine: Engine) -> list[list[tuple[Any, float]]]:
+        questions = [*corpus.vectors[:10], *QUERIES]
+        answers = [await engine.search(None, VectorQuery(query[None]), settings) for query in questions]
+        return [[(hit.id, hit.distance) for hit in answer.results] for answer in answers]
+
+    with opened(service.index("sharded")) as three, opened(folder) as one:
+        split, whole = run(ask(three)), run(ask(one))
+    assert split == whole
+    assert whole == [corpus.nearest(query, k) for query in [*corpus.vectors[:10], *QUERIES]]
+
+
+def test_explain_says_what_every_shard_did() -> None:
+    conditions = filters.parse({"part": {"$in": [0, 2]}}, max_nodes=9, max_values=9)
+    settings = SearchSettings(k=5, conditions=conditions, include=frozenset(["explain"]))
+    with opened(service.index("sharded")) as engine:
+        answer = run(engine.search(None, vector(), settings))
+        sizes = [shard.size for shard in engine.catalog.get(None).shards]
+    assert [(part.shard, part.size, part.strategy) for part in answer.explain] == [
+        (number, size, "exact") for number, size in enumerate(sizes)
+    ]
+    assert sum(part.allowed for part in answer.explain) == sum(part.visited for part in answer.explain) == 200
+    assert answer.stats.visited == 200 and all(part.took_ms >= 0 for part in answer.explain)
+
+
+def test_where_the_time_went_adds_up_to_no_more_than_the_total() -> None:
+    with opened(service.index("texts")) as engine:
+        took = run(engine.search(None, TextQuery(["river"]), SearchSettings(rerank_depth=20))).took_ms
+    assert took.encode > 0 and took.search > 0 and took.rerank > 0
+    assert took.queue + took.encode + took.search + took.rerank <= took.total + 0.01
+
+
+def test_shortfall_counts_the_places_that_stayed_empty() -> None:
+    with opened(service.index("texts")) as engine:
+        assert run(engine.search(None, vector(), SearchSettings(k=100))).stats.shortfall == 40
+        batch = run(engine.search_batch(None, VectorQuery(QUERIES), SearchSettings(k=100)))
+        assert batch.stats.shortfall == 40 * len(QUERIES)
+        assert run(engine.search(None, IdQuery("t-1"), SearchSettings(k=60))).stats.shortfall == 1
+
+
+def test_stored_fields_come_back_in_the_order_of_the_corpus(tmp_path: Path) -> None:
+    fields = [{"zebra": i, "apple": str(i), "mango": i / 2} for i in range(20)]
+    corpus = Corpus(list(range(20)), service.vectors(20, seed=70), fields, "ip")
+    service.build(corpus, tmp_path, "demo", kind="exact", metric="ip", fields="zebra,apple,mango")
+    with opened(tmp_path) as engine:
+        answer = run(engine.search(None, vector(), SearchSettings(k=20, include=frozenset(["fields"]))))
+    for hit in answer.results:
+        assert hit.fields == fields[hit.id] and list(hit.fields) == ["zebra", "apple", "mango"]
