@@ -22,10 +22,9 @@ os.environ.update({"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "ARROW_D
 os.environ.update({"TOKENIZERS_PARALLELISM": "false"})
 
 import onnxruntime  # noqa: F401
-from corpora import answers, build, check_version, file_hashes, make_vectors, strays, write_corpus
+from corpora import GRAPH, answers, build, check_version, file_hashes, make_vectors, strays, write_corpus
 from tiny_bert import write_tiny_bert
 
-import index_builders.hnsw  # noqa: F401  what a build would import on its way
 from vecsvc import storage
 from vecsvc.errors import StorageError
 from vecsvc.storage import IndexFolder
@@ -34,7 +33,7 @@ WORKERS = 2
 DIM = 16
 ROWS = 40
 QUERIES = make_vectors(4, DIM, seed=99)
-SETTINGS: dict[str, Any] = {"kind": "hnsw", "shards": 2, "fields": "label,text", "certificate_queries": 4}
+SETTINGS: dict[str, Any] = {"kind": GRAPH, "shards": 2, "fields": "label,text", "certificate_queries": 4}
 
 
 # ----------------------------------------------------------------------------------------------- processes

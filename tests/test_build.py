@@ -17,6 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpora import (
+    GRAPH,
+    GRAPH_FILE,
+    HAS_HNSWLIB,
+    KINDS,
     answers,
     ask,
     build,
@@ -53,7 +57,7 @@ from vecsvc.manifest import Manifest, OperatingPoint
 from vecsvc.storage import IndexFolder
 from vecsvc.types import IdQuery, TextQuery
 
-KINDS = ("exact", "hnsw", "kd_tree", "faiss")
+needs_hnswlib = pytest.mark.skipif(not HAS_HNSWLIB, reason="hnswlib is not installed: it needs a compiler")
 
 
 @pytest.fixture
@@ -68,7 +72,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
-    """failing("create hnsw.bin", 1): the failpoint of that name raises when it is met the n-th time."""
+    """failing("create vectors.npy", 1): the failpoint of that name raises when it is met the n-th time."""
 
     def fail(point: str, nth: int = 1) -> None:
         met = 0
@@ -219,7 +223,7 @@ def test_answers_do_not_depend_on_the_number_of_shards(tmp_path: Path, metric: s
 def test_a_thorough_graph_search_finds_the_same_ids_in_three_shards_as_in_one(corpus: Path, tmp_path: Path) -> None:
     queries = make_vectors(20, 8, seed=1)
     for shards in (1, 3):
-        build(corpus, tmp_path / f"out{shards}", shards=shards, kind="hnsw")
+        build(corpus, tmp_path / f"out{shards}", shards=shards, kind=GRAPH)
     one, three = (
         [{id for id, _ in row} for row in answers(tmp_path / f"out{n}", queries, k=10, params={"ef_search": 300})]
         for n in (1, 3)
@@ -274,10 +278,11 @@ def test_one_row_makes_an_index_that_answers(tmp_path: Path, out: Path) -> None:
 
 
 def test_the_manifest_says_what_was_built_from_what(corpus: Path, out: Path) -> None:
-    manifest = build(corpus, out, kind="hnsw", shards=2, seed=11, version="v1", metric="ip").manifest
+    manifest = build(corpus, out, kind=GRAPH, shards=2, seed=11, version="v1", metric="ip").manifest
     assert (manifest.name, manifest.version, manifest.partition) == ("demo", "v1", "hash")
-    assert (manifest.spec.kind, manifest.spec.metric, manifest.spec.size) == ("hnsw", "ip", 300)
-    assert manifest.spec.params == {"m": 16, "ef_construction": 200}
+    assert (manifest.spec.kind, manifest.spec.metric, manifest.spec.size) == (GRAPH, "ip", 300)
+    defaults = {"hnsw": {"m": 16, "ef_construction": 200}, "faiss": {"factory": "HNSW32", "device": "cpu"}}
+    assert manifest.spec.params == defaults[GRAPH]
     assert sum(shard.size for shard in manifest.shards) == 300
     assert manifest.corpus.sha256 == hashlib.sha256(corpus.read_bytes()).hexdigest()
     assert (manifest.corpus.path, manifest.corpus.rows) == (str(corpus), 300)
@@ -287,7 +292,7 @@ def test_the_manifest_says_what_was_built_from_what(corpus: Path, out: Path) -> 
     assert abs((datetime.now(UTC) - created).total_seconds()) < 60
     provenance = manifest.provenance
     assert (provenance.seed, provenance.threads) == (11, 1)
-    assert provenance.libraries["numpy"] == np.__version__ and {"vecsvc", "pyarrow", "hnswlib"} <= set(
+    assert provenance.libraries["numpy"] == np.__version__ and {"vecsvc", "pyarrow", "onnxruntime"} <= set(
         provenance.libraries
     )
     assert set(provenance.phases) == {"ingest", "index", "certify"}
@@ -345,6 +350,7 @@ def poor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 POOR = {"m": 2, "ef_construction": 4}
 
 
+@needs_hnswlib
 @pytest.mark.parametrize("target", [0.3, 0.6, 0.8])
 def test_the_certificate_is_what_brute_force_measures_and_picks_the_cheapest_settings_that_keep_the_target(
     poor: Path, out: Path, target: float
@@ -366,6 +372,7 @@ def test_the_certificate_is_what_brute_force_measures_and_picks_the_cheapest_set
     assert result.manifest.search == next((p.params for p in points if good(p)), points[-1].params)
 
 
+@needs_hnswlib
 def test_a_target_that_was_not_reached_is_said(poor: Path, out: Path) -> None:
     result = build(poor, out, POOR, kind="hnsw", certificate_queries=40, recall=1.0)
     certificate = result.manifest.certificate
@@ -382,7 +389,7 @@ def test_an_easy_corpus_is_certified_at_full_recall(corpus: Path, out: Path, kin
 
 
 def test_without_queries_there_is_no_certificate(corpus: Path, out: Path) -> None:
-    manifest = build(corpus, out, kind="hnsw", certificate_queries=0).manifest
+    manifest = build(corpus, out, kind=GRAPH, certificate_queries=0).manifest
     assert manifest.certificate is None and manifest.search == {}
     assert len(answers(out, make_vectors(1, 8))[0]) == 5
 
@@ -397,6 +404,7 @@ def test_one_thread_and_one_seed_give_the_same_files(corpus: Path, tmp_path: Pat
     assert [p.recall for p in first.certificate.points] == [p.recall for p in second.certificate.points]  # type: ignore[union-attr]
 
 
+@needs_hnswlib
 def test_another_seed_gives_another_graph(corpus: Path, tmp_path: Path) -> None:
     first, second = (file_hashes(build(corpus, tmp_path / f"{s}", kind="hnsw", seed=s).manifest) for s in (7, 8))
     assert [path for path in first if first[path] != second[path]] == ["shards/000/index/hnsw.bin"]
@@ -410,7 +418,7 @@ def test_auto_is_exact_up_to_ten_thousand_and_a_graph_above(tmp_path: Path, monk
         for name, source, shards in (("ten", ten, 1), ("more", more, 1), ("more", more, 2))
     }
     # A shard is what gets searched, so its size is what counts.
-    expected = {("ten", 1): "exact", ("more", 1): "hnsw", ("more", 2): "exact"}
+    expected = {("ten", 1): "exact", ("more", 1): GRAPH, ("more", 2): "exact"}
     assert {at: spec.kind for at, spec in kinds.items()} == expected
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *rest: None if n == "hnswlib" else find_spec(n, *rest))
@@ -474,9 +482,9 @@ def test_versions_that_nobody_names_are_new_each_time(corpus: Path, out: Path) -
     ("settings", "params", "error", "message"),
     [
         ({"kind": "hsnw"}, {}, UnknownKind, "'hsnw' is no kind of index; known are exact, faiss, hnsw, kd_tree"),
-        ({"kind": "hnsw"}, {"M": "8"}, UnknownParameter, "'M'; hnsw knows: m, ef_construction"),
-        ({"kind": "hnsw"}, {"m": "1"}, InvalidParameter, "m must be between 2 and 512, got '1'"),
-        ({"kind": "hnsw"}, {"m": "many"}, InvalidParameter, "m must be an integer, got 'many'"),
+        ({"kind": "kd_tree"}, {"m": "8"}, UnknownParameter, "'m'; kd_tree knows: leaf_size"),
+        ({"kind": "kd_tree"}, {"leaf_size": "0"}, InvalidParameter, "leaf_size must be between 1 and 1e.06, got '0'"),
+        ({"kind": "kd_tree"}, {"leaf_size": "many"}, InvalidParameter, "leaf_size must be an integer, got 'many'"),
         ({"kind": "auto"}, {"m": "8"}, InvalidParameter, "auto takes no parameters"),
         ({"kind": "exact"}, {"m": "8"}, UnknownParameter, "exact knows: no parameters"),
     ],
@@ -526,8 +534,8 @@ def test_a_build_that_is_refused_leaves_what_serves_and_the_next_one_works(tmp_p
 # A step that fails (its failpoint, and the how manyeth of that name), and what an earlier build then had done.
 STEPS = [
     ("create vectors.npy", 2, []),
-    ("create hnsw.bin", 1, ["ingest"]),
-    ("create hnsw.bin", 2, ["ingest", "index of shard 0"]),
+    (f"create {GRAPH_FILE}", 1, ["ingest"]),
+    (f"create {GRAPH_FILE}", 2, ["ingest", "index of shard 0"]),
     ("create manifest.json", 1, ["ingest", "index of shard 0", "index of shard 1"]),
     ("fsync manifest.json", 1, ["everything but publishing"]),
     ("rename v1", 1, ["everything but publishing"]),
@@ -549,7 +557,7 @@ def test_an_interrupted_build_goes_on_after_its_last_whole_step(
     done: list[str],
     named: bool,
 ) -> None:
-    settings = {"kind": "hnsw", "shards": 2, "fields": "label", "version": "v1"}
+    settings = {"kind": GRAPH, "shards": 2, "fields": "label", "version": "v1"}
     whole = build(corpus, tmp_path / "whole", **settings)
     failing(point, nth)
     with pytest.raises(StorageError, match="Input/output error"):
@@ -578,8 +586,8 @@ def test_a_failure_while_certifying_costs_no_index(corpus: Path, out: Path, monk
     with monkeypatch.context() as broken:
         broken.setattr(certify.Certifier, "certificate", lambda self, target: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            build(corpus, out, kind="hnsw", shards=2)
-    assert build(corpus, out, kind="hnsw", shards=2, resume=True).resumed == [
+            build(corpus, out, kind=GRAPH, shards=2)
+    assert build(corpus, out, kind=GRAPH, shards=2, resume=True).resumed == [
         "ingest",
         "index of shard 0",
         "index of shard 1",
@@ -591,7 +599,7 @@ def test_a_failure_while_certifying_costs_no_index(corpus: Path, out: Path, monk
     ("file", "done"),
     [
         ("shards/001/vectors.npy", []),
-        ("shards/000/index/hnsw.bin", ["ingest", "index of shard 1"]),
+        (f"shards/000/index/{GRAPH_FILE}", ["ingest", "index of shard 1"]),
         ("manifest.json", ["ingest", "index of shard 0", "index of shard 1"]),
     ],
 )
@@ -606,7 +614,7 @@ def test_a_resumed_build_trusts_no_file_that_is_not_what_was_written(
 ) -> None:
     failing("rename v1", 1)
     with pytest.raises(StorageError):
-        build(corpus, out, kind="hnsw", shards=2, version="v1")
+        build(corpus, out, kind=GRAPH, shards=2, version="v1")
     monkeypatch.setattr(storage, "failpoint", storage.no_failpoint)
     path = out / "demo" / ".staging-v1" / file
     data = bytearray(path.read_bytes())
@@ -615,7 +623,7 @@ def test_a_resumed_build_trusts_no_file_that_is_not_what_was_written(
         path.unlink()
     else:
         path.write_bytes(data if damage == "flip" else data[:-1])
-    assert build(corpus, out, kind="hnsw", shards=2, version="v1", resume=True).resumed == done
+    assert build(corpus, out, kind=GRAPH, shards=2, version="v1", resume=True).resumed == done
     current_version(IndexFolder(out / "demo"))
 
 
@@ -625,8 +633,8 @@ def test_a_build_of_something_else_is_not_resumed(
 ) -> None:
     corpus = write_corpus(tmp_path / "demo.parquet", n=60, dim=16)
     bert = write_tiny_bert(tmp_path / "bert", dim=16)
-    settings: dict[str, Any] = {"kind": "hnsw", "shards": 2, "encoder": str(bert)}
-    params = {"m": "8"}
+    settings: dict[str, Any] = {"kind": GRAPH, "shards": 2, "encoder": str(bert)}
+    params, other_params = ({"m": m} if GRAPH == "hnsw" else {"factory": f"HNSW{m}"} for m in ("8", "9"))
     failing("create manifest.json", 1)
     with pytest.raises(StorageError):
         build(corpus, out, params, **settings)
@@ -647,7 +655,7 @@ def test_a_build_of_something_else_is_not_resumed(
         write_tiny_bert(bert, dim=16, seed=8)
         os.utime(bert / "model.onnx", ns=(1, 1))
     elif what == "params":
-        params = {"m": "9"}
+        params = other_params
     settings.update(others.get(what, {}))
     result = build(corpus, out, {} if what == "kind" else params, resume=True, **settings)
     assert result.resumed == []
@@ -702,22 +710,22 @@ def test_a_living_build_is_neither_swept_nor_resumed_by_another(
 
 def test_what_cannot_be_read_back_is_not_published(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that does not notice a full disk leaves a short file, with a hash to match."""
-    build(corpus, out, version="v1", kind="hnsw")
+    build(corpus, out, version="v1", kind=GRAPH)
     before = answers(out, make_vectors(3, 8, seed=1))
     file_entries = build_module.file_entries
 
     def cut(folder: Path, paths: list[Path]) -> Any:
         for path in paths:
-            if path.name == "hnsw.bin":
+            if path.name == GRAPH_FILE:
                 path.write_bytes(path.read_bytes()[:-100])
         return file_entries(folder, paths)
 
     with monkeypatch.context() as broken:
         broken.setattr(build_module, "file_entries", cut)
-        with pytest.raises(StorageError, match=r"cannot be read back: .*hnsw\.bin"):
-            build(corpus, out, version="v2", kind="hnsw")
+        with pytest.raises(StorageError, match=f"cannot be read back: .*{GRAPH_FILE}"):
+            build(corpus, out, version="v2", kind=GRAPH)
     assert untouched(out, before) and IndexFolder(out / "demo").versions() == ["v1"]
-    assert build(corpus, out, version="v2", kind="hnsw", resume=True).resumed == ["ingest"]
+    assert build(corpus, out, version="v2", kind=GRAPH, resume=True).resumed == ["ingest"]
 
 
 @pytest.fixture(autouse=True)

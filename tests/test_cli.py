@@ -124,7 +124,7 @@ def test_help_tells_every_setting(command: str, cls: type) -> None:
 
 def test_serving_imports_no_builder_and_no_library_that_it_does_not_need() -> None:
     script = (
-        "import sys, vecsvc.cli, vecsvc.server\n"
+        "import sys, vecsvc.cli, vecsvc.process\n"
         "print([m for m in ('index_builders', 'hnswlib', 'faiss', 'sklearn', 'onnx', 'onnxruntime', 'moto')"
         " if m in sys.modules])"
     )

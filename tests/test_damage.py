@@ -19,13 +19,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import faiss
-import hnswlib
 import numpy as np
 import onnxruntime
 import pyarrow as pa
 import pytest
 import tokenizers
-from corpora import answers, ask, build, check_version, make_vectors, opened, write_corpus
+from corpora import (
+    GRAPH,
+    GRAPH_FILE,
+    HAS_HNSWLIB,
+    KINDS,
+    answers,
+    ask,
+    build,
+    check_version,
+    make_vectors,
+    opened,
+    write_corpus,
+)
 from tiny_bert import write_tiny_bert
 
 from vecsvc import manifest as manifest_module
@@ -36,8 +47,7 @@ from vecsvc.manifest import FORMAT_VERSION, MAX_MANIFEST_BYTES, read_manifest
 from vecsvc.storage import IndexFolder
 from vecsvc.types import TextQuery
 
-KINDS = ("exact", "hnsw", "kd_tree", "faiss")
-WITH_ENCODER = "hnsw"
+WITH_ENCODER = GRAPH
 FLIPS = 20
 
 
@@ -61,7 +71,6 @@ def no_loader(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail(f"a damaged artifact was opened: {arguments}")
 
     for module, name in (
-        (hnswlib, "Index"),
         (faiss, "read_index"),
         (onnxruntime, "InferenceSession"),
         (tokenizers.Tokenizer, "from_file"),
@@ -72,6 +81,8 @@ def no_loader(monkeypatch: pytest.MonkeyPatch) -> None:
         (pa, "memory_map"),
     ):
         monkeypatch.setattr(module, name, loaded)
+    if HAS_HNSWLIB:
+        monkeypatch.setattr("hnswlib.Index", loaded)
 
 
 def open_version(artifacts: Path, kind: str, **settings: Any) -> Served:
@@ -297,7 +308,7 @@ def test_resealing_itself_is_no_damage(resealed: Resealed) -> None:
 
 @pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, 2**40])
 def test_another_format_is_unfit_and_both_are_named(resealed: Resealed, no_loader: None, version: int) -> None:
-    folder = resealed("hnsw", lambda facts: facts.update(format_version=version, from_the_future={"unknown": []}))
+    folder = resealed(GRAPH, lambda facts: facts.update(format_version=version, from_the_future={"unknown": []}))
     with pytest.raises(ArtifactUnfit, match=f"manifest.json: has format {version}, this vecsvc reads {FORMAT_VERSION}"):
         Served(folder, "v1", ServeSettings())
 
@@ -405,7 +416,7 @@ def test_an_encoder_with_other_weights_is_refused_and_both_are_named(artifacts: 
     with pytest.raises(EncoderMismatch, match=r"'other-bert' is not 'bert', which the index was built with"):
         open_version(artifacts, WITH_ENCODER, encoder=str(other))
     narrow = write_tiny_bert(tmp_path / "narrow", dim=8)
-    with pytest.raises(EncoderMismatch, match=r"'narrow' gives dim 8, index 'hnsw' has dim 16"):
+    with pytest.raises(EncoderMismatch, match=f"'narrow' gives dim 8, index '{WITH_ENCODER}' has dim 16"):
         open_version(artifacts, WITH_ENCODER, encoder=str(narrow))
     same = write_tiny_bert(tmp_path / "same", dim=16)
     with opened(artifacts / WITH_ENCODER, encoder=str(same)) as engine:
@@ -500,7 +511,7 @@ def vecsvc(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def publish_damaged(corpus: Path, out: Path, version: str, file: str) -> None:
     """A second version whose file was damaged on its way: there is no moment at which it was whole and served."""
-    build(corpus, out / "aside", kind="hnsw", name="demo", version=version)
+    build(corpus, out / "aside", kind=GRAPH, name="demo", version=version)
     damaged = out / "demo" / version
     shutil.move(out / "aside" / "demo" / version, damaged)
     shutil.rmtree(out / "aside")
@@ -512,12 +523,12 @@ def test_a_service_keeps_answering_from_the_version_before_a_damaged_one_until_r
     tmp_path: Path, serve: Callable[..., Service]
 ) -> None:
     corpus, out = write_corpus(tmp_path / "demo.parquet", n=60), tmp_path / "out"
-    build(corpus, out, kind="hnsw", version="v1")
+    build(corpus, out, kind=GRAPH, version="v1")
     [expected] = answers(out, make_vectors(1, 8, seed=3), k=3)
     ids = [id for id, _ in expected]
     service = serve(out)
     service.wait_until_ready("v1")
-    for number, file in enumerate(("shards/000/index/hnsw.bin", "shards/000/vectors.npy", "manifest.json"), 2):
+    for number, file in enumerate((f"shards/000/index/{GRAPH_FILE}", "shards/000/vectors.npy", "manifest.json"), 2):
         publish_damaged(corpus, out, f"v{number}", file)
         service.wait_for_problem(f"/demo/v{number}/{file}")
         assert service.search() == (200, ("v1", ids))

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpora import answers, build, check_version, file_hashes, make_vectors, strays, write_corpus
+from corpora import (
+    GRAPH,
+    GRAPH_FILE,
+    KINDS,
+    answers,
+    build,
+    check_version,
+    file_hashes,
+    make_vectors,
+    strays,
+    write_corpus,
+)
 from tiny_bert import write_tiny_bert
 
 from vecsvc.errors import StorageError
@@ -82,7 +93,7 @@ def sizes(disk: Disk, before: int, manifest: Any) -> list[int]:
     return found + [at + PAGE * more for more in range(16)]
 
 
-@pytest.mark.parametrize("kind", ["exact", "hnsw", "kd_tree", "faiss"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_disk_that_fills_up_in_any_file_publishes_nothing_and_what_served_serves(
     disk: Disk, corpora: tuple[Path, Path, Path], tmp_path: Path, kind: str
 ) -> None:
@@ -137,9 +148,9 @@ def test_on_the_command_line_a_full_disk_is_one_line_and_exit_code_1(
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
     flags = ["--out", str(out), "--name", "demo", "--shards", "2", "--certificate-queries", "8", "--fields", "text"]
-    build(old, out, version="old", kind="hnsw", name="demo")
+    build(old, out, version="old", kind=GRAPH, name="demo")
     before, empty = answers(out, QUERIES), disk.used()
-    cases = [(9, "hnsw", "npy"), (32, "hnsw", "arrow"), (100, "hnsw", "hnsw.bin"), (100, "faiss", "faiss.index")]
+    cases = [(9, GRAPH, "npy"), (32, GRAPH, "arrow"), (100, GRAPH, GRAPH_FILE), (100, "faiss", "faiss.index")]
     for more, kind, file in cases:
         disk.resize(empty + more * PAGE)
         done = vecsvc("build-index", str(new), "--kind", kind, "--version", "new", *flags)

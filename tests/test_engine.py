@@ -318,10 +318,10 @@ def test_an_answer_that_would_fill_the_memory_is_refused_beforehand(queries: int
 
 def test_the_largest_batch_of_the_largest_k_is_answered_where_nothing_more_is_asked_for() -> None:
     limits = ServeSettings()
-    with opened(service.index("products")) as engine:
+    with opened(service.index("texts")) as engine:
         query = VectorQuery(service.vectors(limits.max_batch, seed=53))
         answer = run(engine.search_batch(None, query, SearchSettings(k=limits.max_k, timeout_ms=60_000)))
-    assert {len(found) for found in answer.results} == {400}
+    assert {len(found) for found in answer.results} == {60}
 
 
 def test_a_search_that_fails_tells_its_caller_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def _settings_text(params: dict[str, Any]) -> str:
 @_settings_option
 def serve(directory: Path, settings: Path | None, **flags: Any) -> None:
     """Serve the indexes in DIR over HTTP until SIGTERM."""
-    from vecsvc.server import serve as run
+    from vecsvc.process import serve as run
 
     read = _read(ServeSettings, "serve", flags, settings)
     if not directory.is_dir():

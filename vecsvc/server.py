@@ -1,37 +1,28 @@
-"""HTTP: routes, health, the one error-to-status table, and the life of the process from start to SIGTERM."""
+"""HTTP: routes, the one error-to-status table, health, and every request's way in and out."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import gc
 import itertools
 import logging
 import os
 import re
-import resource
 import secrets
-import signal
-import socket
-import struct
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import msgspec
-import threadpoolctl
-import uvloop
-from aiohttp import HttpVersion11, StreamReader, hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 
-from vecsvc import __version__, openapi, schemas
+from vecsvc import openapi, schemas
 from vecsvc.catalog import Catalog
 from vecsvc.config import ServeSettings
 from vecsvc.engine import Engine
 from vecsvc.errors import (
     BodyTooLarge,
-    ConfigError,
     DeadlineExceeded,
     InvalidRequest,
     MalformedRequest,
@@ -45,8 +36,9 @@ from vecsvc.errors import (
     UserError,
     VecsvcError,
 )
+from vecsvc.reaper import Reaper
 from vecsvc.storage import index_folders
-from vecsvc.telemetry import METRICS_CONTENT_TYPE, Metrics, configure_logging
+from vecsvc.telemetry import METRICS_CONTENT_TYPE, Metrics
 from vecsvc.types import BatchAnswer, Query, SearchSettings
 
 log: Final = logging.getLogger("vecsvc.server")
@@ -72,13 +64,9 @@ STATUS: Final[tuple[tuple[type[VecsvcError], int], ...]] = (
 RETRY_AFTER_S: Final = "1"
 MAX_LINE_BYTES: Final = 32_768  # of a request line: room for the longest ?q= of percent-encoded UTF-8
 INLINE_HITS: Final = 10_000  # longer answers are encoded in a thread
-TICK_S: Final = 0.25  # how often the reaper looks
-SPARE_FILES: Final = 1024  # open files besides connections: indexes, logs, libraries
-GRACE_S: Final = 0.25  # for requests that were on their way when the port closed
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _JSON: Final = "application/json; charset=utf-8"
-_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, for 0 s
 
 
 class Service:
@@ -366,75 +354,6 @@ class Connection(web.RequestHandler):
         return _error(500, "internal", "the service failed; its log says why")
 
 
-class Reaper:
-    """Ends what hangs: silent connections, bodies that drip, clients that do not read. aiohttp has no such limits.
-
-    One task looks at every connection a few times a second, so that a request costs no timer of its own.
-    """
-
-    def __init__(self, settings: ServeSettings) -> None:
-        self._settings = settings
-        self._since: dict[Any, float] = {}  # connection -> when it last did something whole
-        self._served: set[Any] = set()  # connections that sent a whole request head before
-        self._busy: set[Any] = set()
-        self._bodies: dict[Any, tuple[float, StreamReader]] = {}
-        self._writing: dict[Any, float] = {}  # connection -> when its answer was first seen waiting
-
-    def begin(self, request: web.Request) -> None:
-        self._busy.add(request.protocol)
-
-    def end(self, request: web.Request) -> None:
-        connection = request.protocol
-        self._busy.discard(connection)
-        self._bodies.pop(connection, None)
-        self._served.add(connection)
-        self._since[connection] = time.monotonic()
-
-    def await_body(self, request: web.Request) -> None:
-        self._bodies[request.protocol] = (time.monotonic(), request.content)
-
-    def quiet(self, connections: list[Any]) -> bool:
-        """True where no request is worked on, and no answer waits to be read."""
-        return not self._busy and not any(c.transport and c.transport.get_write_buffer_size() for c in connections)
-
-    async def run(self, runners: list[web.AppRunner]) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            self.tick([c for runner in runners if runner.server is not None for c in runner.server.connections])
-
-    def tick(self, connections: list[Any]) -> None:
-        now, settings = time.monotonic(), self._settings
-        live = set(connections)
-        for known in (self._since, self._bodies, self._writing):
-            for gone in known.keys() - live:
-                del known[gone]
-        self._served &= live
-        for started, stream in list(self._bodies.values()):
-            if now - started > settings.body_timeout_s:
-                stream.set_exception(
-                    RequestTimeout(f"the body did not arrive within body_timeout_s, {settings.body_timeout_s:g} s")
-                )
-        idle = [connection for connection in connections if connection not in self._busy]
-        for connection in idle:
-            since = self._since.setdefault(connection, now)
-            limit = settings.keepalive_s + 1 if connection in self._served else settings.header_timeout_s
-            if now - since > limit:
-                connection.force_close()
-        for connection in connections:
-            transport = connection.transport
-            if transport is None or not transport.get_write_buffer_size():
-                self._writing.pop(connection, None)
-            elif now - self._writing.setdefault(connection, now) > settings.write_timeout_s:
-                # With a reset, or the kernel would go on with what it holds of the answer.
-                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-                transport.abort()
-        surplus = len(connections) - settings.max_connections
-        if surplus > 0:
-            # Those that never asked anything go first, so that a flood of them spares the clients that work.
-            for connection in sorted(idle, key=lambda c: (c in self._served, self._since[c]))[:surplus]:
-                connection.force_close()
-
-
 def _json(body: bytes) -> web.Response:
     return web.Response(body=body, headers={hdrs.CONTENT_TYPE: _JSON})
 
@@ -477,131 +396,3 @@ async def _expect(request: web.Request) -> web.StreamResponse | None:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # the answer itself has not begun
     return None
-
-
-# ---------------------------------------------------------------------------------------------- the process
-
-
-def serve(directory: Path, settings: ServeSettings) -> None:
-    """Serve a folder of indexes until SIGTERM or SIGINT. Raises ConfigError where a port cannot be had."""
-    configure_logging()
-    _allow_files(settings.max_connections + SPARE_FILES)
-    # Searches run side by side in threads; a matrix product that took every core would fight the others.
-    with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
-        uvloop.run(_run(directory, settings))
-
-
-def _allow_files(wanted: int) -> None:
-    """A connection is an open file, and many systems allow 1024 of them to those who do not ask for more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-        if allowed < wanted:
-            log.warning("few files", extra={"data": {"allowed": allowed, "wanted": wanted, "remedy": "ulimit -n"}})
-
-
-async def _run(directory: Path, settings: ServeSettings) -> None:
-    started = time.perf_counter()
-    service = Service(directory, settings)
-    runner, listener = await _listen(service, service.app(), settings.host, settings.port)
-    admin, admin_listener = await _listen(service, service.admin_app(), settings.admin_host, settings.admin_port)
-    port, admin_port = (server.sockets[0].getsockname()[1] for server in (listener, admin_listener))
-    facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
-    log.info("listening", extra={"data": facts})
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _stop, stop)
-    watch = asyncio.create_task(_watch(service, started))
-    reap = asyncio.create_task(service.reaper.run([runner, admin]))
-    await stop.wait()
-    service.draining = True
-    log.info("draining", extra={"data": {"in_flight": service.engine.in_flight}})
-    await asyncio.sleep(settings.drain_s)
-    await _close(listener, service, runner)
-    await _finish(service, runner)
-    reap.cancel()
-    watch.cancel()
-    await runner.cleanup()
-    admin_listener.close()
-    await admin.cleanup()
-    log.info("stopped")
-    if service.at_work:
-        # A thread cannot be told to stop, and holds nothing that would have to be saved.
-        _exit(0)
-    service.engine.close()
-    service.catalog.close()
-
-
-def _stop(stop: asyncio.Event) -> None:
-    """Once: end what is in flight, then the process. Twice: end the process."""
-    if stop.is_set():
-        log.info("stopped at once")
-        _exit(1)
-    stop.set()
-
-
-def _exit(code: int) -> NoReturn:
-    logging.shutdown()
-    os._exit(code)
-
-
-async def _listen(service: Service, app: web.Application, host: str, port: int) -> tuple[web.AppRunner, asyncio.Server]:
-    runner = web.AppRunner(app, shutdown_timeout=service.settings.shutdown_s)
-    await runner.setup()
-    loop = asyncio.get_running_loop()
-    try:
-        listener = await loop.create_server(lambda: Connection(service, runner.server), host, port, backlog=1024)
-    except OSError as error:
-        await runner.cleanup()
-        # asyncio puts words of its own around the system's.
-        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another port") from error
-    return runner, listener
-
-
-async def _close(listener: asyncio.Server, service: Service, runner: web.AppRunner) -> None:
-    """Close the port, and take in whom the kernel let in already: for a client, that is to be accepted."""
-    held = [socket.socket(fileno=os.dup(port.fileno())) for port in listener.sockets]
-    listener.close()
-    waiting: list[socket.socket] = []
-    for port in held:
-        with port, contextlib.suppress(OSError):
-            port.setblocking(False)
-            while True:
-                waiting.append(port.accept()[0])
-    for client in waiting:
-        await asyncio.get_running_loop().connect_accepted_socket(lambda: Connection(service, runner.server), client)
-
-
-async def _watch(service: Service, started: float) -> None:
-    """Open what there is, then look for new versions now and then."""
-    settings = service.settings
-    while True:
-        try:
-            changed = await service.refresh()
-        except Exception:
-            # Whatever went wrong, what serves goes on serving, and the next look may go better.
-            log.exception("refresh failed")
-            changed = []
-        if changed:
-            # What was just opened stays for long: the garbage collector need not walk it again and again.
-            gc.collect()
-            gc.freeze()
-        if changed and not service.catalog.problem():
-            log.info("ready", extra={"data": {"seconds": round(time.perf_counter() - started, 3)}})
-        if not settings.reload_poll_s:
-            return
-        await asyncio.sleep(settings.reload_poll_s)
-
-
-async def _finish(service: Service, runner: web.AppRunner) -> None:
-    """Wait for requests in flight, and for those that were on their way when the port closed."""
-    now = time.monotonic()
-    end, quiet_since = now + service.settings.shutdown_s, now
-    while now < end and now - quiet_since < GRACE_S:
-        await asyncio.sleep(0.01)
-        now = time.monotonic()
-        if runner.server is not None and not service.reaper.quiet(runner.server.connections):
-            quiet_since = now

@@ -1,0 +1,155 @@
+"""The life of the serving process: from its ports and first versions to SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Final, NoReturn
+
+import threadpoolctl
+import uvloop
+from aiohttp import web
+
+from vecsvc import __version__
+from vecsvc.config import ServeSettings
+from vecsvc.errors import ConfigError
+from vecsvc.server import Connection, Service
+from vecsvc.telemetry import configure_logging
+
+log: Final = logging.getLogger("vecsvc.server")
+
+SPARE_FILES: Final = 1024  # open files besides connections: indexes, logs, libraries
+GRACE_S: Final = 0.25  # for requests that were on their way when the port closed
+
+
+def serve(directory: Path, settings: ServeSettings) -> None:
+    """Serve a folder of indexes until SIGTERM or SIGINT. Raises ConfigError where a port cannot be had."""
+    configure_logging()
+    _allow_files(settings.max_connections + SPARE_FILES)
+    # Searches run side by side in threads; a matrix product that took every core would fight the others.
+    with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
+        uvloop.run(_run(directory, settings))
+
+
+def _allow_files(wanted: int) -> None:
+    """A connection is an open file, and many systems allow 1024 of them to those who do not ask for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < wanted:
+            log.warning("few files", extra={"data": {"allowed": allowed, "wanted": wanted, "remedy": "ulimit -n"}})
+
+
+async def _run(directory: Path, settings: ServeSettings) -> None:
+    started = time.perf_counter()
+    service = Service(directory, settings)
+    runner, listener = await _listen(service, service.app(), settings.host, settings.port)
+    admin, admin_listener = await _listen(service, service.admin_app(), settings.admin_host, settings.admin_port)
+    port, admin_port = (server.sockets[0].getsockname()[1] for server in (listener, admin_listener))
+    facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
+    log.info("listening", extra={"data": facts})
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop, stop)
+    watch = asyncio.create_task(_watch(service, started))
+    reap = asyncio.create_task(service.reaper.run([runner, admin]))
+    await stop.wait()
+    service.draining = True
+    log.info("draining", extra={"data": {"in_flight": service.engine.in_flight}})
+    await asyncio.sleep(settings.drain_s)
+    await _close(listener, service, runner)
+    await _finish(service, runner)
+    reap.cancel()
+    watch.cancel()
+    await runner.cleanup()
+    admin_listener.close()
+    await admin.cleanup()
+    log.info("stopped")
+    if service.at_work:
+        # A thread cannot be told to stop, and holds nothing that would have to be saved.
+        _exit(0)
+    service.engine.close()
+    service.catalog.close()
+
+
+def _stop(stop: asyncio.Event) -> None:
+    """Once: end what is in flight, then the process. Twice: end the process."""
+    if stop.is_set():
+        log.info("stopped at once")
+        _exit(1)
+    stop.set()
+
+
+def _exit(code: int) -> NoReturn:
+    logging.shutdown()
+    os._exit(code)
+
+
+async def _listen(service: Service, app: web.Application, host: str, port: int) -> tuple[web.AppRunner, asyncio.Server]:
+    runner = web.AppRunner(app, shutdown_timeout=service.settings.shutdown_s)
+    await runner.setup()
+    loop = asyncio.get_running_loop()
+    try:
+        listener = await loop.create_server(lambda: Connection(service, runner.server), host, port, backlog=1024)
+    except OSError as error:
+        await runner.cleanup()
+        # asyncio puts words of its own around the system's.
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another port") from error
+    return runner, listener
+
+
+async def _close(listener: asyncio.Server, service: Service, runner: web.AppRunner) -> None:
+    """Close the port, and take in whom the kernel let in already: for a client, that is to be accepted."""
+    held = [socket.socket(fileno=os.dup(port.fileno())) for port in listener.sockets]
+    listener.close()
+    waiting: list[socket.socket] = []
+    for port in held:
+        with port, contextlib.suppress(OSError):
+            port.setblocking(False)
+            while True:
+                waiting.append(port.accept()[0])
+    for client in waiting:
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: Connection(service, runner.server), client)
+
+
+async def _watch(service: Service, started: float) -> None:
+    """Open what there is, then look for new versions now and then."""
+    settings = service.settings
+    while True:
+        try:
+            changed = await service.refresh()
+        except Exception:
+            # Whatever went wrong, what serves goes on serving, and the next look may go better.
+            log.exception("refresh failed")
+            changed = []
+        if changed:
+            # What was just opened stays for long: the garbage collector need not walk it again and again.
+            gc.collect()
+            gc.freeze()
+        if changed and not service.catalog.problem():
+            log.info("ready", extra={"data": {"seconds": round(time.perf_counter() - started, 3)}})
+        if not settings.reload_poll_s:
+            return
+        await asyncio.sleep(settings.reload_poll_s)
+
+
+async def _finish(service: Service, runner: web.AppRunner) -> None:
+    """Wait for requests in flight, and for those that were on their way when the port closed."""
+    now = time.monotonic()
+    end, quiet_since = now + service.settings.shutdown_s, now
+    while now < end and now - quiet_since < GRACE_S:
+        await asyncio.sleep(0.01)
+        now = time.monotonic()
+        if runner.server is not None and not service.reaper.quiet(runner.server.connections):
+            quiet_since = now
