@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test check bench serve clean
 
-# hnswlib is source only. Where no compiler is at hand, that costs the kind hnsw, not the installation.
+# hnswlib is source only, and compiled for the processor it is compiled on: faster, and not to be moved to another
+# (HNSWLIB_NO_NATIVE=1 makes one that can be). Where no compiler is at hand, that costs the kind hnsw, not the installation.
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,models,dev]'
-	HNSWLIB_NO_NATIVE= $(BIN)/python -m pip install --quiet --editable '.[hnsw]' || echo "hnswlib did not build: kind hnsw is missing, the rest works"
+	$(BIN)/python -m pip install --quiet --editable '.[hnsw]' || echo "hnswlib did not build: kind hnsw is missing, the rest works"
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -12,7 +12,8 @@ SCRIPTS = ("serving.py", "ready.py", "filtered.py", "build.py")
 def main() -> None:
     for script in SCRIPTS:
         print(f"\n=== {script}", flush=True)
-        subprocess.run([sys.executable, str(Path(__file__).parent / script), *sys.argv[1:]], check=True)
+        own = [a for a in sys.argv[1:] if a != "--big" or script == "build.py"]
+        subprocess.run([sys.executable, str(Path(__file__).parent / script), *own], check=True)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Certifier:
         self._offsets = np.concatenate([[0], np.cumsum([len(v) for v in vectors])])
         total = int(self._offsets[-1])
         rng = np.random.default_rng(seed)
-        # A row needs others to be near to; under cosine a row of zeros cannot be asked for.
+        # A row needs others to be near to.
         self._rows = np.sort(rng.choice(total, size=min(queries, total), replace=False)) if total > 1 else np.empty(0)
         self._queries = self._gather()
         self._k = min(K, total - 1)

@@ -29,7 +29,6 @@ from vecsvc.storage import (
     STAGING,
     copy_file,
     delete_folder,
-    foreign_errors,
     make_folder,
     rename,
     sync_folder,
@@ -62,9 +61,8 @@ def import_encoder(source: Path, out: Path, *, max_tokens: int = DEFAULT_MAX_TOK
         raise ConfigError(f"{out} exists, and an encoder is never overwritten: choose another folder")
     staging = out.with_name(f"{STAGING}{out.name}-{os.getpid()}")
     make_folder(out.parent)
-    with foreign_errors(staging):
-        staging.mkdir()
     try:
+        make_folder(staging)
         positions = max_tokens
         if model is None:
             proto, positions = _convert(source)

@@ -28,9 +28,19 @@ from index_builders.corpus import Batch, Corpus, open_corpus
 from index_builders.progress import Phase as Shown
 from index_builders.shard_writer import ShardWriter, stored_schema
 from vecsvc.config import BuildSettings
+from vecsvc.distance import check_vector
 from vecsvc.encoders.base import CANARY_TEXTS, Encoder
 from vecsvc.encoders.onnx import encoder_files, open_encoder
-from vecsvc.errors import ArtifactError, ConfigError, CorpusError, StorageError, VecsvcError, VersionExists
+from vecsvc.errors import (
+    ArtifactError,
+    BadRow,
+    ConfigError,
+    CorpusError,
+    InvalidVector,
+    StorageError,
+    VecsvcError,
+    VersionExists,
+)
 from vecsvc.manifest import (
     FORMAT_VERSION,
     Canary,
@@ -64,9 +74,20 @@ from vecsvc.storage import (
     open_array,
     replace_file,
 )
-from vecsvc.types import IndexSpec, Metric
+from vecsvc.types import IndexSpec, Metric, Vectors
 
-_LIBRARIES: Final = ("vecsvc", "numpy", "pyarrow", "hnswlib", "faiss-cpu", "faiss-gpu", "scikit-learn", "onnxruntime")
+_LIBRARIES: Final = (
+    "vecsvc",
+    "numpy",
+    "pyarrow",
+    "hnswlib",
+    "faiss-cpu",
+    "faiss-gpu",
+    "scikit-learn",
+    "tokenizers",
+    "onnxruntime",
+    "onnxruntime-gpu",
+)
 
 
 class _Ingested(msgspec.Struct):
@@ -226,8 +247,8 @@ class _Build:
         _empty(self.staging)
         with self._phase("ingest"):
             encoder = self._open_encoder()
-            if not self.corpus.has_vectors and encoder is None:
-                raise CorpusError(f"{self.corpus.path} has texts and no vectors: name an encoder with --encoder DIR")
+            if not self.corpus.has_vectors:
+                _needed(encoder, self.corpus)
             folders = [self.staging / "shards" / f"{n:03d}" for n in range(self.settings.shards)]
             with contextlib.ExitStack() as stack:
                 writers = [stack.enter_context(ShardWriter(folder, self.corpus)) for folder in folders]
@@ -235,7 +256,7 @@ class _Build:
                     for batch in self.corpus.read_batches(self.settings.batch_rows):
                         vectors = batch.vectors
                         if vectors is None:
-                            vectors = encoder.encode(batch.texts or [], "passage") if encoder else None
+                            vectors = self._encode(encoder, batch)
                         self._write(writers, batch, vectors)
                         shown(len(batch.hashes))
                 for writer in writers:
@@ -274,6 +295,18 @@ class _Build:
             if len(mine):
                 fields = batch.fields.take(pa.array(mine)) if batch.fields is not None else None
                 writer.write(rows[mine], batch.hashes[mine], vectors[mine], batch.ids.take(pa.array(mine)), fields)
+
+    def _encode(self, encoder: Encoder | None, batch: Batch) -> Vectors:
+        vectors = _needed(encoder, self.corpus).encode(batch.texts or [], "passage")
+        for row, vector in enumerate(vectors):
+            try:
+                check_vector(vector, _metric(self.settings))
+            except InvalidVector as error:
+                place = f"row {batch.first_row + row} (id {batch.ids[row].as_py()!r})"
+                raise BadRow(
+                    f"{place}: of its text the encoder made a vector that cannot be ranked: {error}"
+                ) from error
+        return vectors
 
     def _open_encoder(self) -> Encoder | None:
         if self.settings.encoder and self._encoder is None:
@@ -418,6 +451,12 @@ class _Build:
 
     def _save(self) -> None:
         replace_file(self._state_path, msgspec.json.encode(self.state))
+
+
+def _needed(encoder: Encoder | None, corpus: Corpus) -> Encoder:
+    if encoder is None:
+        raise CorpusError(f"{corpus.path} has texts and no vectors: name an encoder with --encoder DIR")
+    return encoder
 
 
 def _metric(settings: BuildSettings) -> Metric:

@@ -866,7 +866,7 @@ def test_a_flood_on_one_connection_is_cut_off_and_fills_no_memory(
             while time.monotonic() - started < 10:
                 with contextlib.suppress(TimeoutError):
                     sock.send(piece)
-    assert time.monotonic() - started < max(BODY_S, WRITE_S) + SLACK_S + 1
+    assert time.monotonic() - started < 6
     assert strict.rss_bytes() - before < 48 << 20
 
 

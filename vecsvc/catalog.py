@@ -49,7 +49,7 @@ class Served:
         path = folder.path / version
         lease = Lease.take(path, exclusive=False)
         if lease is None:
-            raise ArtifactDamaged(f"{path}: missing, or just being deleted")
+            raise NotReady(f"{path}: missing, or just being deleted")
         self.name, self.version = folder.name, version
         self.id = ServedIndex(folder.name, version)
         self._lease = lease
@@ -146,7 +146,9 @@ def _open_encoder(path: Path, manifest: Manifest, settings: ServeSettings) -> En
         folder = Path(settings.encoder)
         encoder = open_encoder(folder, name=folder.name, device=settings.device)
     elif built is not None:
-        encoder = open_encoder(path / ENCODER_FOLDER, name=built.name, device=settings.device)
+        folder = path / ENCODER_FOLDER
+        _refuse_unlisted(path, folder, manifest)
+        encoder = open_encoder(folder, name=built.name, device=settings.device)
     else:
         return None
     try:
@@ -163,6 +165,14 @@ def _open_encoder(path: Path, manifest: Manifest, settings: ServeSettings) -> En
         encoder.close()
         raise
     return encoder
+
+
+def _refuse_unlisted(path: Path, folder: Path, manifest: Manifest) -> None:
+    """An encoder's folder is opened by what lies in it, so nothing may lie there that was not hashed."""
+    listed = {entry.path for entry in manifest.files()}
+    for file in sorted(folder.rglob("*")):
+        if not file.is_dir() and file.relative_to(path).as_posix() not in listed:
+            raise ArtifactDamaged(f"{file}: is not in the manifest; delete it")
 
 
 class Catalog:
@@ -237,10 +247,14 @@ class Catalog:
             raise ArtifactUnfit(why)
         try:
             served = Served(folder, version, self._settings)
+        except NotReady:
+            raise  # that passes: the next look may go better
         except VecsvcError as error:
             self._failed[folder.name] = (version, str(error))
             log.error("cannot serve", extra={"data": {"index": folder.name, "version": version, "why": str(error)}})
             raise
+        except (MemoryError, OSError) as error:
+            raise NotReady(f"{folder.path / version}: {type(error).__name__}: {error}") from error
         except Exception as error:
             # A bug of ours or of a library: the others still serve, and /readyz says why this one does not.
             why = f"{folder.path / version}: {type(error).__name__}: {error}"

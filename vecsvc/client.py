@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vecsvc import errors
-from vecsvc.errors import ConfigError, ServiceError, VecsvcError
+from vecsvc.errors import ConfigError, InvalidVector, ServiceError, VecsvcError
 from vecsvc.schemas import JSON, ErrorAnswer
 from vecsvc.types import BatchAnswer, Id, Include, SearchAnswer
 
@@ -38,7 +38,10 @@ def _body(values: Mapping[str, Any]) -> bytes:
 
 def _vector(vector: ArrayLike) -> dict[str, str]:
     """base64 is a third of the size of numbers in JSON, and exact."""
-    return {"base64": base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()}
+    row = np.asarray(vector, dtype="<f4")
+    if row.ndim != 1:
+        raise InvalidVector(f"a vector has one dimension, got shape {row.shape}; send many with search_batch")
+    return {"base64": base64.b64encode(row.tobytes()).decode()}
 
 
 def _path(index: str | None, tail: str) -> str:

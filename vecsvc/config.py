@@ -69,7 +69,11 @@ class ServeSettings:
     keepalive_s: float = option(75.0, "idle connections are closed after that", low=1, high=86_400)
     drain_s: float = option(0.0, "how long /readyz is red before the port closes at shutdown", low=0, high=600)
     shutdown_s: float = option(30.0, "how long requests in flight may take to end at shutdown", low=0, high=3600)
-    max_body_bytes: int = option(16 << 20, "largest request body", low=1024, high=1 << 30)
+    max_query_bytes: int = option(1 << 20, "largest body of one question", low=1024, high=1 << 30)
+    max_body_bytes: int = option(16 << 20, "largest body of a batch", low=1024, high=1 << 30)
+    max_buffered_bytes: int = option(
+        256 << 20, "bodies that are being read, altogether; more is refused with 429", low=1024, high=1 << 40
+    )
     max_k: int = option(1000, "largest k", low=1, high=100_000)
     max_depth: int = option(10_000, "largest rerank depth", low=1, high=1_000_000)
     max_batch: int = option(1024, "most queries in one batch", low=1, high=100_000)

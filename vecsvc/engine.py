@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+import msgspec
 import numpy as np
 
 from vecsvc import indexes
@@ -55,6 +56,8 @@ MAX_ANSWER_BYTES: Final = 1 << 28
 _HIT_BYTES: Final = 256
 _FIELD_BYTES: Final = 256
 _VALUE_BYTES: Final = 32
+SLICE: Final = 64  # queries of a batch between two looks at the deadline
+MAX_CANDIDATES: Final = 100_000  # of one query: k or rerank.depth, times k_factor
 
 
 @dataclass(slots=True)
@@ -207,7 +210,7 @@ class _Search:
         return isinstance(self.query, VectorQuery) and len(self.query.vectors) == 1
 
     def run(self) -> BatchAnswer:
-        served, settings, clock = self.served, self.settings, self.clock
+        served, clock = self.served, self.clock
         own: tuple[int, int] | None = None  # shard and label of the row that a query by id leaves out
         if isinstance(self.query, VectorQuery):
             queries = self.query.vectors
@@ -218,36 +221,50 @@ class _Search:
             queries = np.asarray(served.shards[own[0]].vectors[own[1] : own[1] + 1], dtype=np.float32)
         if time.monotonic() >= clock.deadline:
             raise DeadlineExceeded("the deadline passed before the search began")
-        limit = Limit(settings.max_visited, clock.deadline)
-        found: list[Found] = []
         before = time.perf_counter()
-        for shard in served.shards:
-            found.append(
-                shard.search(
-                    queries,
-                    settings.k,
-                    self.plan.params,
-                    conditions=settings.conditions,
-                    exact=settings.exact,
-                    without=own[1] if own is not None and own[0] == shard.number else None,
-                    rerank_depth=settings.rerank_depth,
-                    limit=limit,
-                    num_threads=self.num_threads if len(queries) > 1 else 1,
-                )
-            )
-        hits = self._name(found, len(queries))
+        found = self._recall(queries[:SLICE], own)
+        hits = self._name(found, min(SLICE, len(queries)))
+        for start in range(SLICE, len(queries), SLICE):
+            if time.monotonic() >= clock.deadline:
+                raise DeadlineExceeded(f"the deadline passed after {start} of {len(queries)} queries")
+            part = self._recall(queries[start : start + SLICE], None)
+            hits += self._name(part, len(queries[start : start + SLICE]))
+            found = list(map(_sum, found, part))
         clock.rerank = sum(part.rerank_s for part in found)
         clock.search = time.perf_counter() - before - clock.rerank
         return self._answer(found, hits)
+
+    def _recall(self, queries: Vectors, own: tuple[int, int] | None) -> list[Found]:
+        """What each shard finds for a slice of the queries."""
+        settings = self.settings
+        limit = Limit(settings.max_visited, self.clock.deadline)
+        return [
+            shard.search(
+                queries,
+                settings.k,
+                self.plan.params,
+                conditions=settings.conditions,
+                exact=settings.exact,
+                without=own[1] if own is not None and own[0] == shard.number else None,
+                rerank_depth=settings.rerank_depth,
+                limit=limit,
+                num_threads=self.num_threads if len(queries) > 1 else 1,
+            )
+            for shard in self.served.shards
+        ]
 
     def _encode(self, texts: list[str]) -> Vectors:
         started = time.perf_counter()
         encoder = self.served.encoder
         if encoder is None:
             raise NotReady(f"the encoder of {self.served.name!r} was closed")
-        vectors = encoder.encode(texts, "query")
+        parts = []
+        for start in range(0, len(texts), SLICE):
+            if time.monotonic() >= self.clock.deadline:
+                raise DeadlineExceeded(f"the deadline passed after {start} of {len(texts)} texts were encoded")
+            parts.append(encoder.encode(texts[start : start + SLICE], "query"))
         self.clock.encode = time.perf_counter() - started
-        return vectors
+        return np.concatenate(parts)
 
     def _find(self, query: IdQuery) -> tuple[int, int]:
         for shard in self.served.shards:
@@ -332,6 +349,18 @@ class _Search:
         ]
 
 
+def _sum(a: Found, b: Found) -> Found:
+    """What two slices of a batch took together; their labels were named already."""
+    return msgspec.structs.replace(
+        b,
+        visited=-1 if min(a.visited, b.visited) < 0 else a.visited + b.visited,
+        stopped=a.stopped or b.stopped,
+        strategy=a.strategy if a.strategy == b.strategy else "mixed",
+        took_s=a.took_s + b.took_s,
+        rerank_s=a.rerank_s + b.rerank_s,
+    )
+
+
 def _ms(seconds: float) -> float:
     """To the microsecond, in a tenth of the time of round()."""
     return int(seconds * 1e6) / 1e3
@@ -368,6 +397,9 @@ def _check_size(query: Query, settings: SearchSettings, served: Served) -> None:
             f"the answer may have {hits} hits of some {hit_bytes} bytes, the limit is {MAX_ANSWER_BYTES} bytes: "
             "ask for a smaller k, fewer queries, or less in include"
         )
+    wide = max(settings.k, settings.rerank_depth or 0) * (dict(settings.params).get("k_factor") or 1)
+    if wide > MAX_CANDIDATES:
+        raise InvalidRequest(f"k or rerank.depth times k_factor is {wide}, the limit is {MAX_CANDIDATES} candidates")
 
 
 def _check_vectors(vectors: Vectors, served: Served) -> None:

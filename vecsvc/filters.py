@@ -40,50 +40,58 @@ MAX_DEPTH: Final = 8
 
 def parse(filter: Mapping[str, Any], *, max_nodes: int, max_values: int) -> tuple[Condition, ...]:
     """The conditions that must all hold. Raises InvalidRequest, naming the place and what would be right."""
-    conditions: list[Condition] = []
-    for condition in _walk(filter, 0):
-        conditions.append(condition)
-        if len(conditions) > max_nodes:
-            raise InvalidRequest(f"filter has more than {max_nodes} conditions")
-        if condition.operator == "$in" and len(condition.value) > max_values:
-            raise InvalidRequest(
-                f"filter: $in of {condition.field!r} has {len(condition.value)} values, the limit is {max_values}"
-            )
-    return tuple(conditions)
+    return tuple(_Parser(max_nodes, max_values).walk(filter, 0))
 
 
-def _walk(filter: Any, depth: int) -> Iterator[Condition]:
-    if depth > MAX_DEPTH:
-        raise InvalidRequest(f"filter is nested deeper than {MAX_DEPTH}")
-    if not isinstance(filter, Mapping):
-        raise InvalidRequest(f"filter must be an object of conditions, got {_short(filter)}")
-    for key, value in filter.items():
-        if key == "$and":
-            if not isinstance(value, list) or not value:
-                raise InvalidRequest(f"filter: $and takes a list of at least one filter, got {_short(value)}")
-            for part in value:
-                yield from _walk(part, depth + 1)
-        elif key.startswith("$"):
-            raise InvalidRequest(f"filter: {key!r} is no operator; known are $and, and {', '.join(OPERATORS)}")
-        elif isinstance(value, Mapping):
-            if not value:
-                raise InvalidRequest(f"filter: {key!r} has no condition; known are {', '.join(OPERATORS)}")
-            for name, operand in value.items():
-                yield _condition(key, name, operand)
-        else:
-            yield _condition(key, "$eq", value)
+class _Parser:
+    """Walks a filter of a stranger's: every object and every condition counts, before it is looked into."""
 
+    def __init__(self, max_nodes: int, max_values: int) -> None:
+        self._max_nodes, self._max_values = max_nodes, max_values
+        self._nodes = 0
 
-def _condition(field: str, name: str, operand: Any) -> Condition:
-    if name not in OPERATORS:
-        raise InvalidRequest(f"filter: {name!r} of {field!r} is no operator; known are {', '.join(OPERATORS)}")
-    values = operand if name == "$in" else [operand]
-    if not isinstance(values, list):
-        raise InvalidRequest(f"filter: $in of {field!r} takes a list, got {_short(operand)}")
-    for value in values:
-        if not isinstance(value, str | int | float | bool):
-            raise InvalidRequest(f"filter: {name} of {field!r} takes texts, numbers and booleans, got {_short(value)}")
-    return Condition(field, name, operand)
+    def walk(self, filter: Any, depth: int) -> Iterator[Condition]:
+        if depth > MAX_DEPTH:
+            raise InvalidRequest(f"filter is nested deeper than {MAX_DEPTH}")
+        if not isinstance(filter, Mapping):
+            raise InvalidRequest(f"filter must be an object of conditions, got {_short(filter)}")
+        for key, value in filter.items():
+            if key == "$and":
+                if not isinstance(value, list) or not value:
+                    raise InvalidRequest(f"filter: $and takes a list of at least one filter, got {_short(value)}")
+                for part in value:
+                    self._count()
+                    yield from self.walk(part, depth + 1)
+            elif key.startswith("$"):
+                raise InvalidRequest(f"filter: {key!r} is no operator; known are $and, and {', '.join(OPERATORS)}")
+            elif isinstance(value, Mapping):
+                if not value:
+                    raise InvalidRequest(f"filter: {key!r} has no condition; known are {', '.join(OPERATORS)}")
+                for name, operand in value.items():
+                    yield self._condition(key, name, operand)
+            else:
+                yield self._condition(key, "$eq", value)
+
+    def _count(self) -> None:
+        self._nodes += 1
+        if self._nodes > self._max_nodes:
+            raise InvalidRequest(f"filter has more than {self._max_nodes} conditions")
+
+    def _condition(self, field: str, name: str, operand: Any) -> Condition:
+        self._count()
+        if name not in OPERATORS:
+            raise InvalidRequest(f"filter: {name!r} of {field!r} is no operator; known are {', '.join(OPERATORS)}")
+        values = operand if name == "$in" else [operand]
+        if not isinstance(values, list):
+            raise InvalidRequest(f"filter: $in of {field!r} takes a list, got {_short(operand)}")
+        if len(values) > self._max_values:
+            raise InvalidRequest(f"filter: $in of {field!r} has {len(values)} values, the limit is {self._max_values}")
+        for value in values:
+            if not isinstance(value, str | int | float | bool):
+                raise InvalidRequest(
+                    f"filter: {name} of {field!r} takes texts, numbers and booleans, got {_short(value)}"
+                )
+        return Condition(field, name, operand)
 
 
 def evaluate(conditions: tuple[Condition, ...], fields: pa.Table) -> Mask:
@@ -153,5 +161,5 @@ def _operands(kind: pa.DataType, field: str, values: list[Any]) -> pa.Array:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = repr(value[:9] if isinstance(value, list) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."

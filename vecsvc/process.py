@@ -54,13 +54,13 @@ async def _run(directory: Path, settings: ServeSettings) -> None:
     service = Service(directory, settings)
     runner, listener = await _listen(service, service.app(), settings.host, settings.port)
     admin, admin_listener = await _listen(service, service.admin_app(), settings.admin_host, settings.admin_port)
-    port, admin_port = (server.sockets[0].getsockname()[1] for server in (listener, admin_listener))
-    facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
-    log.info("listening", extra={"data": facts})
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop, stop)
+    port, admin_port = (server.sockets[0].getsockname()[1] for server in (listener, admin_listener))
+    facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
+    log.info("listening", extra={"data": facts})
     watch = asyncio.create_task(_watch(service, started))
     reap = asyncio.create_task(service.reaper.run([runner, admin]))
     await stop.wait()
@@ -96,7 +96,8 @@ def _exit(code: int) -> NoReturn:
 
 
 async def _listen(service: Service, app: web.Application, host: str, port: int) -> tuple[web.AppRunner, asyncio.Server]:
-    runner = web.AppRunner(app, shutdown_timeout=service.settings.shutdown_s)
+    # _finish waits for requests in flight; when that is over, aiohttp need not begin to wait anew.
+    runner = web.AppRunner(app, shutdown_timeout=GRACE_S)
     await runner.setup()
     loop = asyncio.get_running_loop()
     try:

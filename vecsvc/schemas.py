@@ -47,6 +47,8 @@ K_ALIASES: Final = ("limit", "top_k", "topK")
 # Longer texts go by POST: a URL is held in memory whole, before anything in it can be checked.
 MAX_URL_TEXT_CHARS: Final = 2000
 _BODY_ONLY: Final = ("text", "vector", "id", "texts", "vectors", "filter", "params", "rerank")
+MAX_PARAMS: Final = 64
+EXPLAINED_BYTES: Final = 1 << 20  # a larger body is not decoded again for the sake of its error message
 _MAX_SHOWN: Final = 80
 _NOTHING: Final[frozenset[str]] = frozenset()
 
@@ -174,6 +176,8 @@ def _explain(error: msgspec.ValidationError, body: bytes) -> MalformedRequest | 
     """The decoder says where and what was expected; this adds the value that was found there."""
     message, _, path = str(error).partition(" - at `")
     path = path.removesuffix("`")
+    if len(body) > EXPLAINED_BYTES:
+        return InvalidRequest(f"{path or 'the body'}: {message}")
     try:
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as malformed:
@@ -236,6 +240,8 @@ def _k(wire: CommonBody, limits: ServeSettings) -> int:
 
 def _params(params: Mapping[str, Any]) -> tuple[bool, int | None, tuple[tuple[str, int], ...]]:
     """What every kind knows, apart from the settings of its own; those are checked against the index."""
+    if len(params) > MAX_PARAMS:
+        raise InvalidRequest(f"params has {len(params)} settings, no kind knows more than {MAX_PARAMS}")
     exact, max_visited, own = False, None, []
     for name, value in params.items():
         if name == "exact":

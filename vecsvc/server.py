@@ -81,6 +81,7 @@ class Service:
         self.reaper = Reaper(settings)
         self.draining = False
         self._loading: set[asyncio.Future[Any]] = set()  # threads that look for versions to open
+        self._buffered = 0  # bytes of bodies that are being read
         self._directory = directory
         self._id_prefix = secrets.token_hex(4)
         self._counter = itertools.count(1)
@@ -188,12 +189,12 @@ class Service:
         response.force_close()
         return response
 
-    async def _read(self, request: web.Request) -> bytes:
-        """The whole body, within its limits of size and time."""
+    async def _read(self, request: web.Request, limit: int) -> bytes:
+        """The whole body, within its limits of size and time; `limit` is that of this route."""
         if request.content_type != schemas.JSON:
             # aiohttp takes a missing or broken type for BINARY.
             given = request.headers.get(hdrs.CONTENT_TYPE, "")
-            if not given.lower().startswith(schemas.BINARY):
+            if given.partition(";")[0].strip().lower() != schemas.BINARY:
                 raise UnsupportedMediaType(
                     f"Content-Type is {given[:80]!r}, expected {schemas.JSON} or {schemas.BINARY}"
                 )
@@ -201,33 +202,42 @@ class Service:
             raise InvalidRequest("the settings of a JSON question stand in its body, not in the URL")
         if hdrs.CONTENT_ENCODING in request.headers:
             raise UnsupportedMediaType("compressed bodies are not taken; send it without Content-Encoding")
-        if (request.content_length or 0) > self.settings.max_body_bytes:
-            raise BodyTooLarge(f"the body has {request.content_length} bytes, {self._body_limit}")
+        length = request.content_length
+        if length is not None and length > limit:
+            raise BodyTooLarge(f"the body has {length} bytes, the limit here is {limit}")
+        declared = limit if length is None else length
+        if self._buffered + declared > self.settings.max_buffered_bytes:
+            raise Overloaded(f"{self._buffered} bytes of bodies are being read, the limit is max_buffered_bytes")
         if not request.content.is_eof():
             self.reaper.await_body(request)
+        self._buffered += declared
         try:
-            return await request.read()
+            body = await request.read()
         except web.HTTPRequestEntityTooLarge as error:
-            raise BodyTooLarge(f"the body is larger than allowed: {self._body_limit}") from error
+            raise BodyTooLarge(f"the body is larger than allowed, the limit here is {limit}") from error
         except web.RequestPayloadError as error:
             raise MalformedRequest(f"the body ended early: {error}") from error
-
-    @property
-    def _body_limit(self) -> str:
-        return f"the limit max_body_bytes is {self.settings.max_body_bytes}"
+        finally:
+            self._buffered -= declared
+        if len(body) > limit:
+            raise BodyTooLarge(f"the body has {len(body)} bytes, the limit here is {limit}")
+        return body
 
     # -------------------------------------------------------------------------------------------- handlers
 
     async def _search(self, request: web.Request) -> web.Response:
         name = request.match_info.get("name")
-        body = await self._read(request)
+        body = await self._read(request, self.settings.max_query_bytes)
         if request.content_type == schemas.JSON:
             query, settings = schemas.parse_search(body, self.settings)
         else:
             query, settings = self._binary(name, body, request)
             if len(body) != 4 * self._dim(name):
                 raise InvalidRequest(f"the body holds more than one vector; send batches to {request.path}/batch")
-        return _json(schemas.encode(await self.engine.search(name, query, settings)))
+        answer = await self.engine.search(name, query, settings)
+        if settings.include:  # fields and vectors may be long
+            return _json(await self.engine.in_thread(lambda: schemas.encode(answer)))
+        return _json(schemas.encode(answer))
 
     async def _get_search(self, request: web.Request) -> web.Response:
         query, settings = schemas.parse_get(_single(request), self.settings)
@@ -236,18 +246,20 @@ class Service:
 
     async def _batch(self, request: web.Request) -> web.Response:
         name = request.match_info.get("name")
-        body = await self._read(request)
+        body = await self._read(request, self.settings.max_body_bytes)
         if request.content_type == schemas.JSON:
             query, settings = schemas.parse_batch(body, self.settings)
         else:
             query, settings = self._binary(name, body, request)
-        answer = await self.engine.search_batch(name, query, settings)
         arrow = schemas.ARROW in request.headers.get(hdrs.ACCEPT, "")
+        if arrow and settings.include:
+            raise InvalidRequest("Arrow answers hold ids, scores and distances; ask for include as JSON")
+        answer = await self.engine.search_batch(name, query, settings)
         encode: Callable[[BatchAnswer], bytes] = schemas.encode
         if arrow:
             encode = functools.partial(schemas.encode_arrow, id_type=self.catalog.get(name).manifest.id_type)
         # So many hits take long enough to encode to hold up the event loop.
-        long = settings.k * len(answer.results) > INLINE_HITS
+        long = settings.k * len(answer.results) > INLINE_HITS or settings.include
         data = await self.engine.in_thread(lambda: encode(answer)) if long else encode(answer)
         return web.Response(body=data, headers={hdrs.CONTENT_TYPE: schemas.ARROW if arrow else _JSON})
 
@@ -291,12 +303,14 @@ class Service:
 
     async def _reload(self, request: web.Request) -> web.Response:
         """Look at CURRENT now, and try again what could not be opened."""
+        _no_page(request)
         _only(_single(request))
         changed = await self.refresh(again=True)
         return _json(schemas.encode({"changed": dict(changed), "problems": self.catalog.problems}))
 
     async def _rollback(self, request: web.Request) -> web.Response:
         """Serve the version before, or `?to=VERSION`."""
+        _no_page(request)
         name, to = request.match_info["name"], _only(_single(request), "to").get("to")
         folders = {folder.name: folder for folder in index_folders(self._directory)}
         if name not in folders:
@@ -352,6 +366,12 @@ class Connection(web.RequestHandler):
             return self._service.refuse(f"this is no HTTP request: {' '.join((message or '').split())[:200]}")
         log.error("a bug of ours", exc_info=exc)
         return _error(500, "internal", "the service failed; its log says why")
+
+
+def _no_page(request: web.Request) -> None:
+    """A browser says which page sends a request; no page has any business on the admin port."""
+    if hdrs.ORIGIN in request.headers:
+        raise InvalidRequest(f"requests of web pages are refused here, Origin is {request.headers[hdrs.ORIGIN][:80]!r}")
 
 
 def _json(body: bytes) -> web.Response:

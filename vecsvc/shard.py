@@ -94,10 +94,14 @@ class Shard:
         neighbors: Neighbors | None = None
         if not use_exact:
             neighbors = self.index.search(queries, wanted, params, allowed=mask, limit=limit, num_threads=num_threads)
-        # Where the index found fewer rows than there are, exact search fills in: the contract is k where k exist.
-        if neighbors is None or _short(neighbors, min(wanted, reachable)):
-            use_exact = True
+        if neighbors is None:
             neighbors = self._exact.search(queries, wanted, allowed=mask, limit=limit)
+        else:
+            # Where the index found fewer rows than there are, exact search fills in: k where k exist.
+            for row in _short(neighbors, min(k, reachable)):
+                use_exact = True
+                exactly = self._exact.search(queries[row : row + 1], wanted, allowed=mask, limit=limit)
+                neighbors = _with_row(neighbors, row, exactly)
         labels, distances = neighbors.labels, neighbors.distances
         searched = time.perf_counter()
         if rerank_depth is not None:
@@ -144,13 +148,23 @@ def _total(visited: NDArray[np.int64]) -> int:
     return -1 if (visited < 0).any() else int(visited.sum())
 
 
-def _short(neighbors: Neighbors, reachable: int) -> bool:
-    """True where a place stayed empty although a row is there for it, and no limit is to blame."""
+def _short(neighbors: Neighbors, reachable: int) -> list[int]:
+    """The rows in which a place stayed empty although a vector is there for it, and no limit is to blame."""
     if reachable == 0:
-        return False
+        return []
     if len(neighbors.labels) == 1:
-        return bool(neighbors.labels[0, reachable - 1] < 0 and not neighbors.stopped[0])
-    return bool(((neighbors.labels[:, reachable - 1] < 0) & ~neighbors.stopped).any())
+        return [0] if neighbors.labels[0, reachable - 1] < 0 and not neighbors.stopped[0] else []
+    found: list[int] = np.flatnonzero((neighbors.labels[:, reachable - 1] < 0) & ~neighbors.stopped).tolist()
+    return found
+
+
+def _with_row(neighbors: Neighbors, row: int, other: Neighbors) -> Neighbors:
+    """The same answers, but for one row."""
+    labels, distances = neighbors.labels.copy(), neighbors.distances.copy()
+    visited, stopped = neighbors.visited.copy(), neighbors.stopped.copy()
+    labels[row], distances[row] = other.labels[0], other.distances[0]
+    visited[row], stopped[row] = other.visited[0], other.stopped[0]
+    return Neighbors(labels, distances, visited, stopped)
 
 
 def _dropped(found: Found, label: int, k: int) -> Found:

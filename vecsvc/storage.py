@@ -462,6 +462,7 @@ def index_folders(directory: Path) -> list[IndexFolder]:
     """The indexes that DIR means: itself where it is one, otherwise those in it, by name."""
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no folder; give the --out folder of vecsvc build-index, or one index in it")
+    directory = directory.absolute()  # `.` has no name
     if _is_index(directory):
         return [IndexFolder(directory)]
     with foreign_errors(directory, "read", "check that it may be read"):
@@ -476,7 +477,8 @@ def _is_index(folder: Path) -> bool:
     try:
         if not folder.is_dir():
             return False
-        return (folder / CURRENT).exists() or any((f / MANIFEST).is_file() for f in folder.iterdir() if f.is_dir())
+        versions = (f for f in folder.iterdir() if _VERSION.fullmatch(f.name))  # no staging of a first build
+        return (folder / CURRENT).exists() or any((f / MANIFEST).is_file() for f in versions)
     except OSError:
         return False  # gone meanwhile, or not ours to read
 
