@@ -81,9 +81,9 @@ def main() -> None:
     print(f"wrote {corpus.relative_to(Path.cwd()) if corpus.is_relative_to(Path.cwd()) else corpus}")
     with tempfile.TemporaryDirectory() as folder:
         build = vecsvc("build-index", str(corpus), "--out", folder, "--fields", "label")
-        print("\n$ vecsvc build-index data/corpus.parquet --fields label")
+        print(f"\n$ vecsvc build-index data/corpus.parquet --out {folder} --fields label", flush=True)
         subprocess.run(build, check=True, env={**os.environ})
-        print("\n$ vecsvc serve indexes")
+        print(f"\n$ vecsvc serve {folder}")
         with server(Path(folder)) as url, Client(url) as client:
             described = client.indexes()[0]
             print(f"{url} serves {described['name']}: {described['size']:,} x {described['dim']}, {described['kind']}")

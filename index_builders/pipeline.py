@@ -38,6 +38,7 @@ from vecsvc.errors import (
     CorpusError,
     InvalidVector,
     StorageError,
+    UserError,
     VecsvcError,
     VersionExists,
 )
@@ -161,6 +162,9 @@ def build_index(
     build = _Build(folder, version, key, corpus, settings, params or {}, stream)
     try:
         return build.run()
+    except UserError:
+        build.discard()
+        raise
     finally:
         build.close()
 
@@ -207,6 +211,12 @@ class _Build:
         if self._encoder is not None:
             self._encoder.close()
         self._lease.release()
+
+    def discard(self) -> None:
+        """Leave nothing: what was refused will be built from another corpus, or with other settings."""
+        if self.staging.exists():
+            delete_folder(self.staging)
+        _forget(self._state_path)
 
     def run(self) -> BuildResult:
         if (self.staging / MANIFEST).exists():
@@ -466,7 +476,8 @@ def _metric(settings: BuildSettings) -> Metric:
 def _name(source: str, settings: BuildSettings) -> str:
     if settings.name:
         return check_name(settings.name)
-    stem = source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".parquet")
+    parts = [part for part in source.rstrip("/").split("/") if not set(part) & set("*?[")]  # a glob's folder
+    stem = parts[-1].removesuffix(".parquet") if parts else ""
     try:
         return check_name(stem)
     except ConfigError as error:

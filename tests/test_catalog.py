@@ -236,6 +236,19 @@ def test_a_mended_version_is_served_when_somebody_asks(catalog: Catalog, folder:
     assert catalog.refresh(again=True) == [("demo", "v1")] and not catalog.problem()
 
 
+def test_what_passes_is_tried_again_at_every_look(
+    catalog: Catalog, folder: IndexFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = folder.path / "elsewhere"
+    (folder.path / "v1").rename(moved)
+    assert catalog.refresh() == [] and "v1: missing, or just being deleted" in catalog.problem()
+    moved.rename(folder.path / "v1")
+    with monkeypatch.context() as short:
+        short.setattr(catalog_module, "Shard", lambda *a, **b: (_ for _ in ()).throw(MemoryError("no room")))
+        assert catalog.refresh() == [] and "v1: MemoryError: no room" in catalog.problem()
+    assert catalog.refresh() == [("demo", "v1")] and not catalog.problem()
+
+
 def test_a_version_that_failed_is_closed_again(catalog: Catalog, folder: IndexFolder) -> None:
     damage(folder, "v1")
     catalog.refresh()

@@ -137,3 +137,17 @@ def test_doctor_names_packages_that_are_in_each_others_way(monkeypatch: pytest.M
     monkeypatch.setattr(doctor, "_version", lambda name: "1.0" if "faiss" in name else None)
     [problem] = doctor.examine().problems
     assert "faiss-cpu and faiss-gpu" in problem and "pip uninstall -y faiss-cpu faiss-gpu" in problem
+
+
+def test_a_refused_corpus_leaves_nothing_behind(corpus: Path) -> None:
+    twice = pa.concat_tables([pq.read_table(corpus)] * 2)
+    pq.write_table(twice, corpus.parent / "twice.parquet")
+    done = run("build-index", "twice.parquet", cwd=corpus.parent)
+    assert done.returncode == 2 and "has that id already" in done.stderr
+    assert list((corpus.parent / "indexes" / "twice").iterdir()) == []
+
+
+def test_a_glob_names_the_index_after_its_folder(corpus: Path) -> None:
+    (corpus.parent / "parts").mkdir()
+    corpus.rename(corpus.parent / "parts" / "a.parquet")
+    assert "published indexes/parts/" in run("build-index", "parts/*.parquet", cwd=corpus.parent).stdout

@@ -42,7 +42,7 @@ from tiny_bert import write_tiny_bert
 from vecsvc import manifest as manifest_module
 from vecsvc.catalog import Catalog, Served
 from vecsvc.config import ServeSettings
-from vecsvc.errors import ArtifactDamaged, ArtifactError, ArtifactUnfit, EncoderMismatch
+from vecsvc.errors import ArtifactDamaged, ArtifactError, ArtifactUnfit, EncoderMismatch, NotReady
 from vecsvc.manifest import FORMAT_VERSION, MAX_MANIFEST_BYTES, read_manifest
 from vecsvc.storage import IndexFolder
 from vecsvc.types import TextQuery
@@ -224,7 +224,7 @@ def test_a_file_that_the_disk_cannot_read_is_refused_by_name(
 
 
 def test_a_missing_version_is_refused_by_name(artifacts: Path) -> None:
-    with pytest.raises(ArtifactDamaged, match="exact/v9: missing"):
+    with pytest.raises(NotReady, match="exact/v9: missing"):
         Served(IndexFolder(artifacts / "exact"), "v9", ServeSettings())
 
 

@@ -31,7 +31,9 @@ BOUNDS = {
     "max_filter_values": 907,
     "timeout_ms": 1908,
     "max_timeout_ms": 1909,
-    "max_body_bytes": 9_100_000,
+    "max_query_bytes": 9_100_001,
+    "max_body_bytes": 9_100_002,
+    "max_buffered_bytes": 9_100_003,
     "body_timeout_s": 911,
     "max_in_flight": 912,
 }

@@ -459,6 +459,12 @@ def arrow(every: Service, name: str, question: Any) -> pa.Table:
     return pa.ipc.open_stream(reply.body).read_all()
 
 
+def test_an_arrow_answer_has_no_room_for_fields_and_says_so(every: Service) -> None:
+    question = {"vectors": [plain(QUERIES[0])], "include": ["fields"]}
+    reply = every.post("/indexes/products/search/batch", question, Accept="application/vnd.apache.arrow.stream")
+    assert reply.status == 422 and "include" in reply.message
+
+
 def test_an_arrow_answer_says_what_it_is_worth_in_its_metadata(every: Service) -> None:
     question = {"vectors": [plain(QUERIES[0])], "k": 500, "params": {"exact": True, "max_visited": 50}}
     table = arrow(every, "numbers", question)
@@ -633,11 +639,12 @@ def test_every_error_is_json_of_one_shape(every: Service) -> None:
         every.post("/search", b"{"),
         every.post("/indexes/products/search", {"k": 0, "id": "a"}),
         every.ask("POST", "/search", b"x", {"Content-Type": "text/plain"}),
+        every.ask("POST", "/reload", headers={"Origin": "http://elsewhere"}, admin=True),
         every.ask("POST", "/search", b"x" * 100, {**JSON, "Content-Encoding": "gzip"}),
         every.ask("POST", "/search", b"{}", {**JSON, "Expect": "tea"}),
         every.ask("GET", "/nothing", admin=True),
     ]
-    assert [reply.status for reply in replies] == [404, 404, 405, 400, 422, 415, 415, 417, 404]
+    assert [reply.status for reply in replies] == [404, 404, 405, 400, 422, 415, 422, 415, 417, 404]
     assert all(reply.message for reply in replies)
 
 

@@ -187,3 +187,9 @@ def test_replacing_a_file_survives_what_an_earlier_crash_left(tmp_path: Path) ->
     (tmp_path / "a.tmp").write_bytes(b"half")
     storage.replace_file(tmp_path / "a", b"whole")
     assert (tmp_path / "a").read_bytes() == b"whole" and not (tmp_path / "a.tmp").exists()
+
+
+def test_gc_after_a_rollback_keeps_the_way_back_and_not_what_was_rolled_away_from(index: IndexFolder) -> None:
+    index.rollback()
+    assert index.gc(keep=1) == ["v3"]
+    assert index.versions() == ["v1", "v2"] and index.rollback() == ("v2", "v1")

@@ -63,7 +63,7 @@ def unit(vectors: StoredVectors) -> Vectors:
 
 def score(distances: Distances, metric: Metric) -> Distances:
     """Greater is better: the similarity for ip and cosine, the negative squared distance for l2."""
-    return -distances if metric == "l2" else 1.0 - distances
+    return (0.0 if metric == "l2" else 1.0) - distances
 
 
 def check_vector(vector: Vectors, metric: Metric, what: str = "vector") -> None:

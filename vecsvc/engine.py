@@ -370,7 +370,7 @@ def _plan(served: Served, settings: SearchSettings) -> Plan:
     try:
         return served.plan(settings)
     except (UnknownParameter, InvalidParameter) as error:
-        raise InvalidRequest(f"params: {error}") from error
+        raise InvalidRequest(f"params: {error}; every kind takes exact and max_visited") from error
 
 
 def _check_fields(conditions: tuple[Condition, ...], served: Served) -> None:

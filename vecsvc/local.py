@@ -52,6 +52,8 @@ def _query(text: str | None, row_id: str | None, vector: str | None, id_type: st
     if sum(given is not None for given in (text, row_id, vector)) != 1:
         raise ConfigError("give one of TEXT, --id and --vector")
     if text is not None:
+        if not text.strip():
+            raise ConfigError("TEXT is empty")
         return TextQuery([text])
     if row_id is not None:
         try:

@@ -144,6 +144,7 @@ def _import_onnxruntime() -> Any:
     except ImportError as error:
         raise BackendMissing("encoders need onnxruntime: pip install 'vecsvc[cpu]'") from error
     onnxruntime.set_default_logger_severity(_ERRORS)
+    onnxruntime.disable_telemetry_events()  # a service reports to nobody but its operator
     return onnxruntime
 
 

@@ -127,6 +127,7 @@ async def _close(listener: asyncio.Server, service: Service, runner: web.AppRunn
 async def _watch(service: Service, started: float) -> None:
     """Open what there is, then look for new versions now and then."""
     settings = service.settings
+    told = ""
     while True:
         try:
             changed = await service.refresh()
@@ -138,8 +139,12 @@ async def _watch(service: Service, started: float) -> None:
             # What was just opened stays for long: the garbage collector need not walk it again and again.
             gc.collect()
             gc.freeze()
-        if changed and not service.catalog.problem():
-            log.info("ready", extra={"data": {"seconds": round(time.perf_counter() - started, 3)}})
+        problem = service.catalog.problem()
+        if problem and problem != told:
+            log.warning("not ready", extra={"data": {"why": problem}})
+        elif not problem and (changed or told):
+            log.info("ready", extra={"data": {"up_s": round(time.perf_counter() - started, 3)}})
+        told = problem
         if not settings.reload_poll_s:
             return
         await asyncio.sleep(settings.reload_poll_s)

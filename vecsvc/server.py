@@ -63,6 +63,7 @@ STATUS: Final[tuple[tuple[type[VecsvcError], int], ...]] = (
 )
 RETRY_AFTER_S: Final = "1"
 MAX_LINE_BYTES: Final = 32_768  # of a request line: room for the longest ?q= of percent-encoded UTF-8
+SMALL_BODY_BYTES: Final = 65_536  # shorter bodies need no room in max_buffered_bytes
 INLINE_HITS: Final = 10_000  # longer answers are encoded in a thread
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -205,23 +206,26 @@ class Service:
         length = request.content_length
         if length is not None and length > limit:
             raise BodyTooLarge(f"the body has {length} bytes, the limit here is {limit}")
-        declared = limit if length is None else length
-        if self._buffered + declared > self.settings.max_buffered_bytes:
+        declared = length
+        if declared is None:
+            # Until the end of such a body nobody knows how long it is, so it counts as the longest from the start.
+            declared, request = limit, request.clone(client_max_size=limit)
+        if declared <= SMALL_BODY_BYTES:
+            # max_connections bounds these. A few who announce much and send nothing must not keep them out.
+            declared = 0
+        elif self._buffered + declared > self.settings.max_buffered_bytes:
             raise Overloaded(f"{self._buffered} bytes of bodies are being read, the limit is max_buffered_bytes")
         if not request.content.is_eof():
             self.reaper.await_body(request)
         self._buffered += declared
         try:
-            body = await request.read()
+            return await request.read()
         except web.HTTPRequestEntityTooLarge as error:
             raise BodyTooLarge(f"the body is larger than allowed, the limit here is {limit}") from error
         except web.RequestPayloadError as error:
             raise MalformedRequest(f"the body ended early: {error}") from error
         finally:
             self._buffered -= declared
-        if len(body) > limit:
-            raise BodyTooLarge(f"the body has {len(body)} bytes, the limit here is {limit}")
-        return body
 
     # -------------------------------------------------------------------------------------------- handlers
 

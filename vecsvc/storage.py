@@ -382,15 +382,20 @@ class IndexFolder:
         return current or "none", to
 
     def gc(self, keep: int) -> list[str]:
-        """Delete all but CURRENT and the newest `keep` versions, and what dead builds left.
+        """Delete all but CURRENT and `keep` others, and what dead builds left.
+
+        The versions before CURRENT stay first, the newest of them: they are what a rollback goes to. What is
+        newer than CURRENT was rolled away from, and stays only where there is room.
 
         A version that a process serves is never touched: its folder is flocked. Returns what went.
         """
         current = self.current()
         gone = []
         self._empty_trash()  # a version of the same name may be in it since a crash
-        newest = [v for v in self.versions() if v != current]
-        for version in newest[: max(0, len(newest) - keep)]:
+        versions = self.versions()
+        at = versions.index(current) if current in versions else len(versions)
+        wanted = versions[:at][::-1] + versions[at + 1 :][::-1]
+        for version in sorted(wanted[keep:], key=versions.index):
             lease = Lease.take(self.path / version, exclusive=True)
             if lease is None:
                 continue
