@@ -54,7 +54,7 @@ class Served:
         self.id = ServedIndex(folder.name, version)
         self._lease = lease
         self._users = 0
-        self._plans: dict[SearchSettings, Plan] = {}
+        self._plans: dict[tuple[object, ...], Plan] = {}
         self._retired = False
         self._lock = threading.Lock()
         self.shards: list[Shard] = []
@@ -99,12 +99,21 @@ class Served:
         """
         if settings.conditions:
             return Plan(self._search_params(settings.params))
-        found = self._plans.get(settings)
+        # What a question costs depends on these, and not on how long its caller would wait.
+        key = (
+            settings.params,
+            settings.k,
+            settings.exact,
+            settings.max_visited,
+            settings.rerank_depth,
+            settings.include,
+        )
+        found = self._plans.get(key)
         if found is None:
             found = Plan(self._search_params(settings.params))
             if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
-            self._plans[settings] = found
+            self._plans[key] = found
         return found
 
     def _search_params(self, values: tuple[tuple[str, int], ...]) -> Any:
