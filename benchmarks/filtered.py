@@ -1,4 +1,4 @@
-"""Where comparing the allowed rows overtakes walking a graph with a filter: it sets shard.EXACT_UP_TO_ROWS."""
+"""Where comparing the allowed rows overtakes walking a graph with a filter: it sets shard.EXACT_ROOTS."""
 
 from __future__ import annotations
 

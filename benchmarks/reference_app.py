@@ -1,4 +1,7 @@
-"""The least that any aiohttp service does: decode the same body, answer a constant of the same size."""
+"""The least that any aiohttp service does: decode the same body, answer a constant of the same size.
+
+With --index it also calls `Index.search`, and shows what a search costs between two requests instead of in a loop.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,18 @@ import argparse
 import asyncio
 import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import uvloop
 from aiohttp import web
+
+from vecsvc import indexes
+from vecsvc.catalog import Served
+from vecsvc.config import ServeSettings
+from vecsvc.storage import IndexFolder
 
 
 class Body(msgspec.Struct):
@@ -18,13 +28,19 @@ class Body(msgspec.Struct):
     k: int = 10
 
 
-async def run(size: int) -> None:
+async def run(size: int, folder: Path | None, ef_search: int) -> None:
+    look: Callable[[np.ndarray], object] = lambda vector: None  # noqa: E731
+    if folder is not None:
+        index_folder = IndexFolder(folder)
+        served = Served(index_folder, str(index_folder.current()), ServeSettings())
+        index, params = served.shards[0].index, indexes.search_params("hnsw", ef_search=ef_search)
+        look = lambda vector: index.search(vector[None], 10, params)  # noqa: E731
     decode = msgspec.json.Decoder(Body).decode
     answer = b"{" + b" " * (size - 2) + b"}"
 
     async def search(request: web.Request) -> web.Response:
         body = decode(await request.read())
-        np.array(body.vector, dtype=np.float32)
+        look(np.array(body.vector, dtype=np.float32))
         return web.Response(body=answer, content_type="application/json")
 
     async def ready(request: web.Request) -> web.Response:
@@ -44,4 +60,7 @@ async def run(size: int) -> None:
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--size", type=int, required=True, help="bytes of the constant answer")
-    uvloop.run(run(arguments.parse_args().size))
+    arguments.add_argument("--index", type=Path, help="search this index too, and throw the answer away")
+    arguments.add_argument("--ef-search", type=int, default=64)
+    given = arguments.parse_args()
+    uvloop.run(run(given.size, given.index, given.ef_search))

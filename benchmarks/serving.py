@@ -100,10 +100,14 @@ def main() -> None:
             ids = [[hit["id"] for hit in answer["results"]] for answer in answers]
             same = sum(got == [f"row-{label}" for label in want] for got, want in zip(ids, expected, strict=True))
             size = len(connection.ask(requests[0]))
-            with running(
-                [sys.executable, str(Path(__file__).parent / "reference_app.py"), "--size", str(size)]
-            ) as bare:
-                servers = {"vecsvc": (ours, connection), "reference": (bare, Connection(bare.port))}
+            plain = [sys.executable, str(Path(__file__).parent / "reference_app.py"), "--size", str(size)]
+            searching = [*plain, "--index", str(folder.path), "--ef-search", str(ef_search)]
+            with running(plain) as bare, running(searching) as least:
+                servers = {
+                    "vecsvc": (ours, connection),
+                    "reference": (bare, Connection(bare.port)),
+                    "least": (least, Connection(least.port)),
+                }
                 figures = measure(task, index, ef_search, requests, servers)
     report(task, recall, ef_search, same, figures)
 
@@ -146,7 +150,8 @@ def report(task: Task, recall: float, ef_search: int, same: int, figures: dict[s
         [
             ["vecsvc", middle["vecsvc cpu"], middle["vecsvc p50"], middle["vecsvc p99"]],
             ["reference application", middle["reference cpu"], middle["reference p50"], middle["reference p99"]],
-            ["Index.search in process", middle["search mean"], middle["search p50"], "-"],
+            ["the same with Index.search", middle["least cpu"], middle["least p50"], middle["least p99"]],
+            ["Index.search in a loop", middle["search mean"], middle["search p50"], "-"],
             ["target", cpu_target, p50_target, "-"],
         ],
     )

@@ -367,7 +367,7 @@ class _Build:
             if done is not None and _whole(self.staging, done.files):
                 self.resumed.append(f"index of shard {number}")
                 with self._phase("certify"):
-                    certifier.measure(number, certifier.load(number, folder, done.spec))
+                    certifier.measure(number, certifier.load(number, folder, done.spec), self.threads)
                 continue
             if folder.exists():
                 delete_folder(folder)
@@ -400,7 +400,7 @@ class _Build:
                     ) from error
                 self.state.indexed[number] = _Indexed(spec, files)
                 self._save()
-                certifier.measure(number, written)
+                certifier.measure(number, written, self.threads)
                 written.close()
         return certifier
 

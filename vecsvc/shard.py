@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -26,9 +27,11 @@ ROWS_FILE: Final = "rows.npy"  # (size,) int64 corpus row of each label, ascendi
 FIELDS_FILE: Final = "fields.arrow"
 INDEX_FOLDER: Final = "index"
 
-# A filter that leaves fewer rows than this is answered by comparing them all: a graph would have to walk
-# through the others, and hnswlib asks Python about each. See benchmarks/filtered.py for the crossing.
-EXACT_UP_TO_ROWS: Final = 10_000
+# A filter that leaves few rows is answered by comparing them all. A walk of a graph with a filter costs in inverse
+# proportion to the share that is allowed, comparing costs in proportion to the rows, so the two cross where the
+# rows are a multiple of the square root of the size: 16 was measured with hnsw, see benchmarks/filtered.py.
+EXACT_ROOTS: Final = 16
+EXACT_UP_TO_ROWS: Final = 1000  # so few are always compared
 
 
 class Found(msgspec.Struct, frozen=True, gc=False):
@@ -89,7 +92,9 @@ class Shard:
         mask, allowed = self._mask(conditions, without)
         reachable = self.size if allowed is None else allowed
         wanted = max(k, rerank_depth or 0)
-        use_exact = exact or (mask is not None and reachable <= EXACT_UP_TO_ROWS)
+        use_exact = exact or (
+            mask is not None and reachable <= max(EXACT_UP_TO_ROWS, EXACT_ROOTS * math.sqrt(self.size))
+        )
 
         neighbors: Neighbors | None = None
         if not use_exact:
