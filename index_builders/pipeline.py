@@ -219,9 +219,8 @@ class _Build:
         _forget(self._state_path)
 
     def run(self) -> BuildResult:
-        if (self.staging / MANIFEST).exists():
-            manifest = self._finished()
-        else:
+        manifest = self._finished()
+        if manifest is None:
             ingested = self._ingest()
             manifest = self._manifest(ingested, self._index(ingested))
             write_manifest(self.staging, manifest)
@@ -232,18 +231,17 @@ class _Build:
         _forget(self._state_path)
         return BuildResult(str(self.folder.path / self.version), manifest, self.resumed)
 
-    def _finished(self) -> Manifest:
-        """An earlier build died between its manifest and publishing."""
+    def _finished(self) -> Manifest | None:
+        """What an earlier build left that died between its manifest and publishing; None where none is whole."""
+        if not (self.staging / MANIFEST).exists():
+            return None
         try:
             manifest = read_manifest(self.staging)
             check_files(self.staging, manifest.files())
         except VecsvcError:
             delete_file(self.staging / MANIFEST)
-            ingested = self._ingest()
-            manifest = self._manifest(ingested, self._index(ingested))
-            write_manifest(self.staging, manifest)
-        else:
-            self.resumed.append("everything but publishing")
+            return None
+        self.resumed.append("everything but publishing")
         return manifest
 
     # --------------------------------------------------------------------------------------------- ingest
@@ -367,7 +365,9 @@ class _Build:
             if done is not None and _whole(self.staging, done.files):
                 self.resumed.append(f"index of shard {number}")
                 with self._phase("certify"):
-                    certifier.measure(number, certifier.load(number, folder, done.spec), self.threads)
+                    index = certifier.load(number, folder, done.spec)
+                    certifier.measure(number, index, self.threads)
+                    index.close()
                 continue
             if folder.exists():
                 delete_folder(folder)

@@ -239,8 +239,6 @@ class Service:
             if len(body) != 4 * self._dim(name):
                 raise InvalidRequest(f"the body holds more than one vector; send batches to {request.path}/batch")
         answer = await self.engine.search(name, query, settings)
-        if settings.include:  # fields and vectors may be long
-            return _json(await self.engine.in_thread(lambda: schemas.encode(answer)))
         return _json(schemas.encode(answer))
 
     async def _get_search(self, request: web.Request) -> web.Response:
@@ -263,7 +261,7 @@ class Service:
         if arrow:
             encode = functools.partial(schemas.encode_arrow, id_type=self.catalog.get(name).manifest.id_type)
         # So many hits take long enough to encode to hold up the event loop.
-        long = settings.k * len(answer.results) > INLINE_HITS or settings.include
+        long = settings.k * len(answer.results) > INLINE_HITS
         data = await self.engine.in_thread(lambda: encode(answer)) if long else encode(answer)
         return web.Response(body=data, headers={hdrs.CONTENT_TYPE: schemas.ARROW if arrow else _JSON})
 
