@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from vecsvc.exact_search import ExactSearch
 from vecsvc.manifest import cpu_description, library_versions
 
 RESULTS = Path(__file__).parent / "results"
+LIBRARIES = ("vecsvc", "numpy", "hnswlib", "faiss-cpu", "aiohttp", "uvloop", "msgspec")
 K = 10
 TOLERANCE = 1e-5
 
@@ -154,19 +155,20 @@ def table(title: str, head: list[str], rows: list[list[Any]]) -> None:
         )
 
 
-def machine() -> dict[str, Any]:
+def machine(libraries: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "cpu": cpu_description()[0],
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "libraries": library_versions(["vecsvc", "numpy", "hnswlib", "faiss-cpu", "aiohttp", "uvloop", "msgspec"]),
+        "libraries": library_versions(dict.fromkeys((*LIBRARIES, *libraries))),
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def save(name: str, figures: dict[str, Any]) -> None:
+def save(name: str, figures: dict[str, Any], folder: Path = RESULTS, libraries: Sequence[str] = ()) -> Path:
     """Write the figures as JSON beside the tables, with the machine they were taken on."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **figures}, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(libraries), **figures}, indent=2) + "\n")
     print(f"\n{machine()['cpu']}, {os.cpu_count()} cores, Python {platform.python_version()}; figures in {path.name}")
+    return path

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol, TypeAlias, cast
@@ -49,16 +48,14 @@ def module(kind: str) -> BuilderModule:
 
 
 def choose(kind: str, size: int, params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What `auto` means for so many vectors: exact while that is fast, then a graph that is installed."""
+    """What `auto` means for so many vectors: exact while that is fast, then the graph that is fastest."""
     if kind != "auto":
         return kind, dict(params)
     if params:
         raise InvalidParameter(f"kind auto takes no parameters, got {', '.join(params)}: name a kind")
     if size <= EXACT_UP_TO:
         return "exact", {}
-    if importlib.util.find_spec("hnswlib"):
-        return "hnsw", {}
-    return "faiss", {"factory": "HNSW32"}
+    return "nng", {}
 
 
 def build_params(kind: str, values: Mapping[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Final, TextIO
 
 LINE_EVERY_S: Final = 5.0
@@ -13,11 +14,18 @@ def no_progress(done: int) -> None:
     pass
 
 
+def part(progress: Callable[[int], None], name: str) -> None:
+    """Say which part of a phase is being worked on, to whoever shows it."""
+    if isinstance(progress, Phase):
+        progress.part = name
+
+
 class Phase:
     """One phase of known or unknown length. Use as a context manager; call it with the rows that got done."""
 
     def __init__(self, name: str, total: int | None, stream: TextIO | None = None, unit: str = "rows") -> None:
         self.name, self.total, self.unit = name, total, unit
+        self.part = ""
         self.done = 0
         self._stream = stream if stream is not None else sys.stderr
         self._terminal = self._stream.isatty()
@@ -41,12 +49,13 @@ class Phase:
 
     def _show(self, before: str, after: str) -> None:
         seconds = time.monotonic() - self._started
-        line = f"{self.name}: {self.done:,} {self.unit}"
+        name = f"{self.name} ({self.part})" if self.part and self.done < (self.total or 0) else self.name
+        line = f"{name}: {self.done:,} {self.unit}"
         if self.total and self._terminal:
             filled = round(24 * min(1.0, self.done / self.total))
-            line = f"{self.name:<12} [{'#' * filled}{'.' * (24 - filled)}] {self.done:,}/{self.total:,} {self.unit}"
+            line = f"{name:<12} [{'#' * filled}{'.' * (24 - filled)}] {self.done:,}/{self.total:,} {self.unit}"
         elif self.total:
-            line = f"{self.name}: {self.done:,} of {self.total:,} {self.unit} ({100 * self.done / self.total:.0f} %)"
+            line = f"{name}: {self.done:,} of {self.total:,} {self.unit} ({100 * self.done / self.total:.0f} %)"
         line += f", {seconds:.1f} s"
         if self.total and 0 < self.done < self.total and seconds > 2:
             line += f", about {seconds * (self.total - self.done) / self.done:.0f} s to go"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import types
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,23 @@ import numpy as np
 import pytest
 
 import index_builders
+from index_builders import faiss_index as builder
 from index_builders.base import operating_points
+from index_builders.gpu_lists import gpu_neighbours
 from vecsvc import indexes
-from vecsvc.errors import ArtifactDamaged, BackendMissing, InvalidParameter, UnknownParameter
+from vecsvc.errors import ArtifactDamaged, BackendMissing, InvalidParameter, InvalidVector, UnknownParameter
+from vecsvc.exact_search import ExactSearch
 from vecsvc.indexes import faiss_index
-from vecsvc.types import IndexSpec, Metric
+from vecsvc.types import METRICS, IndexSpec, Metric
 
 RNG = np.random.default_rng(9)
 VECTORS = RNG.standard_normal((1100, 16)).astype(np.float32)
 QUERIES = RNG.standard_normal((25, 16)).astype(np.float32)
 MASK = RNG.random(1100) < 0.3
+# As embeddings are: many dimensions, of which fewer count. Codes of a bit a dimension need that.
+_PLANE = RNG.standard_normal((10, 64))
+WIDE = (RNG.standard_normal((1100, 10)) @ _PLANE + 0.3 * RNG.standard_normal((1100, 64))).astype(np.float32)
+WIDE_QUERIES = (RNG.standard_normal((25, 10)) @ _PLANE + 0.3 * RNG.standard_normal((25, 64))).astype(np.float32)
 
 # Factory -> what it knows, and settings that find nearly everything.
 FACTORIES: dict[str, dict[str, int]] = {
@@ -161,7 +170,192 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path: Path, mmap: boo
             indexes.load(tmp_path, spec, vectors=VECTORS, mmap=mmap)
 
 
+# ------------------------------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", builder.PRESETS)
+def test_every_preset_reaches_95_percent_by_its_breadth_alone_saved_and_loaded(
+    name: str, metric: Metric, tmp_path: Path
+) -> None:
+    built = build_preset(name, metric, WIDE)
+    built.save(tmp_path)
+    index = indexes.load(tmp_path, built.spec, vectors=WIDE)
+    widest = settings(**operating_points(built.spec)[-1])
+    truth = built._exact.search(WIDE_QUERIES, 10).distances[:, -1:] + 1e-4
+    found = index.search(WIDE_QUERIES, 10, widest)
+    assert (found.distances <= truth).mean() >= 0.95
+    np.testing.assert_array_equal(found.labels, built.search(WIDE_QUERIES, 10, widest).labels)
+    masked = index.search(WIDE_QUERIES, 10, widest, allowed=MASK)
+    assert MASK[masked.labels].all()
+    # What serves without a certificate is no accident of faiss' defaults either.
+    assert (index.search(WIDE_QUERIES, 10).distances <= truth).mean() >= 0.25
+
+
+def build_preset(name: str, metric: Metric = "ip", vectors: np.ndarray = VECTORS, **params: Any) -> Any:
+    return index_builders.build(vectors, kind="faiss", metric=metric, params={"preset": name, **params}, num_threads=1)
+
+
+def test_the_spec_keeps_the_presets_name_and_what_it_came_to() -> None:
+    assert build_preset("ivf-pq-fast").spec.params == {
+        "factory": "IVF16,PQ8x4fsr",
+        "preset": "ivf-pq-fast",
+        "device": "cpu",
+        "k_factor": 5,
+    }
+    index = build_preset("hnsw-sq8", ef_construction=48, k_factor=3)
+    assert index.spec.params["ef_construction"] == index._index.hnsw.efConstruction == 48
+    assert index.spec.params["k_factor"] == index._k_factor == 3
+    assert build("Flat").spec.params == {"factory": "Flat", "device": "cpu"}
+    none = index_builders.build(VECTORS, kind="faiss", metric="ip", num_threads=1)
+    assert none.spec.params == {"factory": "HNSW32", "device": "cpu"}
+
+
+def test_a_default_k_factor_serves_where_a_search_names_none(tmp_path: Path) -> None:
+    built = build("PQ4x4fs", k_factor=40)
+    built.save(tmp_path)
+    index = indexes.load(tmp_path, built.spec, vectors=VECTORS)
+    expected = build("PQ4x4fs").search(QUERIES, 10, settings(k_factor=40))
+    np.testing.assert_array_equal(index.search(QUERIES, 10).labels, expected.labels)
+    assert (index.search(QUERIES, 10, settings(k_factor=1)).labels != expected.labels).any()
+
+
+@pytest.mark.parametrize(
+    ("params", "shown"),
+    [
+        ({"factory": "Flat", "preset": "flat"}, "factory 'Flat' and preset 'flat' exclude each other: name one"),
+        ({"factory": "", "preset": "flat"}, "factory '' and preset 'flat' exclude"),
+        ({"preset": "fast"}, "preset must be one of flat, ivf-flat, .*, got 'fast'"),
+        ({"factory": "IVF4,Flat", "ef_construction": 80}, "ef_construction is for HNSW factories; leave it out"),
+        ({"factory": "IVF4,Flat", "k_factor": 8}, "k_factor is for codes, and this keeps whole vectors; leave it out"),
+        ({"preset": "flat", "k_factor": 8}, "preset 'flat', factory 'Flat' over 1100 .* leave it out"),
+        ({"preset": "hnsw-sq8", "k_factor": 0}, "k_factor must be between 1 and 1000, got 0"),
+    ],
+)
+def test_parameters_that_contradict_each_other_are_refused(params: dict[str, Any], shown: str) -> None:
+    with pytest.raises(InvalidParameter, match=shown):
+        index_builders.build(VECTORS, kind="faiss", metric="ip", params=params)
+
+
+def test_too_few_vectors_for_a_preset_are_refused_by_its_name() -> None:
+    with pytest.raises(InvalidParameter, match=r"preset 'ivf-pq-fast', factory 'IVF1,PQ8x4fsr' over 5 vectors"):
+        build_preset("ivf-pq-fast", vectors=VECTORS[:5])
+
+
+@pytest.mark.parametrize(
+    ("size", "twice", "four"),
+    [(1, 1, 1), (77, 1, 1), (78, 2, 2), (1100, 16, 16), (10_000, 128, 256), (79_890, 512, 1024), (1 << 20, 2048, 4096)],
+)
+def test_cells_are_a_power_of_two_near_a_multiple_of_the_root(size: int, twice: int, four: int) -> None:
+    assert (builder.cells(size, 2), builder.cells(size, 4)) == (twice, four)
+    assert builder.cells(size, 4) == 1 or builder.cells(size, 4) * builder.MIN_ROWS_A_CELL <= size
+
+
+@pytest.mark.parametrize(
+    ("dim", "fast", "whole"),
+    [
+        (1, (2, 1), (1, 1)),
+        (3, (4, 2), (3, 1)),
+        (25, (26, 13), (28, 4)),
+        (128, (128, 64), (128, 32)),
+        (300, (300, 150), (320, 64)),
+        (384, (384, 192), (384, 96)),
+        (1000, (1000, 500), (1056, 96)),
+    ],
+)
+def test_codes_divide_the_padded_dim(dim: int, fast: tuple[int, int], whole: tuple[int, int]) -> None:
+    assert (builder.fast_codes(dim), builder.byte_codes(dim)) == (fast, whole)
+    assert fast[0] == 2 * fast[1]
+    assert whole[0] % whole[1] == 0
+
+
+@pytest.mark.parametrize("name", ["ivf-pq-fast", "ivf-pq", "rabitq"])
+def test_a_dim_that_codes_do_not_divide_is_padded(name: str, tmp_path: Path) -> None:
+    vectors = np.ascontiguousarray(VECTORS[:, :13])
+    built = build_preset(name, "l2", vectors)
+    built.save(tmp_path)
+    index = indexes.load(tmp_path, built.spec, vectors=vectors)
+    found = index.search(vectors[:20], 1, settings(**operating_points(built.spec)[-1]))
+    np.testing.assert_array_equal(found.labels[:, 0], np.arange(20))
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "device", "factory"),
+    [
+        ("ivf-flat", "l2", "cpu", "IVF8192_HNSW32,Flat"),
+        ("ivf-flat", "l2", "cuda", "IVF8192,Flat"),  # a GPU finds the cells by comparing all
+        ("ivf-pq-fast", "cosine", "cpu", "IVF4096_HNSW32,PQ384x4fsr"),
+        ("ivf-pq-fast", "l2", "cpu", "IVF4096_HNSW32,PQ384x4fs"),
+        ("ivf-pq", "ip", "cuda", "IVF4096,PQ96np"),
+        ("rabitq", "ip", "cpu", "IVF4096_HNSW32,RaBitQ"),
+    ],
+)
+def test_millions_of_rows_find_their_cells_by_a_graph(name: str, metric: Metric, device: str, factory: str) -> None:
+    params = builder.resolved(builder.BuildParams(preset=name, device=device), 5_000_000, 768, metric)
+    assert params.factory == factory
+    assert faiss.index_factory(768, factory, faiss_index.metric_type(metric)).d == 768
+
+
+def test_the_training_sample_is_bounded() -> None:
+    assert builder._training_rows(5000, 16, 32) == 5000
+    assert builder._training_rows(10**7, 16, 1024) == 1024 * builder.ROWS_A_CELL
+    assert builder._training_rows(10**7, 1024, 4096) == builder.MAX_TRAINING_BYTES // 4096
+    assert builder._training_rows(10**7, 16_384, 4096) == 4096 * builder.MIN_ROWS_A_CELL
+
+
+def test_the_tables_of_a_product_quantizer_may_be_larger_than_its_file(tmp_path: Path) -> None:
+    vectors = RNG.standard_normal((1300, 64)).astype(np.float32)
+    for metric in METRICS:
+        (tmp_path / faiss_index.FILE).unlink(missing_ok=True)
+        built = index_builders.build(
+            vectors, kind="faiss", metric=metric, params={"factory": "IVF32,PQ64x8np"}, num_threads=1
+        )
+        built.save(tmp_path)
+        assert (tmp_path / faiss_index.FILE).stat().st_size + faiss_index.READ_SLACK_BYTES < 32 * 64 * 256 * 4
+        for mmap in (True, False):
+            index: Any = indexes.load(tmp_path, built.spec, vectors=vectors, mmap=mmap)
+            assert index._index.use_precomputed_table == built._index.use_precomputed_table
+            np.testing.assert_array_equal(index.search(vectors[:9], 5).labels, built.search(vectors[:9], 5).labels)
+
+
+def test_a_query_of_zeros_is_answered_by_4_bit_codes_too() -> None:
+    index = build_preset("ivf-pq-fast", "ip")
+    queries = QUERIES[:3].copy()
+    queries[1] = 0.0
+    found = index.search(queries, 5)
+    np.testing.assert_array_equal(found.labels[1], np.arange(5))
+    np.testing.assert_array_equal(found.distances[1], np.ones(5))
+    np.testing.assert_array_equal(found.labels[2], index.search(queries[2:], 5).labels[0])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_shortlist_keeps_every_one_of_the_nearest(metric: Metric) -> None:
+    rng = np.random.default_rng(4)
+    vectors = rng.standard_normal((400, 24)).astype(np.float32)
+    vectors[50:90] = vectors[7]
+    far = vectors + np.float32(1000.0)
+    tiny, huge = vectors * np.float32(1e-20), vectors * np.float32(1e15 / np.abs(vectors).max())
+    zeros = vectors.copy()
+    zeros[::3] = 0.0
+    for rows in (vectors, vectors.astype(np.float16), far, tiny, huge, zeros):
+        kept = 0
+        for query in (rows[7], rows[8], rng.standard_normal(24)):
+            query = query.astype(np.float32)
+            short = faiss_index.shortlist(query, np.arange(400), 10, rows, metric)
+            labels, distances = faiss_index.nearest(query, short, 10, rows, metric)
+            truth = faiss_index.nearest(query, np.arange(400), 10, rows, metric)
+            np.testing.assert_array_equal(labels, truth[0])
+            np.testing.assert_array_equal(distances, truth[1])
+            kept += len(short)
+        assert rows is not vectors or kept < 100  # it does leave most of them out
+
+
 # ---------------------------------------------------------------------------------------- operating points
+
+
+def test_operating_points_are_half_a_power_of_two_apart() -> None:
+    points = operating_points(IndexSpec("faiss", 16, "l2", 1100, {"factory": "IVF16,Flat", "device": "cpu"}))
+    assert [point["nprobe"] for point in points] == [1, 2, 3, 4, 6, 8, 12, 16]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +405,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
-    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda r, n, index: moved("gpu", index), raising=False)
+    monkeypatch.setattr(faiss, "GpuClonerOptions", types.SimpleNamespace, raising=False)
+    monkeypatch.setattr(
+        faiss,
+        "index_cpu_to_gpu",
+        lambda resources, number, index, options: moved(
+            "gpu, tables of float16" if options.useFloat16 else "gpu", index
+        ),
+        raising=False,
+    )
     monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda index: moved("cpu", index), raising=False)
     return moves
 
@@ -237,3 +439,137 @@ def test_on_the_gpu_masks_and_large_k_are_answered_exactly(gpu: list[str], tmp_p
     (tmp_path / "again").mkdir()
     index.save(tmp_path / "again")
     assert gpu == ["gpu", "cpu"]
+
+
+def test_a_gpu_selects_only_so_many_cells(gpu: list[str], tmp_path: Path) -> None:
+    built = build("IVF16,Flat")
+    built.save(tmp_path)
+    index = indexes.load(tmp_path, built.spec, vectors=VECTORS, device="cuda")
+    index.search(QUERIES, 5, settings(nprobe=2048))
+    with pytest.raises(InvalidParameter, match="nprobe is 2049; on a GPU it can be 2048 at most"):
+        index.search(QUERIES, 5, settings(nprobe=2049))
+
+
+@pytest.mark.parametrize(
+    ("name", "moves"),
+    [
+        ("flat", ["gpu", "cpu"]),
+        ("ivf-flat", ["gpu", "cpu"]),
+        ("ivf-sq8", ["gpu", "cpu"]),
+        ("ivf-pq", ["gpu, tables of float16", "cpu"]),
+        ("ivf-pq-fast", "IndexIVFPQFastScan has no form for the GPU: choose device cpu, or"),
+        ("rabitq", "IndexIVFRaBitQ has no form for the GPU"),
+        ("hnsw-sq8", "IndexHNSWSQ has no form for the GPU"),
+    ],
+)
+def test_presets_go_to_the_gpu_or_say_why_not(gpu: list[str], name: str, moves: list[str] | str) -> None:
+    if isinstance(moves, str):
+        with pytest.raises(InvalidParameter, match=moves):
+            build_preset(name, device="cuda")
+    else:
+        build_preset(name, device="cuda")
+        assert gpu == moves
+
+
+@pytest.mark.parametrize(
+    ("factory", "shown"),
+    [
+        ("IVF16,PQ8x6np", r"PQ8x6 has no form for the GPU, which takes 8 bits and \(1, 2, 3, "),
+        ("PCA10,IVF16,PQ10np", "PQ10x8 has no form for the GPU"),
+        ("IVF16_HNSW8,Flat", "IndexIVFFlat has no form for the GPU with cells found by IndexHNSWFlat"),
+        ("IVF16,SQ6", "takes SQ8, SQ4 and SQfp16"),
+    ],
+)
+def test_what_the_gpus_forms_leave_out_is_refused_before_it_gets_there(
+    gpu: list[str], factory: str, shown: str
+) -> None:
+    with pytest.raises(InvalidParameter, match=shown):
+        build(factory, device="cuda")
+    assert gpu == []
+
+
+def test_a_gpu_that_refuses_is_reported_in_one_line(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> Any:
+        raise RuntimeError("Error in void* alloc() at /somewhere/Res.cpp:1: Error: 'err' failed: out of memory")
+
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", full)
+    with pytest.raises(InvalidParameter, match="cannot move the index to the GPU: out of memory"):
+        faiss_index.to_gpu(faiss.IndexFlatL2(4))
+
+
+# ----------------------------------------------------------------------------------- neighbours of every row
+
+
+def lists_by_brute_force(vectors: np.ndarray, k: int, metric: Metric) -> np.ndarray:
+    found = ExactSearch(vectors, metric).search(vectors.astype(np.float32), len(vectors))
+    rows = [row[row != i][:k] for i, row in enumerate(found.labels)]
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_neighbour_lists_are_those_of_brute_force_in_one_part_and_in_many(
+    gpu: list[str], metric: Metric, device: str
+) -> None:
+    vectors = VECTORS[:300].astype(np.float16)
+    truth = lists_by_brute_force(vectors, 8, metric)
+    for device_bytes, parts in ((1 << 20, 1), (4 * 16 * 70, 5)):
+        gpu.clear()
+        done: list[int] = []
+        labels, distances = gpu_neighbours(
+            vectors, 8, metric, device=device, device_bytes=device_bytes, progress=done.append
+        )
+        assert gpu == ["gpu"] * (parts if device == "cuda" else 0)
+        assert sum(done) == 300
+        assert (labels.dtype, distances.dtype) == (np.int64, np.float32)
+        assert (labels == truth).mean() > 0.999  # float32 may swap what is equally far but for rounding
+        for row in range(0, 300, 29):
+            exact = faiss_index.nearest(vectors[row].astype(np.float32), truth[row], 8, vectors, metric)[1]
+            np.testing.assert_allclose(distances[row], exact, atol=1e-4)
+
+
+def test_a_row_among_its_duplicates_is_no_neighbour_of_itself() -> None:
+    vectors = np.repeat(VECTORS[:3], 20, axis=0)
+    labels, _ = gpu_neighbours(vectors, 5, "l2", device="cpu", device_bytes=4 * 16 * 7)
+    assert (labels != np.arange(60)[:, None]).all()
+    assert (labels // 20 == np.arange(60)[:, None] // 20).all()
+    assert all(len(set(row)) == 5 for row in labels.tolist())
+
+
+def test_lists_are_never_longer_than_there_are_other_rows() -> None:
+    labels, distances = gpu_neighbours(VECTORS[:4], 50, "ip", device="cpu")
+    assert labels.shape == distances.shape == (4, 3)
+    assert sorted(labels[2].tolist()) == [0, 1, 3]
+
+
+def test_lists_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InvalidParameter, match="k is 0 for 1100 rows; it must be from 1 to 2047"):
+        gpu_neighbours(VECTORS, 0, "l2", device="cpu")
+    with pytest.raises(InvalidParameter, match="k is 5 for 1 rows"):
+        gpu_neighbours(VECTORS[:1], 5, "l2", device="cpu")
+    with pytest.raises(InvalidVector, match=r"vectors\[3\]\[2\] is nan"):
+        gpu_neighbours(np.where(np.arange(1600).reshape(100, 16) == 50, np.nan, VECTORS[:100]), 5, "l2", device="cpu")
+    if faiss.get_num_gpus() == 0:
+        with pytest.raises(BackendMissing, match="device cuda needs an NVIDIA GPU"):
+            gpu_neighbours(VECTORS, 5, "l2")
+
+
+# ------------------------------------------------------------------------------------- the check for a GPU
+
+
+def test_the_gpu_benchmark_runs_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    script = importlib.import_module("gpu")
+    monkeypatch.setattr(script, "has_gpu", lambda: False)
+    assert script.main([]) == 0
+    assert "no GPU that faiss can use" in capsys.readouterr().out
+    rng = np.random.default_rng(3)
+    base = faiss_index.unit(rng.standard_normal((700, 16)))
+    task = script.Task("tiny", base, base[:60], np.zeros(60))
+    monkeypatch.setattr(script, "load_task", lambda data: task)
+    assert script.main(["--cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "every check passed" in printed
+    assert all(name in printed for name in script.PRESETS)

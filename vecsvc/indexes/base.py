@@ -120,15 +120,23 @@ def params_dict(params: Any) -> dict[str, Any]:
 
 def check_search(spec: IndexSpec, queries: Vectors, k: int, params: Any, expected: type, allowed: Mask | None) -> Any:
     """The checks at the door of every `search`. Returns the params, the kind's defaults for None."""
-    if queries.ndim != 2 or queries.shape[1] != spec.dim:
-        raise DimensionMismatch(f"queries have shape {queries.shape}, the index has dim {spec.dim}")
-    if queries.dtype != np.float32:
-        raise InvalidParameter(f"queries are {queries.dtype}, expected float32")
+    params = check_arguments(spec, queries, k, params, expected, allowed)
     # One sum over everything finds NaN and infinities; only then is it worth knowing where. The sum of
     # squares of allowed values cannot overflow for one row, but may for many.
     if not math.isfinite(np.vdot(queries, queries)) or spec.metric == "cosine":
         for row, query in enumerate(queries):
             check_vector(query, spec.metric, f"queries[{row}]")
+    return params
+
+
+def check_arguments(
+    spec: IndexSpec, queries: Vectors, k: int, params: Any, expected: type, allowed: Mask | None
+) -> Any:
+    """What `check_search` checks, but for the queries' values: for kinds that look at those anyway."""
+    if queries.ndim != 2 or queries.shape[1] != spec.dim:
+        raise DimensionMismatch(f"queries have shape {queries.shape}, the index has dim {spec.dim}")
+    if queries.dtype != np.float32:
+        raise InvalidParameter(f"queries are {queries.dtype}, expected float32")
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise InvalidParameter(f"k must be an integer of at least 1, got {k!r}")
     if params is None:

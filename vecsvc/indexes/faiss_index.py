@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 import threading
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ from typing import Any, Final
 
 import faiss as _faiss
 import numpy as np
+from numpy.typing import NDArray
 
 from vecsvc.config import option
 from vecsvc.distance import unit
 from vecsvc.errors import ArtifactDamaged, BackendMissing, InvalidParameter, UnknownParameter, VecsvcError
-from vecsvc.exact_search import ExactSearch, nearest
+from vecsvc.exact_search import TINY_NORM, ExactSearch, nearest
 from vecsvc.indexes.base import check_search, empty, padded
 from vecsvc.ranking import pad
 from vecsvc.storage import new_file
@@ -30,7 +32,9 @@ faiss: Any = _faiss  # its stubs know only a part of it
 
 FILE: Final = "faiss.index"
 K_FACTOR: Final = 4  # candidates an answer, where the index keeps only codes and nobody asked for another number
-GPU_MAX_K: Final = 2048  # faiss selects no more on a GPU
+GPU_MAX_K: Final = 2048  # faiss selects no more on a GPU, be it answers or cells
+# A GPU has one byte a code, and kernels for these numbers of codes; above 48 its tables only fit as float16.
+GPU_PQ_CODES: Final = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
 READ_SLACK_BYTES: Final = 1 << 20
 
 # Only the GPU wheel has the classes of the second kind.
@@ -41,6 +45,9 @@ _DIRECT: Final = frozenset(
 )
 _ON_GPU: Final = frozenset(
     ("IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexIVFFlat", "IndexIVFPQ", "IndexIVFScalarQuantizer")
+)
+_GPU_SCALARS: Final = tuple(
+    getattr(faiss.ScalarQuantizer, f"QT_{name}") for name in ("8bit", "8bit_uniform", "4bit", "4bit_uniform", "fp16")
 )
 _reading = threading.Lock()
 
@@ -76,7 +83,7 @@ def load(directory: Path, spec: IndexSpec, *, vectors: StoredVectors, mmap: bool
             f"{path}: holds {index.ntotal} vectors of dim {index.d} under metric {index.metric_type}, "
             f"expected {spec.size} of {spec.dim} under {metric_type(spec.metric)} ({spec.metric})"
         )
-    if device == "cuda" and has_gpu_form(index):
+    if device == "cuda" and no_gpu_form(index) is None:
         return FaissIndex(spec, to_gpu(index), vectors, on_gpu=True)
     return FaissIndex(spec, index, vectors)
 
@@ -95,6 +102,7 @@ class FaissIndex:
         # A Refine in the factory brings more candidates by itself; codes alone need it done here.
         self._reranks = not self._direct and "k_factor" not in _native_knobs(index)
         self._selects = not on_gpu and _honours_selectors(index)
+        self._k_factor = int(spec.params.get("k_factor", K_FACTOR))
 
     def search(
         self,
@@ -108,7 +116,8 @@ class FaissIndex:
     ) -> Neighbors:
         """As `base.Index.search` says. Where faiss cannot search with a mask, what it allows is compared exactly.
 
-        faiss does not tell how many vectors it compared. Raises UnknownParameter.
+        faiss does not tell how many vectors it compared. Raises UnknownParameter, or InvalidParameter for
+        more cells than a GPU selects.
         """
         settings: SearchParams = check_search(self.spec, queries, k, params, SearchParams, allowed)
         given = {name: value for name in _SETTINGS if (value := getattr(settings, name)) is not None}
@@ -116,6 +125,8 @@ class FaissIndex:
             if name not in self._known:
                 known = ", ".join(self._known) or "no settings"
                 raise UnknownParameter(f"{name!r}; faiss {self.spec.params['factory']} knows: {known}")
+        if self._on_gpu and given.get("nprobe", 1) > GPU_MAX_K:
+            raise InvalidParameter(f"nprobe is {given['nprobe']}; on a GPU it can be {GPU_MAX_K} at most")
         selector = None
         reachable = self.spec.size
         if allowed is not None:
@@ -124,7 +135,7 @@ class FaissIndex:
                 return empty(len(queries), k)
             if self._selects:
                 selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        factor = given.get("k_factor", K_FACTOR) if self._reranks else 1
+        factor = given.get("k_factor", self._k_factor) if self._reranks else 1
         ask = min(k * factor, reachable)
         if (allowed is not None and selector is None) or (self._on_gpu and ask > GPU_MAX_K):
             return self._exact.search(queries, k, allowed=allowed, limit=limit)
@@ -136,7 +147,14 @@ class FaissIndex:
             values, labels = self._index.search(sides, ask, params=parameters)
         if self._direct:
             return _ordered(labels, values if self.spec.metric == "l2" else 1.0 - values, k)
-        return self._compared(queries, labels, k)
+        compared = self._compared(queries, labels, k)
+        lost = labels[:, 0] < 0
+        if lost.any():
+            # To 4-bit codes under ip, everything is equally far from a query of zeros, and nothing comes back.
+            zeros = np.flatnonzero(lost & ~queries.any(axis=1))
+            exact = self._exact.search(queries[zeros], k, allowed=allowed, limit=limit)
+            compared.labels[zeros], compared.distances[zeros] = exact.labels, exact.distances
+        return compared
 
     def _compared(self, queries: Vectors, candidates: Labels, k: int) -> Neighbors:
         """The k nearest of each row of candidates (n, m), by the vectors themselves."""
@@ -144,6 +162,8 @@ class FaissIndex:
         distances = np.empty((len(queries), k), dtype=np.float32)
         for i, query in enumerate(queries):
             found = candidates[i][candidates[i] >= 0]
+            if len(found) > 2 * k:
+                found = shortlist(query, found, k, self._vectors, self.spec.metric)
             labels[i], distances[i] = pad(*nearest(query, found, k, self._vectors, self.spec.metric), k)
         return padded(labels, distances, k)
 
@@ -169,10 +189,23 @@ def knobs(index: Any) -> list[str]:
     return native if type(index).__name__ in _DIRECT or "k_factor" in native else [*native, "k_factor"]
 
 
-def has_gpu_form(index: Any) -> bool:
+def no_gpu_form(index: Any) -> str | None:
+    """Why faiss has no form of this index for a GPU; None where it has one."""
     index = faiss.downcast_index(index)
-    inner = index.index if isinstance(index, faiss.IndexPreTransform) else index
-    return type(faiss.downcast_index(inner)).__name__ in _ON_GPU
+    if isinstance(index, faiss.IndexPreTransform):
+        return no_gpu_form(index.index)
+    name = type(index).__name__
+    if name not in _ON_GPU:
+        return f"{name} has no form for the GPU"
+    if isinstance(index, faiss.IndexIVF):
+        coarse = faiss.downcast_index(index.quantizer)
+        if not isinstance(coarse, faiss.IndexFlat):
+            return f"{name} has no form for the GPU with cells found by {type(coarse).__name__}"
+    if name == "IndexIVFPQ" and (index.pq.nbits != 8 or index.pq.M not in GPU_PQ_CODES):
+        return f"PQ{index.pq.M}x{index.pq.nbits} has no form for the GPU, which takes 8 bits and {GPU_PQ_CODES} codes"
+    if name == "IndexIVFScalarQuantizer" and index.sq.qtype not in _GPU_SCALARS:
+        return "the scalar quantizer has no form for the GPU, which takes SQ8, SQ4 and SQfp16"
+    return None
 
 
 def to_gpu(index: Any) -> Any:
@@ -182,9 +215,40 @@ def to_gpu(index: Any) -> Any:
             "device cuda needs an NVIDIA GPU and faiss built for it: pip uninstall faiss-cpu, then "
             "pip install 'vecsvc[gpu]'; or choose device cpu"
         )
-    if not has_gpu_form(index):
-        raise InvalidParameter(f"{type(index).__name__} has no form for the GPU: choose device cpu, or an IVF factory")
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    if refusal := no_gpu_form(index):
+        raise InvalidParameter(f"{refusal}: choose device cpu, or a factory such as IVF1024,Flat or IVF1024,PQ32")
+    options = faiss.GpuClonerOptions()
+    # Builds of faiss with cuVS would use it unasked, and it has other limits than those that are checked here.
+    options.use_cuvs = False
+    # Tables of float16 fit twice the codes into a GPU's fast memory. Vectors kept whole stay float32: their
+    # distances are answers, while what comes of codes is compared again.
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    options.useFloat16 = isinstance(inner, faiss.IndexIVFPQ)
+    with translated("faiss cannot move the index to the GPU", InvalidParameter):
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
+
+
+def shortlist(query: Vectors, candidates: Labels, k: int, vectors: StoredVectors, metric: Metric) -> Labels:
+    """Those of the labels `candidates` (m,) that may be among the k nearest; k <= m.
+
+    A float32 product is a third of the time of exact distances, which sum in float64. It leaves out only what
+    is farther than the k-th by more than the rounding of both (`exact_search.lower_bounds` has the source).
+    """
+    rows = np.asarray(vectors[candidates], dtype=np.float32)
+    products = rows @ query
+    squares = np.einsum("ij,ij->i", rows, rows)
+    length, longest = math.sqrt(np.vdot(query, query)), math.sqrt(squares.max())
+    if metric == "l2":
+        values, scale = squares - 2.0 * products, (length + longest) ** 2
+    elif metric == "ip":
+        values, scale = -products, length * longest + 1.0  # distances around 1 are rounded themselves
+    elif squares.min() < TINY_NORM:
+        return candidates  # too short for a trustworthy direction in float32
+    else:
+        values, scale = -products / np.sqrt(squares), length
+    margin = 2.0 * (len(query) + 8) * (float(np.finfo(np.float32).eps) * scale + float(np.finfo(np.float32).tiny))
+    near: NDArray[np.bool_] = values <= np.partition(values, k - 1)[k - 1] + margin
+    return np.asarray(candidates[near])
 
 
 @contextlib.contextmanager
@@ -207,7 +271,14 @@ def _read(path: Path, mmap: bool) -> Any:
     # The limit is the process's: another reader must not change it in between.
     with _reading, translated(f"{path}: faiss cannot read it", ArtifactDamaged):
         faiss.set_deserialization_vector_byte_limit(path.stat().st_size + READ_SLACK_BYTES)
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mmap else 0)
+        # The table that IVFPQ searches l2 with is no part of the file, and faiss holds it against the limit all the
+        # same, for every metric: it is made here, after reading.
+        flags = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE | (faiss.IO_FLAG_MMAP_IFC if mmap else 0)
+        index = faiss.read_index(str(path), flags)
+        ivf = faiss.downcast_index(faiss.try_extract_index_ivf(index))
+        if isinstance(ivf, faiss.IndexIVFPQ):
+            ivf.precompute_table()
+        return index
 
 
 def _honours_selectors(index: Any) -> bool:

@@ -1,0 +1,420 @@
+"""Builds kind `nng`: leaves of TP-trees give neighbour lists, the graph drawn from them is searched for better ones.
+
+1. Vectors become int8 codes, by which everything here is compared. One TP-tree puts them into an order in which
+   neighbours lie near each other; from then on they are places in that order.
+2. In the leaves of several TP-trees every pair is compared; each place keeps a list of the nearest it met (Wang et
+   al., Scalable k-NN graph construction for visual descriptors, CVPR 2012, section 3).
+3. Occlusion pruning picks edges out of the lists, and each edge is offered to its other end too.
+4. The graph is searched for the neighbours of every place, twice, the second time with the breadth asked for; the
+   places that the search ends with are pruned to the edges of the next graph (Subramanya et al., DiskANN: Fast
+   Accurate Billion-point Nearest Neighbor Search on a Single Node, NeurIPS 2019, section 2).
+5. What cannot be reached from the pivots becomes a pivot.
+
+Every phase reads one graph and writes another, so that the result does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index_builders import nng_layout as here
+from index_builders.base import Progress
+from index_builders.progress import part
+from index_builders.tp_tree import partition
+from vecsvc import machine_code
+from vecsvc.blocks import checked_blocks
+from vecsvc.config import option
+from vecsvc.distance import unit
+from vecsvc.indexes import nng_layout as at
+from vecsvc.indexes.base import params_dict
+from vecsvc.indexes.nng import (
+    CHUNK_BYTES,
+    CHUNK_VALUES,
+    MAX_PIVOTS,
+    Block,
+    NngIndex,
+    NngParts,
+    Workspace,
+    aligned,
+    code_bytes,
+)
+from vecsvc.types import IndexSpec, Metric, StoredVectors, Vectors
+
+EF_SEARCH: Final = (10, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+
+REACH: Final = 3.2  # standard deviations that the 8-bit codes span to each side
+MAX_REACH: Final = 32.0  # for ip
+FAR_BEYOND: Final = 2.0  # times the squared length that those are given: longer vectors are pivots
+EQUAL_UP_TO: Final = 0.95  # share of vectors that one more dimension makes equally long, for ip
+SAMPLE: Final = 100_000  # rows that say how large values get
+CLIPPED: Final = 1e-4  # share of values beyond the int8 codes' ends
+ORDER_LEAF: Final = 64  # vectors of a leaf of the tree that orders them
+LIST_WIDTH: Final = 32  # neighbours a list keeps
+LINK_ROOM: Final = 256  # candidates considered where too many edges lead to a place
+FIRST_EF: Final = 64  # breadth of the first search of the graph
+BLOCK: Final = 1024  # places that a thread takes at a time
+FIRST_DEGREE: Final = 32  # edges in the graphs on the way
+SLACK_PERCENT: Final = 110  # distances between neighbours count so much when edges are pruned
+
+# What share of the time each phase takes, for progress; the last search takes the rest.
+SHARE_LISTS: Final = 0.15
+SHARE_FIRST: Final = 0.05
+SHARE_FIRST_SEARCH: Final = 0.25
+SHARE_BEFORE: Final = SHARE_LISTS + SHARE_FIRST + SHARE_FIRST_SEARCH
+
+T = TypeVar("T")
+Graph: TypeAlias = NDArray[np.int32]  # (size, degree) places, -1 after the last
+Lists: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int32]]  # (size, LIST_WIDTH) candidates, (size,) how many
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildParams:
+    degree: int = option(
+        64, "most edges of a vector: more gives better recall, at 4 bytes an edge and slower builds", low=4, high=256
+    )
+    ef_construction: int = option(
+        256, "breadth of the search for edges: more gives a better graph, built slower", low=4, high=10_000
+    )
+    n_trees: int = option(8, "TP-trees for the first lists: more gives better lists, built slower", low=1, high=64)
+    leaf_size: int = option(800, "vectors in a leaf, all pairs of which are compared: as n_trees", low=16, high=100_000)
+    rerank: str = option(
+        "vectors",
+        "what the best candidates are compared by: the corpus' vectors; a float16 copy that lies as the graph does, "
+        "so that the others may leave memory; or none, and answers carry the distances of 8-bit codes",
+        choices=("vectors", "float16", "none"),
+    )
+
+
+def build(
+    vectors: StoredVectors, *, metric: Metric, params: BuildParams, num_threads: int, seed: int, progress: Progress
+) -> NngIndex:
+    """The index over rows (n, dim). One seed gives the same index, whatever the number of threads.
+
+    Raises InvalidVector.
+    """
+    size, dim = vectors.shape
+    spec = IndexSpec("nng", dim, metric, size, params_dict(params), exact_distances=params.rerank == "vectors")
+    rng = np.random.default_rng(seed)
+    work = _Work(size, num_threads, progress)
+    codes = _Codes(vectors, metric)
+    order, _ = partition(codes.bytes, leaf_size=ORDER_LEAF, n_samples=1000, n_top_dims=5, rng=rng)
+    codes.reorder(order)
+    count = math.isqrt(size) // 2 + 8
+    pivots = np.unique(np.append(np.linspace(0, size - 1, count).astype(np.int32), codes.longest(count)))
+    builder = _Builder(codes, params, pivots, work)
+    known = builder.lists(
+        lambda: partition(codes.bytes, leaf_size=params.leaf_size, n_samples=1000, n_top_dims=5, rng=rng)
+    )
+    graph = builder.first(known)
+    first_ef = min(FIRST_EF, params.ef_construction)
+    graph = builder.refined(graph, known, first_ef, FIRST_DEGREE, "first search", SHARE_FIRST_SEARCH)
+    graph = builder.refined(graph, known, params.ef_construction, params.degree, "search", 1.0 - SHARE_BEFORE)
+    parts = NngParts(
+        graph=graph,
+        high=codes.high,
+        low=codes.low,
+        scale=codes.scale,
+        order=order,
+        pivots=builder.reachable(graph),
+        bias=codes.bias,
+        vectors=_float16(vectors, order, metric) if params.rerank == "float16" else None,
+    )
+    return NngIndex(spec, parts, vectors, mmap=True)
+
+
+def operating_points(spec: IndexSpec) -> list[dict[str, Any]]:
+    """Breadths from hasty to thorough."""
+    return [{"ef_search": breadth} for breadth in EF_SEARCH]
+
+
+# ------------------------------------------------------------------------------------------------ codes
+
+
+class _Codes:
+    """What the vectors are while the graph is built: codes for comparing each other, and those of the index."""
+
+    bytes: NDArray[np.int8]  # (size, lines * 64): what `between` compares
+    high: NDArray[np.uint8]
+    low: NDArray[np.uint8]
+    bias: NDArray[np.float32] | None  # l2: the squared distance from the mean
+    lengths: NDArray[np.float64] | None  # ip: squared
+    augment: NDArray[np.float32] | None  # ip: the dimension that makes vectors equally long, 0 for the longest
+
+    def __init__(self, vectors: StoredVectors, metric: Metric) -> None:
+        """Two passes over the rows (size, dim), in their order. Raises InvalidVector."""
+        size, dim = vectors.shape
+        self._metric = metric
+        self.lengths = np.empty(size) if metric == "ip" else None
+        self.augment = None
+        self.scale, self._step = self._measure(vectors)
+        if self.lengths is not None:
+            # Were they measured by the longest of all, the others would be near each other and nowhere near it, and
+            # no edge would lead to the longest, which are what most queries want.
+            self._bound = float(np.quantile(self.lengths, EQUAL_UP_TO))
+            self.augment = np.sqrt(np.maximum(0.0, self._bound - self.lengths)).astype(np.float32)
+        self.bytes = np.zeros((size, -(-dim // CHUNK_BYTES) * CHUNK_BYTES), np.int8)
+        self.high = np.empty((size, code_bytes(dim)), np.uint8)
+        self.low = np.empty((size, code_bytes(dim)), np.uint8)
+        self.bias = np.empty(size, np.float32) if metric == "l2" else None
+        mean, zero, step = self.scale
+        inverse = np.divide(1.0, step, out=np.zeros_like(step), where=step > 0)
+        for start, rows in checked_blocks(vectors):
+            part = slice(start, start + len(rows))
+            rows = self._as_compared(rows)
+            centred = rows - mean
+            np.clip(np.rint(centred / self._step), -127, 127, out=centred)
+            self.bytes[part, :dim] = centred
+            self.high[part], self.low[part] = halves((rows - zero) * inverse)
+            if self.bias is not None:
+                centred = rows - mean
+                self.bias[part] = np.einsum("ij,ij->i", centred, centred)
+
+    def _as_compared(self, rows: Vectors) -> Vectors:
+        return unit(rows) if self._metric == "cosine" else rows
+
+    def _measure(self, vectors: StoredVectors) -> tuple[NDArray[np.float32], float]:
+        """(mean, code 0 and step of the index' codes (3, dim); step of the int8 codes)."""
+        dim = vectors.shape[1]
+        total, squares = np.zeros(dim), np.zeros(dim)
+        sample: list[NDArray[np.float32]] = []
+        for start, rows in checked_blocks(vectors):
+            rows = self._as_compared(rows)
+            total += rows.sum(axis=0, dtype=np.float64)
+            squares += np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
+            if self.lengths is not None:
+                self.lengths[start : start + len(rows)] = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+            sample.append(rows[:: max(1, len(vectors) // SAMPLE)])
+        mean = total / len(vectors)
+        spread = np.sqrt(np.maximum(0.0, squares / len(vectors) - mean * mean))
+        far = np.abs(np.concatenate(sample) - mean.astype(np.float32))
+        reach = REACH * spread
+        if self._metric == "ip":
+            # The greatest products are those of the longest vectors: what is cut off of these is missing in answers.
+            reach = np.clip(far.max(axis=0), reach, MAX_REACH * spread)
+        scale = np.stack([mean, mean - reach, 2 * reach / 255]).astype(np.float32)
+        step = float(np.quantile(far.reshape(-1)[:: max(1, far.size // 5_000_000)], 1 - CLIPPED)) / 127
+        return scale, step or 1.0
+
+    def reorder(self, order: NDArray[np.int32]) -> None:
+        """From labels to places, and from arrays to what the kernels read."""
+        self.bytes, self.high, self.low = (aligned(a[order]) for a in (self.bytes, self.high, self.low))
+        self.bias = None if self.bias is None else self.bias[order]
+        self.augment = None if self.augment is None else self.augment[order]
+        self.lengths = None if self.lengths is None else self.lengths[order]
+        lengths = np.empty(len(order), np.int32)
+        shifts = np.empty(len(order), np.int32)
+        for start in range(0, len(order), BLOCK):
+            rows = self.bytes[start : start + BLOCK].astype(np.int32)
+            lengths[start : start + BLOCK] = np.einsum("ij,ij->i", rows, rows)
+            shifts[start : start + BLOCK] = 128 * rows.sum(axis=1)
+        self.block = Block(
+            here.CODE_SLOTS,
+            {here.LINES: self.bytes.shape[1] // CHUNK_BYTES},
+            {
+                here.BYTES: self.bytes,
+                here.SQUARES: lengths,
+                here.SHIFTS: shifts,
+                here.AUGMENT: self.augment,
+                here.STEP: np.array([self._step], np.float32),
+            },
+        )
+
+    def longest(self, count: int) -> NDArray[np.int32]:
+        """Up to `count` places, for ip, of vectors so long that walks from anywhere else would seldom come by."""
+        if self.lengths is None:
+            return np.empty(0, np.int32)
+        order = np.argsort(-self.lengths, kind="stable")[:count]
+        return order[self.lengths[order] > FAR_BEYOND * self._bound].astype(np.int32)
+
+
+def halves(values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Values (n, dim) in units of codes -> upper and lower halves of their codes, as kernels.py lays them out."""
+    n, dim = values.shape
+    chunks = code_bytes(dim) // CHUNK_BYTES
+    codes = np.zeros((n, chunks * CHUNK_VALUES), np.uint8)
+    codes[:, :dim] = np.clip(np.rint(values), 0, 255)
+    lines = codes.reshape(n, chunks, 2, CHUNK_BYTES)
+    high, low = lines >> np.uint8(4), lines & np.uint8(15)
+    return _packed(high), _packed(low)
+
+
+def _packed(lines: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(n, chunks, 2, 64) values below 16 -> (n, chunks * 64) bytes of two."""
+    packed: NDArray[np.uint8] = lines[:, :, 0] | lines[:, :, 1] << np.uint8(4)
+    return packed.reshape(len(lines), -1)
+
+
+def _float16(vectors: StoredVectors, order: NDArray[np.int32], metric: Metric) -> NDArray[np.float16]:
+    """The vectors as the graph lies; values beyond float16 are held at its ends."""
+    copy = np.empty(vectors.shape, np.float16)
+    ends = float(np.finfo(np.float16).max)
+    for start in range(0, len(order), BLOCK):
+        rows = np.asarray(vectors[order[start : start + BLOCK]], np.float32)
+        copy[start : start + BLOCK] = np.clip(unit(rows) if metric == "cosine" else rows, -ends, ends)
+    return copy
+
+
+# ------------------------------------------------------------------------------------------------ graph
+
+
+class _Work:
+    """Threads that take blocks of places, and the share of the whole that they tell progress."""
+
+    def __init__(self, size: int, num_threads: int, progress: Progress) -> None:
+        self.size, self.num_threads = size, num_threads
+        self._progress, self._told, self._done = progress, 0, 0.0
+
+    def each(self, tasks: list[T], run: Callable[[T], object], name: str, share: float) -> None:
+        """Run every task, `num_threads` at a time; together they are `share` of the whole."""
+        part(self._progress, name)
+        with ThreadPoolExecutor(self.num_threads) as threads:
+            for _ in threads.map(run, tasks):
+                self._done += share / len(tasks)
+                rows = min(self.size, int(self._done * self.size)) - self._told
+                if rows > 0:
+                    self._told += rows
+                    self._progress(rows)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        return [(start, min(start + BLOCK, self.size)) for start in range(0, self.size, BLOCK)]
+
+
+class _Builder:
+    """The kernels of the building, each over blocks of places."""
+
+    def __init__(self, codes: _Codes, params: BuildParams, pivots: NDArray[np.int32], work: _Work) -> None:
+        self.codes, self.params, self.pivots, self.work = codes, params, pivots, work
+        self.size = work.size
+        self._codes = codes.block.address
+        self._spaces: list[tuple[Workspace, NDArray[np.int64]]] = []
+
+    def lists(self, order: Callable[[], tuple[NDArray[np.int32], NDArray[np.int64]]]) -> Lists:
+        """Every pair in the leaves of `n_trees` trees, which `order` grows, compared: the nearest of each place."""
+        pair = machine_code.load("index_builders.nng_kernels", "nng_pair_leaf", 7)
+        lists = np.empty((self.size, LIST_WIDTH), np.int64)
+        filled = np.zeros(self.size, np.int32)
+        for _ in range(self.params.n_trees):
+            places, starts = order()
+            leaves = list(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True))
+
+            def compare(leaf: tuple[int, int], places: NDArray[np.int32] = places) -> None:
+                pair(self._codes, id(places), leaf[0], leaf[1], id(lists), LIST_WIDTH, id(filled))
+
+            self.work.each(leaves, compare, "lists", SHARE_LISTS / self.params.n_trees)
+        return lists, filled
+
+    def first(self, known: Lists) -> Graph:
+        """The graph that the lists alone give."""
+        choose = machine_code.load("index_builders.nng_kernels", "nng_choose", 9)
+        lists, filled = known
+        graph = np.empty((self.size, FIRST_DEGREE), np.int32)
+
+        def run(block: tuple[int, int]) -> None:
+            choose(self._codes, id(lists), LIST_WIDTH, id(filled), id(graph), FIRST_DEGREE, SLACK_PERCENT, *block)
+
+        self.work.each(self.work.blocks(), run, "graph", SHARE_FIRST)
+        return self._linked(graph, FIRST_DEGREE)
+
+    def refined(self, graph: Graph, known: Lists, ef: int, degree: int, name: str, share: float) -> Graph:
+        """The graph of what a search of `graph` with breadth `ef` finds for every place."""
+        refine = machine_code.load("index_builders.nng_kernels", "nng_refine", 13)
+        lists, filled = known
+        index = self._walked(graph)
+        new = np.empty((self.size, degree), np.int32)
+
+        def run(block: tuple[int, int]) -> None:
+            space, pool = self._space(index, ef)
+            refine(
+                index.address, space.address, self._codes, ef, id(lists), LIST_WIDTH, id(filled), id(pool),
+                SLACK_PERCENT, id(new), degree, *block,
+            )  # fmt: skip
+            self._spaces.append((space, pool))
+
+        self.work.each(self.work.blocks(), run, name, share)
+        return self._linked(new, degree)
+
+    def _walked(self, graph: Graph) -> Block:
+        """The index block that a search of the graph under way needs: Euclidean, whatever the metric."""
+        codes = self.codes
+        bias, most = codes.bias, 0.0
+        if codes.augment is not None:
+            bias, most = codes.augment, float(codes.augment.max(initial=0.0)) ** 2
+        elif codes.bias is not None:
+            most = float(codes.bias.max(initial=0.0))
+        return Block(
+            at.INDEX_SLOTS,
+            {
+                at.SIZE: self.size,
+                at.DIM: codes.scale.shape[1],
+                at.DEGREE: graph.shape[1],
+                at.CHUNKS: codes.high.shape[1] // CHUNK_BYTES,
+                at.METRIC: at.L2 if codes.bias is not None else at.IP,
+                at.N_PIVOTS: len(self.pivots),
+            },
+            {
+                at.GRAPH: graph,
+                at.HIGH: codes.high,
+                at.LOW: codes.low,
+                at.SCALE: codes.scale,
+                at.BIAS: bias,
+                at.BIAS_MOST: np.array([most], np.float32),
+                at.PIVOTS: self.pivots,
+                at.PIVOT_CODES: aligned(codes.high[self.pivots]),
+            },
+        )
+
+    def _space(self, index: Block, ef: int) -> tuple[Workspace, NDArray[np.int64]]:
+        """Where one thread works; lent out and given back, as threads come and go."""
+        with contextlib.suppress(IndexError):
+            space, pool = self._spaces.pop()
+            space.make_room(ef)
+            if len(pool) >= ef + LIST_WIDTH + 1:
+                return space, pool
+        space = Workspace(index)
+        space.make_room(ef)
+        return space, np.empty(ef + LIST_WIDTH + 1, np.int64)
+
+    def _linked(self, graph: Graph, degree: int) -> Graph:
+        """Every edge offered to its other end, in at most `degree` slots a place."""
+        count = machine_code.load("index_builders.nng_kernels", "nng_count_in", 4)
+        fill = machine_code.load("index_builders.nng_kernels", "nng_fill_in", 5)
+        link = machine_code.load("index_builders.nng_kernels", "nng_link", 12)
+        starts = np.zeros(self.size + 1, np.int64)
+        count(id(graph), self.size, graph.shape[1], id(starts))
+        np.cumsum(starts, out=starts)
+        sources, ends = np.empty(int(starts[-1]), np.int32), starts.copy()
+        fill(id(graph), self.size, graph.shape[1], id(ends), id(sources))
+        linked = aligned(np.empty((self.size, degree), np.int32))
+
+        def run(block: tuple[int, int]) -> None:
+            pool = np.empty(LINK_ROOM + 1, np.int64)
+            link(
+                self._codes, id(graph), graph.shape[1], id(starts), id(sources), SLACK_PERCENT, id(pool), LINK_ROOM,
+                id(linked), degree, *block,
+            )  # fmt: skip
+
+        self.work.each(self.work.blocks(), run, "links", 0.0)
+        return linked
+
+    def reachable(self, graph: Graph) -> NDArray[np.int32]:
+        """The pivots, and one more for each part of the graph that they do not reach, as long as there is room."""
+        reach = machine_code.load("index_builders.nng_kernels", "nng_reach", 6)
+        reached, queue = np.zeros(self.size, np.bool_), np.empty(self.size, np.int32)
+        pivots = self.pivots
+        total = reach(id(graph), graph.shape[1], id(pivots), len(pivots), id(reached), id(queue))
+        more: list[int] = []
+        lost = 0
+        while total < self.size and len(pivots) + len(more) < MAX_PIVOTS:
+            lost += int(np.argmin(reached[lost:]))
+            seed = np.array([lost], np.int32)
+            total += reach(id(graph), graph.shape[1], id(seed), 1, id(reached), id(queue))
+            more.append(lost)
+        return np.concatenate([pivots, np.array(more, np.int32)])

@@ -1,0 +1,352 @@
+"""Kind `nng`: a neighbourhood graph over 4-bit codes, read side. The fastest here, and what `auto` picks.
+
+A search ranks a few hundred pivots, walks the graph from the nearest of them towards the query by the upper halves of
+8-bit codes, orders what it found by both halves, and compares the head of that with the vectors themselves. How the
+graph is built is told in index_builders/nng.py; the walk is in nng_kernels.py.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vecsvc import machine_code
+from vecsvc.config import option
+from vecsvc.distance import check_vector
+from vecsvc.errors import ArtifactDamaged, InvalidVector
+from vecsvc.exact_search import row_norms
+from vecsvc.indexes import nng_layout as at
+from vecsvc.indexes.base import check_arguments, empty
+from vecsvc.storage import open_array, release_pages, write_array
+from vecsvc.types import IndexSpec, Limit, Mask, Metric, Neighbors, StoredVectors, Vectors
+
+GRAPH: Final = "nng_graph.npy"  # (size, degree) int32: the places of the neighbours, -1 after the last
+HIGH: Final = "nng_high.npy"  # (size, bytes) uint8: upper halves of the 8-bit codes, two a byte
+LOW: Final = "nng_low.npy"  # (size, bytes) uint8: lower halves
+SCALE: Final = "nng_scale.npy"  # (3, dim) float32: mean, value of code 0, step from code to code
+ORDER: Final = "nng_order.npy"  # (size,) int32: the label of each place; neighbours lie near each other
+PIVOTS: Final = "nng_pivots.npy"  # (pivots,) int32: places that walks start from
+BIAS: Final = "nng_bias.npy"  # (size,) float32, l2 only: the squared distance from the mean, by place
+VECTORS: Final = "nng_vectors.npy"  # (size, dim) float16, rerank float16 only: by place; unit vectors for cosine
+
+CHUNK_VALUES: Final = 128  # values whose halves fill a cache line
+CHUNK_BYTES: Final = 64
+MAX_PIVOTS: Final = 65_536
+
+# A walk compares some 20 vectors for each place of its pool, at random places; a scan of what a filter allows costs
+# a fifth of that for each, so it is cheaper up to this many vectors a place of the pool. See benchmarks/filtered.py.
+SCAN_A_PLACE: Final = 115
+VISITS_A_SECOND: Final = 5_000_000  # what the slowest machine in mind compares, to turn a deadline into a bound
+ROWS: Final = 8192  # rows whose norms are taken at a time
+UNIT_TOLERANCE: Final = 1e-6  # norms this close to 1 are 1: float32 products are no better
+BLOCK: Final = 64  # queries between two looks at the clock, and the least a thread is given
+
+SPARE: Final = 6  # candidates beyond k that are compared exactly, at least
+NO_LIMIT: Final = 1 << 60
+
+_CALL: Final = struct.Struct(f"{at.CALL_SLOTS}q")
+# Made once: NumPy takes half the time to recognise them.
+_I64, _F32, _BOOL = np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.bool_)
+
+METRICS: Final[dict[Metric, int]] = {"l2": at.L2, "ip": at.IP, "cosine": at.COSINE}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchParams:
+    ef_search: int = option(
+        64, "breadth of the search: more gives better recall, slower; never less than k", low=1, high=10_000
+    )
+
+
+def code_bytes(dim: int) -> int:
+    """Bytes of one half of a vector's codes: whole cache lines."""
+    return -(-dim // CHUNK_VALUES) * CHUNK_BYTES
+
+
+def load(directory: Path, spec: IndexSpec, *, vectors: StoredVectors, mmap: bool, device: str) -> NngIndex:
+    """Open what `NngIndex.save` wrote. Raises ArtifactDamaged where it would lead a walk astray."""
+    size, width, degree = spec.size, code_bytes(spec.dim), spec.params["degree"]
+
+    def array(name: str, dtype: Any, *shape: int | None) -> NDArray[Any]:
+        return open_array(directory / name, dtype, shape, mmap=True)
+
+    parts = NngParts(
+        graph=array(GRAPH, np.int32, size, degree),
+        high=array(HIGH, np.uint8, size, width),
+        low=array(LOW, np.uint8, size, width),
+        scale=array(SCALE, np.float32, 3, spec.dim),
+        order=array(ORDER, np.int32, size),
+        pivots=array(PIVOTS, np.int32, None),
+        bias=array(BIAS, np.float32, size) if spec.metric == "l2" else None,
+        vectors=array(VECTORS, np.float16, size, spec.dim) if spec.params["rerank"] == "float16" else None,
+    )
+    _check(directory, parts, spec)
+    return NngIndex(spec, parts, vectors, mmap=mmap)
+
+
+@dataclass(frozen=True, slots=True)
+class NngParts:
+    """The arrays of an index, as the files have them."""
+
+    graph: NDArray[np.int32]
+    high: NDArray[np.uint8]
+    low: NDArray[np.uint8]
+    scale: NDArray[np.float32]
+    order: NDArray[np.int32]
+    pivots: NDArray[np.int32]
+    bias: NDArray[np.float32] | None
+    vectors: NDArray[np.float16] | None
+
+
+class NngIndex:
+    def __init__(self, spec: IndexSpec, parts: NngParts, vectors: StoredVectors, *, mmap: bool) -> None:
+        """`mmap` leaves the arrays where they are; otherwise they are copied into memory that has huge pages."""
+        self.spec = spec
+        self.parts = parts
+        self._search = machine_code.load("vecsvc.indexes.nng_kernels", "nng_search", 1)
+        keep = (lambda a: a) if mmap else aligned
+        places = np.empty(spec.size, dtype=np.int32)
+        places[parts.order] = np.arange(spec.size, dtype=np.int32)
+        most = np.array([0.0 if parts.bias is None else np.abs(parts.bias).max()], dtype=np.float32)
+        rows, half, by_place, norms = self._rerank_rows(vectors)
+        self._block = Block(
+            at.INDEX_SLOTS,
+            {
+                at.SIZE: spec.size,
+                at.DIM: spec.dim,
+                at.DEGREE: parts.graph.shape[1],
+                at.CHUNKS: parts.high.shape[1] // CHUNK_BYTES,
+                at.METRIC: METRICS[spec.metric],
+                at.N_PIVOTS: len(parts.pivots),
+                at.VECTORS_HALF: int(half),
+                at.VECTORS_BY_PLACE: int(by_place),
+            },
+            {
+                at.GRAPH: keep(parts.graph),
+                at.HIGH: keep(parts.high),
+                at.LOW: keep(parts.low),
+                at.SCALE: parts.scale,
+                at.ORDER: parts.order,
+                at.PLACES: places,
+                at.PIVOTS: parts.pivots,
+                at.PIVOT_CODES: aligned(parts.high[parts.pivots]),
+                at.BIAS: parts.bias,
+                at.BIAS_MOST: most,
+                at.VECTORS: rows,
+                at.INVERSE_NORMS: norms,
+            },
+        )
+        self._idle: deque[Workspace] = deque()
+
+    def _rerank_rows(
+        self, vectors: StoredVectors
+    ) -> tuple[NDArray[Any] | None, bool, bool, NDArray[np.float32] | None]:
+        """(rows, whether float16, whether by place, inverse norms by label) for the exact comparison."""
+        if self.spec.params["rerank"] == "none":
+            return None, False, False, None
+        if self.parts.vectors is not None:
+            return self.parts.vectors, True, True, None
+        norms = None
+        if self.spec.metric == "cosine":
+            norms = inverse_norms(vectors)
+        return vectors, vectors.dtype == np.float16, False, norms
+
+    def search(
+        self,
+        queries: Vectors,
+        k: int,
+        params: SearchParams | None = None,
+        *,
+        allowed: Mask | None = None,
+        limit: Limit | None = None,
+        num_threads: int = 1,
+    ) -> Neighbors:
+        """As `base.Index.search` says. A filter is honoured by the walk, or by comparing all that it allows."""
+        settings: SearchParams = check_arguments(self.spec, queries, k, params, SearchParams, allowed)
+        n, size = len(queries), self.spec.size
+        ef = min(max(settings.ef_search, k), size)
+        depth = k + max(SPARE, k // 2)
+        pool, enough = max(ef, depth), 0
+        if allowed is not None:
+            count = int(np.count_nonzero(allowed))
+            if count == 0:
+                return empty(n, k)
+            allowed = np.ascontiguousarray(allowed)
+            enough = min(count, max(k, ef // 2))
+            wide = min(-(-ef * size // count), size)
+            ef = 0 if count <= SCAN_A_PLACE * wide else wide
+            pool = max(ef, enough, 8 * depth)
+        queries = np.ascontiguousarray(queries)
+        answer = Neighbors(np.empty((n, k), _I64), np.empty((n, k), _F32), np.empty(n, _I64), np.empty(n, _BOOL))
+        if n <= BLOCK:
+            self._answer(queries, 0, n, k, ef, depth, enough, pool, allowed, limit, answer)
+            return answer
+        starts = iter(range(0, n, BLOCK))
+
+        def work() -> None:
+            for start in starts:  # threads share the iterator: each step of it is one of the interpreter's
+                end = min(start + BLOCK, n)
+                self._answer(queries, start, end, k, ef, depth, enough, pool, allowed, limit, answer)
+
+        if num_threads == 1:
+            work()
+        else:
+            with ThreadPoolExecutor(num_threads) as threads:
+                for done in [threads.submit(work) for _ in range(num_threads)]:
+                    done.result()
+        return answer
+
+    def _answer(
+        self,
+        queries: Vectors,
+        first: int,
+        end: int,
+        k: int,
+        ef: int,
+        depth: int,
+        enough: int,
+        pool: int,
+        allowed: Mask | None,
+        limit: Limit | None,
+        answer: Neighbors,
+    ) -> None:
+        """Answer queries[first:end] in this thread; nng_layout says what the numbers mean."""
+        try:
+            work = self._idle.pop()
+        except IndexError:
+            work = Workspace(self._block)
+        if pool > work.room:
+            work.make_room(pool)
+        visits = NO_LIMIT if limit is None else _visits(limit)
+        mask = 0 if allowed is None else id(allowed)
+        checked = -1
+        while True:
+            _CALL.pack_into(
+                work.call, 0, self._block.address, work.address, id(queries), first, end, checked, k, ef, enough, depth,
+                mask, visits, id(answer.labels), id(answer.distances), id(answer.visited), id(answer.stopped),
+            )  # fmt: skip
+            first = self._search(work.call_address)
+            if first == end:
+                break
+            # The kernel found no quick proof that this query's values are allowed; it is not in use while we look.
+            try:
+                check_vector(queries[first], self.spec.metric, f"queries[{first}]")
+            except InvalidVector:
+                self._idle.append(work)
+                raise
+            checked = first
+        self._idle.append(work)
+
+    def save(self, directory: Path) -> None:
+        for name, array in (
+            (GRAPH, self.parts.graph),
+            (HIGH, self.parts.high),
+            (LOW, self.parts.low),
+            (SCALE, self.parts.scale),
+            (ORDER, self.parts.order),
+            (PIVOTS, self.parts.pivots),
+            (BIAS, self.parts.bias),
+            (VECTORS, self.parts.vectors),
+        ):
+            if array is not None:
+                write_array(directory / name, array)
+
+    def close(self) -> None:
+        """Nothing to close: memory goes with the last reference, so that searches in flight end undisturbed."""
+
+
+def _visits(limit: Limit) -> int:
+    """How many vectors may be compared for one query."""
+    visits = NO_LIMIT if limit.max_visited is None else limit.max_visited
+    if limit.deadline is not None:
+        visits = min(visits, int(max(0.0, limit.deadline - time.monotonic()) * VISITS_A_SECOND))
+    return visits
+
+
+class Workspace:
+    """Where one search at a time works: made once, and handed from search to search."""
+
+    def __init__(self, index: Block) -> None:
+        """For the index of that block."""
+        dim, codes = int(index.values[at.DIM]), int(index.values[at.CHUNKS]) * CHUNK_VALUES
+        arrays: dict[int, NDArray[Any]] = {
+            at.FRESH: np.empty(at.MAX_DEGREE + 1, np.int32),
+            at.SEEN: np.zeros(int(index.values[at.SIZE]), np.uint8),
+            at.QUERY: np.empty(dim, np.float32),
+            at.CENTRED: np.empty(dim, np.float32),
+            at.QUERY_CODE: np.empty(codes, np.float32),  # it becomes int8 in place
+            at.RANKED: np.empty(at.SEEDS * at.ROUNDS + 1, np.int64),
+        }
+        self._block = Block(at.WORK_SLOTS, {}, arrays)
+        self.room = 0
+        self.address = self._block.address
+        call = np.zeros(at.CALL_SLOTS, np.int64)
+        self.call, self.call_address = call.data, int(call.ctypes.data)
+
+    def make_room(self, places: int) -> None:
+        """Let the pool hold so many places."""
+        if places > self.room:
+            self.room = 2 * places
+            self._block.put(at.POOL, np.empty(self.room + 1, np.int64))
+
+
+class Block:
+    """Numbers and addresses for a kernel, and the arrays that the addresses are of: these live as long as it does."""
+
+    def __init__(self, slots: int, numbers: Mapping[int, int], arrays: Mapping[int, NDArray[Any] | None]) -> None:
+        """Where an array is None, its address is 0."""
+        self.values = np.zeros(slots, np.int64)
+        self.address = int(self.values.ctypes.data)
+        self._arrays: dict[int, NDArray[Any]] = {}
+        for slot, number in numbers.items():
+            self.values[slot] = number
+        for slot, array in arrays.items():
+            if array is not None:
+                self.put(slot, array)
+
+    def put(self, slot: int, array: NDArray[Any]) -> None:
+        self._arrays[slot] = np.ascontiguousarray(array)
+        self.values[slot] = self._arrays[slot].ctypes.data
+
+
+def inverse_norms(vectors: StoredVectors) -> NDArray[np.float32] | None:
+    """1 / |x| of each row (size,), 0 for rows of zeros; None where all are unit vectors already."""
+    norms = np.concatenate([row_norms(vectors[start : start + ROWS]) for start in range(0, len(vectors), ROWS)])
+    release_pages(vectors)
+    if np.all(np.abs(norms - 1.0) <= UNIT_TOLERANCE):
+        return None
+    inverse: NDArray[np.float32] = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+    return inverse
+
+
+def aligned(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy that begins at a cache line, in memory that NumPy asks huge pages for where it is large."""
+    room = np.empty(array.nbytes + CHUNK_BYTES, np.uint8)
+    start = -room.ctypes.data % CHUNK_BYTES
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    np.copyto(copy, array)
+    release_pages(array)
+    return copy
+
+
+def _check(directory: Path, parts: NngParts, spec: IndexSpec) -> None:
+    """Whatever the walk follows stays inside the arrays."""
+    for name, places in ((GRAPH, parts.graph), (PIVOTS, parts.pivots), (ORDER, parts.order)):
+        least = -1 if name == GRAPH else 0
+        if len(places) and not (least <= int(places.min()) and int(places.max()) < spec.size):
+            raise ArtifactDamaged(f"{directory / name}: names places beyond 0 to {spec.size - 1}")
+    if not 1 <= len(parts.pivots) <= MAX_PIVOTS:
+        raise ArtifactDamaged(f"{directory / PIVOTS}: holds {len(parts.pivots)} pivots, expected 1 to {MAX_PIVOTS}")
+    if not np.array_equal(np.bincount(parts.order, minlength=spec.size), np.ones(spec.size)):
+        raise ArtifactDamaged(f"{directory / ORDER}: is no permutation of 0 to {spec.size - 1}")
+    if not np.isfinite(parts.scale).all() or (parts.bias is not None and not np.isfinite(parts.bias).all()):
+        raise ArtifactDamaged(f"{directory / SCALE}: holds values that are not finite")

@@ -1,0 +1,532 @@
+"""The walk through the graph of `nng`, and what stands around it: compiled by machine_code, never imported to serve.
+
+A pool is an array of int64, sorted: the upper 32 bits are a distance in units of the codes, then the place, then one
+bit that says whether its neighbours were looked at. One comparison orders two entries, and a move is one copy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from vecsvc.indexes.nng_layout import (
+    ALLOWED,
+    BIAS,
+    BIAS_MOST,
+    CENTRED,
+    CHECKED,
+    CHUNKS,
+    COSINE,
+    DEGREE,
+    DEPTH,
+    DIM,
+    DISTANCES,
+    EF,
+    END,
+    ENOUGH,
+    EPOCH,
+    FIRST,
+    FRESH,
+    GRAPH,
+    HIGH,
+    INDEX,
+    INVERSE_NORMS,
+    L2,
+    LABELS,
+    LOW,
+    METRIC,
+    N_PIVOTS,
+    ORDER,
+    PIVOT_CODES,
+    PIVOTS,
+    PLACES,
+    POOL,
+    QUERIES,
+    QUERY,
+    QUERY_CODE,
+    RANKED,
+    ROUNDS,
+    SCALE,
+    SEEDS,
+    SEEN,
+    SIZE,
+    STOPPED,
+    VECTORS,
+    VECTORS_BY_PLACE,
+    VECTORS_HALF,
+    VISITED,
+    VISITS,
+    WORK,
+    K,
+)
+from vecsvc.kernels import (
+    data_of,
+    dot_f16,
+    dot_f32,
+    get_f32,
+    get_i32,
+    get_i64,
+    get_u8,
+    inlined,
+    inlined_sum,
+    nibble_dot,
+    prefetch,
+    put_f32,
+    put_i8,
+    put_i32,
+    put_i64,
+    put_u8,
+    root,
+    squares_f16,
+    squares_f32,
+)
+
+ZERO_AT = 1 << 30  # keys are shifted by so much, so that they are positive
+AHEAD = 12
+
+
+# --------------------------------------------------------------------------------------------- the query
+
+
+@inlined
+def length_factor(index, query, dim, checked):
+    """What the query is multiplied by before it is compared; 0 where somebody has to look at its values first.
+
+    A float32 sum of squares within these bounds proves that every value is finite and small enough, and that not all
+    are zero. `checked` says that somebody has looked.
+    """
+    squares = dot_f32(query, query, dim)
+    if 1e-30 < squares <= 1e15:
+        return 1.0 / root(float(squares)) if get_i64(index, METRIC) == COSINE else 1.0
+    if not checked:
+        return 0.0
+    if get_i64(index, METRIC) != COSINE:
+        return 1.0
+    precise = 0.0
+    for j in range(dim):
+        value = float(get_f32(query, j))
+        precise += value * value
+    return 1.0 / root(precise)
+
+
+@inlined
+def prepare(index, work, query, factor):
+    """Bring a query (dim,) into the forms of the vectors and of the codes; the value of one unit of a product.
+
+    The codes say x = zero + step * c, so that <q, x> = <q, zero> + sum of (q * step) * c: q * step is rounded to
+    int8 with one scale, and what is constant in x is left out.
+    """
+    dim, chunks, scale = get_i64(index, DIM), get_i64(index, CHUNKS), get_i64(index, SCALE)
+    mine, centred, code = get_i64(work, QUERY), get_i64(work, CENTRED), get_i64(work, QUERY_CODE)
+    steps = scale + 8 * dim
+    for j in range(dim):
+        put_f32(mine, j, get_f32(query, j) * factor)
+    if get_i64(index, METRIC) == L2:
+        for j in range(dim):
+            put_f32(centred, j, get_f32(mine, j) - get_f32(scale, j))
+    else:
+        for j in range(dim):
+            put_f32(centred, j, get_f32(mine, j))
+    # Of floats without a sign, the greatest is the one whose bits are the greatest integer, and integers vectorise.
+    for j in range(dim):
+        put_f32(code, j, abs(get_f32(centred, j) * get_f32(steps, j)))
+    greatest = np.int32(0)
+    for j in range(dim):
+        greatest = max(greatest, get_i32(code, j))
+    put_i32(code, 0, greatest)
+    unit = float(get_f32(code, 0)) / 127.0
+    if get_i64(index, BIAS) != 0:
+        # The bias in units of a product has to stay far from the end of 32 bits.
+        unit = max(unit, float(get_f32(get_i64(index, BIAS_MOST), 0)) / float(1 << 28))
+    unit = max(unit, 1e-37)
+    inverse = np.float32(1.0 / unit)
+    for j in range(dim):
+        scaled = get_f32(centred, j) * get_f32(steps, j) * inverse
+        put_i8(code, j, np.int8(np.int32(scaled + math.copysign(np.float32(0.5), scaled))))
+    for j in range(dim, chunks * 128):
+        put_i8(code, j, np.int8(0))
+    return unit
+
+
+@inlined
+def bias_factor(index, unit):
+    """What brings the bias into units of 16 products; for l2, d = bias - 2 <q, x> + what is constant."""
+    if get_i64(index, METRIC) == L2:
+        return 1.0 / (32.0 * unit)
+    return 0.0
+
+
+# ---------------------------------------------------------------------------------------------- the pool
+
+
+@inlined
+def place_of(entry):
+    return (entry & 0xFFFFFFFF) >> 1
+
+
+@inlined
+def insert(pool, size, capacity, entry):
+    """Put an entry where it belongs; the last one falls out of a full pool. Its position, or -1 if it is too far."""
+    if size == capacity:
+        if entry >= get_i64(pool, size - 1):
+            return -1
+        size -= 1
+    # Halving without branches: which half an entry is in cannot be foreseen, how often there is one to choose can.
+    low, left = 0, size
+    while left > 1:
+        half = left >> 1
+        low += half * (get_i64(pool, low + half - 1) < entry)
+        left -= half
+    if left == 1:
+        low += get_i64(pool, low) < entry
+    for i in range(size, low, -1):
+        put_i64(pool, i, get_i64(pool, i - 1))
+    put_i64(pool, low, entry)
+    return low
+
+
+@inlined
+def next_epoch(index, work):
+    """A number that no place was met under; after 255 of them the marks are wiped."""
+    epoch = get_i64(work, EPOCH) + 1
+    if epoch > 255:
+        seen = get_i64(work, SEEN)
+        for i in range(get_i64(index, SIZE)):
+            put_u8(seen, i, 0)
+        epoch = 1
+    put_i64(work, EPOCH, epoch)
+    return epoch
+
+
+# ---------------------------------------------------------------------------------------------- the walk
+
+
+@inlined
+def key_of(high, place, chunks, code, bias, factor):
+    """The distance of a place in units of 16 products, by the upper halves of its codes."""
+    key = ZERO_AT - nibble_dot(high + place * (chunks << 6), code, chunks)
+    if bias != 0:
+        key += int(get_f32(bias, place) * factor)
+    return key
+
+
+@inlined
+def rank_pivots(index, work, factor):
+    """Compare the query with every pivot, whose codes lie side by side; RANKED begins with the nearest, sorted.
+
+    As many are kept as the walk may ever start from. Returns how many those are.
+    """
+    chunks, count = get_i64(index, CHUNKS), get_i64(index, N_PIVOTS)
+    codes, pivots, bias = get_i64(index, PIVOT_CODES), get_i64(index, PIVOTS), get_i64(index, BIAS)
+    code, ranked = get_i64(work, QUERY_CODE), get_i64(work, RANKED)
+    size = 0
+    for i in range(count):
+        place = get_i32(pivots, i)
+        key = ZERO_AT - nibble_dot(codes + i * (chunks << 6), code, chunks)
+        if bias != 0:
+            key += int(get_f32(bias, place) * factor)
+        if insert(ranked, size, SEEDS * ROUNDS, (key << 32) | (place << 1)) >= 0 and size < SEEDS * ROUNDS:
+            size += 1
+    return size
+
+
+@inlined
+def walk(index, work, ef, factor, pivots, max_visited):
+    """Best-first search of the graph; the pool ends up with the `ef` nearest places that were met.
+
+    Starts from the nearest of the `pivots` in RANKED. When every place of the pool was looked at, the walk is in a
+    local optimum: it goes on from the next pivots, as long as one of them is nearer than the worst of the pool
+    (Wang and Li, Query-Driven Iterated Neighborhood Graph Search for Large Scale Indexing, ACM MM 2012, section 3).
+    Returns (size of the pool, places compared, whether max_visited cut it short).
+    """
+    chunks, degree = get_i64(index, CHUNKS), get_i64(index, DEGREE)
+    graph, high, bias = get_i64(index, GRAPH), get_i64(index, HIGH), get_i64(index, BIAS)
+    pool, fresh, seen = get_i64(work, POOL), get_i64(work, FRESH), get_i64(work, SEEN)
+    code, ranked = get_i64(work, QUERY_CODE), get_i64(work, RANKED)
+    row = chunks << 6
+    epoch = next_epoch(index, work)
+    size, offered, at, visited, stopped = 0, 0, 0, get_i64(index, N_PIVOTS), 0
+    while True:
+        if at >= size:
+            end = min(offered + SEEDS, pivots)
+            while offered < end:
+                entry = get_i64(ranked, offered)
+                offered += 1
+                place = place_of(entry)
+                if get_u8(seen, place) != epoch:
+                    put_u8(seen, place, epoch)
+                    position = insert(pool, size, ef, entry)
+                    if position >= 0:
+                        size += size < ef
+                        at = min(at, position)
+            if at >= size:
+                break
+        if visited >= max_visited:
+            stopped = 1
+            break
+        entry = get_i64(pool, at)
+        put_i64(pool, at, entry | 1)
+        edges = graph + place_of(entry) * (degree << 2)
+        following = at + 1
+        while following < size and get_i64(pool, following) & 1:
+            following += 1
+        if following < size:
+            probable = graph + place_of(get_i64(pool, following)) * (degree << 2)
+            for line in range((degree + 15) >> 4):
+                prefetch(probable + (line << 6))
+        # The neighbours are collected before any is compared, so that their codes are on the way together.
+        # Which of them are new cannot be foreseen, so that nothing branches on it.
+        count = 0
+        for j in range(degree):
+            place = get_i32(edges, j)
+            if place < 0:
+                break
+            put_i32(fresh, count, place)
+            new = get_u8(seen, place) != epoch
+            put_u8(seen, place, epoch)
+            count += new
+            if count <= AHEAD:
+                for line in range(chunks):
+                    prefetch(high + place * row + (line << 6))
+        best = size
+        for i in range(count):
+            if i + AHEAD < count:
+                ahead = high + get_i32(fresh, i + AHEAD) * row
+                for line in range(chunks):
+                    prefetch(ahead + (line << 6))
+            place = get_i32(fresh, i)
+            key = key_of(high, place, chunks, code, bias, factor)
+            position = insert(pool, size, ef, (key << 32) | (place << 1))
+            if position >= 0:
+                size += size < ef
+                best = min(best, position)
+        visited += count
+        at = min(at, best)
+        while at < size and get_i64(pool, at) & 1:
+            at += 1
+        if at < size:
+            # Whatever is nearest now is very likely looked at next.
+            edges = graph + place_of(get_i64(pool, at)) * (degree << 2)
+            for line in range((degree + 15) >> 4):
+                prefetch(edges + (line << 6))
+    return size, visited, stopped
+
+
+@inlined
+def scan(index, work, width, factor, allowed):
+    """Compare every allowed label by the upper halves of its codes; (size of the pool, places compared).
+
+    The mask is read eight labels at a time, so that a filter that leaves few costs little more than those few.
+    """
+    chunks, total = get_i64(index, CHUNKS), get_i64(index, SIZE)
+    high, bias, places = get_i64(index, HIGH), get_i64(index, BIAS), get_i64(index, PLACES)
+    pool, fresh, code = get_i64(work, POOL), get_i64(work, FRESH), get_i64(work, QUERY_CODE)
+    row = chunks << 6
+    size, visited, label = 0, 0, 0
+    while label < total:
+        count = 0
+        while label < total and count < 64:
+            if label + 8 <= total and get_i64(allowed + label, 0) == 0:
+                label += 8
+                continue
+            for _ in range(min(8, total - label)):
+                if get_u8(allowed, label):
+                    place = get_i32(places, label)
+                    put_i32(fresh, count, place)
+                    count += 1
+                    for line in range(chunks):
+                        prefetch(high + place * row + (line << 6))
+                label += 1
+        for i in range(count):
+            place = get_i32(fresh, i)
+            key = key_of(high, place, chunks, code, bias, factor)
+            if insert(pool, size, width, (key << 32) | (place << 1)) >= 0:
+                size += size < width
+        visited += count
+    return size, visited
+
+
+# -------------------------------------------------------------------------------------------- the answer
+
+
+@inlined
+def keep_allowed(index, work, size, allowed):
+    """Drop the places of the pool that the mask leaves out; how many stay."""
+    pool, order = get_i64(work, POOL), get_i64(index, ORDER)
+    kept = 0
+    for i in range(size):
+        entry = get_i64(pool, i)
+        if get_u8(allowed, get_i32(order, place_of(entry))):
+            put_i64(pool, kept, entry)
+            kept += 1
+    return kept
+
+
+@inlined
+def refine(index, work, size, factor):
+    """Order the first `size` of the pool by both halves of the codes, in units of one product; in place."""
+    chunks, low, bias = get_i64(index, CHUNKS), get_i64(index, LOW), get_i64(index, BIAS)
+    pool, code = get_i64(work, POOL), get_i64(work, QUERY_CODE)
+    row = chunks << 6
+    for i in range(min(size, AHEAD)):
+        for line in range(chunks):
+            prefetch(low + place_of(get_i64(pool, i)) * row + (line << 6))
+    for i in range(size):
+        if i + AHEAD < size:
+            ahead = low + place_of(get_i64(pool, i + AHEAD)) * row
+            for line in range(chunks):
+                prefetch(ahead + (line << 6))
+        entry = get_i64(pool, i)
+        place = place_of(entry)
+        coarse = (entry >> 32) - ZERO_AT
+        fine = 0
+        if bias != 0:
+            # The bias was rounded to units of 16 products: it is taken out and put back finer.
+            shift = get_f32(bias, place) * factor
+            coarse -= int(shift)
+            fine = int(16.0 * shift)
+        key = ZERO_AT + 16 * coarse + fine - nibble_dot(low + place * row, code, chunks)
+        insert(pool, i, size, (key << 32) | (place << 1))
+
+
+@inlined
+def exact_distance(index, query, place, label, dim):
+    """The distance of the query to one of the vectors, as `distance.py` defines it."""
+    row = place if get_i64(index, VECTORS_BY_PLACE) else label
+    half, metric = get_i64(index, VECTORS_HALF), get_i64(index, METRIC)
+    vector = get_i64(index, VECTORS) + row * dim * (2 if half else 4)
+    if metric == L2:
+        return squares_f16(vector, query, dim) if half else squares_f32(vector, query, dim)
+    product = dot_f16(vector, query, dim) if half else dot_f32(vector, query, dim)
+    norms = get_i64(index, INVERSE_NORMS)
+    return 1.0 - (product * get_f32(norms, label) if norms != 0 else product)
+
+
+@inlined
+def weigh(index, work):
+    """Make QUERY_CODE, which is no longer needed, the float32 weights of single codes; what is the same for all."""
+    dim, chunks, scale = get_i64(index, DIM), get_i64(index, CHUNKS), get_i64(index, SCALE)
+    centred, weights = get_i64(work, CENTRED), get_i64(work, QUERY_CODE)
+    constant, squares = 0.0, 0.0
+    for j in range(dim):
+        value = get_f32(centred, j)
+        zero = get_f32(scale, dim + j)
+        if get_i64(index, METRIC) == L2:
+            zero -= get_f32(scale, j)
+        constant += float(value) * zero
+        squares += float(value) * value
+        put_f32(weights, j, value * get_f32(scale, 2 * dim + j))
+    for j in range(dim, chunks * 128):
+        put_f32(weights, j, np.float32(0.0))
+    return squares - 2.0 * constant if get_i64(index, METRIC) == L2 else 1.0 - constant
+
+
+@inlined_sum
+def weighted(high, low, weights, chunks):
+    """The sum of weights (chunks * 128,) times the 8-bit codes of a row."""
+    total = np.float32(0.0)
+    for chunk in range(chunks):
+        first = chunk << 7
+        for i in range(64):
+            upper, lower = get_u8(high, (chunk << 6) + i), get_u8(low, (chunk << 6) + i)
+            total += get_f32(weights, first + i) * np.float32((upper & 15) * 16 + (lower & 15))
+            total += get_f32(weights, first + 64 + i) * np.float32((upper >> 4) * 16 + (lower >> 4))
+    return total
+
+
+@inlined
+def code_distance(index, work, place, constant):
+    """The distance to what a place's codes stand for, without rounding the query."""
+    chunks, bias = get_i64(index, CHUNKS), get_i64(index, BIAS)
+    row = place * (chunks << 6)
+    product = weighted(get_i64(index, HIGH) + row, get_i64(index, LOW) + row, get_i64(work, QUERY_CODE), chunks)
+    if bias != 0:
+        return max(0.0, constant + get_f32(bias, place) - 2.0 * product)
+    return constant - product
+
+
+@inlined
+def closer(distance, label, labels, distances, i):
+    other = get_f32(distances, i)
+    return distance < other or (distance == other and label < get_i64(labels, i))
+
+
+@inlined
+def answer(index, work, size, k, depth, labels, distances):
+    """Write the k nearest of the pool's first entries, by (distance, label); short rows end in -1 at +inf."""
+    dim, order, vectors = get_i64(index, DIM), get_i64(index, ORDER), get_i64(index, VECTORS)
+    pool, query = get_i64(work, POOL), get_i64(work, QUERY)
+    half, by_place = get_i64(index, VECTORS_HALF), get_i64(index, VECTORS_BY_PLACE)
+    compared = min(size, depth)
+    if vectors != 0:
+        width = dim * (2 if half else 4)
+        for i in range(compared):
+            place = place_of(get_i64(pool, i))
+            row = vectors + (place if by_place else get_i32(order, place)) * width
+            for line in range((width + 63) >> 6):
+                prefetch(row + (line << 6))
+    constant = weigh(index, work) if vectors == 0 else 0.0
+    found = 0
+    for i in range(compared):
+        place = place_of(get_i64(pool, i))
+        label = get_i32(order, place)
+        if vectors != 0:
+            distance = np.float32(exact_distance(index, query, place, label, dim))
+        else:
+            distance = np.float32(code_distance(index, work, place, constant))
+        if found == k:
+            if not closer(distance, label, labels, distances, k - 1):
+                continue
+            found -= 1
+        position = found
+        while position > 0 and closer(distance, label, labels, distances, position - 1):
+            put_f32(distances, position, get_f32(distances, position - 1))
+            put_i64(labels, position, get_i64(labels, position - 1))
+            position -= 1
+        put_f32(distances, position, distance)
+        put_i64(labels, position, label)
+        found += 1
+    for i in range(found, k):
+        put_f32(distances, i, float("inf"))
+        put_i64(labels, i, -1)
+
+
+def nng_search(call):
+    """Answer some queries as the block of the call says.
+
+    With a mask, EF is wide enough to hold what the mask will take away. Where fewer than ENOUGH allowed places are in
+    the pool after the walk, the mask lies far from the query, and every allowed vector is compared after all.
+    Returns END, or the number of a query whose values have to be looked at before going on.
+    """
+    index, work, end = get_i64(call, INDEX), get_i64(call, WORK), get_i64(call, END)
+    k, ef, depth, enough = get_i64(call, K), get_i64(call, EF), get_i64(call, DEPTH), get_i64(call, ENOUGH)
+    max_visited, dim = get_i64(call, VISITS), get_i64(index, DIM)
+    queries, allowed = data_of(get_i64(call, QUERIES)), get_i64(call, ALLOWED)
+    labels, distances = data_of(get_i64(call, LABELS)), data_of(get_i64(call, DISTANCES))
+    visited, stopped = data_of(get_i64(call, VISITED)), data_of(get_i64(call, STOPPED))
+    if allowed != 0:
+        allowed = data_of(allowed)
+    for i in range(get_i64(call, FIRST), end):
+        query = queries + i * dim * 4
+        factor = length_factor(index, query, dim, i == get_i64(call, CHECKED))
+        if factor == 0.0:
+            return i
+        unit = prepare(index, work, query, factor)
+        factor = bias_factor(index, unit)
+        size, met, cut = 0, 0, 0
+        if ef > 0:
+            pivots = rank_pivots(index, work, factor)
+            size, met, cut = walk(index, work, ef, factor, pivots, max_visited)
+            if allowed != 0:
+                size = keep_allowed(index, work, size, allowed)
+        if allowed != 0 and size < enough and cut == 0:
+            size, more = scan(index, work, max(enough, 8 * depth), factor, allowed)
+            met += more
+        # What is this far down in the coarse order does not come into the first `depth` of the fine one.
+        size = min(size, 4 * depth)
+        refine(index, work, size, factor)
+        answer(index, work, size, k, depth, labels + i * k * 8, distances + i * k * 4)
+        put_i64(visited, i, met)
+        put_u8(stopped, i, cut)
+    return end

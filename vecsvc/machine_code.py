@@ -1,0 +1,250 @@
+"""Turns numeric kernels into machine code once, keeps it on disk, and loads it without a compiler.
+
+A kernel is a plain Python function of int64 arguments (addresses and counts) in a module whose name ends in
+`kernels`. numba translates it, LLVM optimises it for this processor, and what is left is one ELF object with one
+symbol that calls nothing. Later starts load that object with llvmlite alone: numba is imported only to compile,
+and nothing is unpickled, as numba's own cache would have it. Calls go through ctypes, which lets the GIL go.
+
+The objects are in `folder()`, ~/.cache/vecsvc/kernels unless told otherwise: one file per kernel, named by the hash
+of everything that it depends on, so that another version, library or processor finds no file of its own and
+compiles. Files appear whole, by rename. A folder that others may write into is not used, for whoever can write
+machine code there runs it here; without a usable folder every start compiles anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import llvmlite.binding as llvm
+import numpy as np
+
+from vecsvc.errors import BackendMissing, StorageError
+from vecsvc.storage import delete_file, make_folder, rename, write_file
+
+Kernel: TypeAlias = Callable[..., int]
+
+# What the processor can do, the best first. `portable` is what every processor can.
+PATHS: Final = ("avx512-vnni", "avx2", "portable")
+
+_SOURCES: Final = (
+    "vecsvc.machine_code",
+    "vecsvc.kernels",
+    "vecsvc.indexes.nng_layout",
+    "vecsvc.indexes.nng_kernels",
+    "vecsvc.indexes.tp_tree_layout",
+    "vecsvc.indexes.tp_tree_kernels",
+    "index_builders.nng_layout",
+    "index_builders.nng_kernels",
+    "index_builders.tp_tree_kernels",
+)
+_DIGEST_CHARS: Final = 64
+
+_lock = threading.RLock()
+_loaded: dict[tuple[str, str, str], Kernel] = {}
+_alive: list[Any] = []  # LLVM's engines own the code: it must outlive every call
+_folder: list[Path | None] = []
+
+
+def no_announcement(text: str) -> None:
+    """Called with one line when something is about to be compiled; commands put their own way of saying here."""
+
+
+announce: Callable[[str], None] = no_announcement
+
+
+def folder() -> Path | None:
+    """Where compiled kernels are kept; None where they are not."""
+    with _lock:
+        if not _folder:
+            keep_in(None)
+        return _folder[0]
+
+
+def keep_in(path: Path | None) -> None:
+    """Keep compiled kernels in this folder from now on; None is ~/.cache/vecsvc/kernels."""
+    with _lock:
+        _folder[:] = [None]
+        # An account without a home has nowhere to keep anything.
+        with contextlib.suppress(RuntimeError):
+            wanted = path or Path("~/.cache/vecsvc/kernels").expanduser()
+            _folder[:] = [wanted if _usable(wanted) else None]
+
+
+def load(module: str, name: str, arity: int, path: str | None = None) -> Kernel:
+    """The function `name` of a kernels module as machine code: `arity` int64 in, one int64 out.
+
+    `path` is one of PATHS, by default the best that this processor has. Compiles where no object is kept, and
+    says so through `announce`. Threads may call what comes back at once.
+    """
+    path = path or best_path()
+    with _lock:
+        known = _loaded.get((module, name, path))
+        if known is None:
+            known = _loaded[module, name, path] = _link(_object(module, name, arity, path), name, arity)
+        return known
+
+
+def best_path() -> str:
+    features = llvm.get_host_cpu_features()
+    if all(features.get(f) for f in ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma")):
+        return "avx512-vnni"
+    return "avx2" if all(features.get(f) for f in ("avx2", "fma", "f16c")) else "portable"
+
+
+def _usable(wanted: Path) -> bool:
+    try:
+        make_folder(wanted)
+        state = wanted.stat()
+    except (StorageError, OSError):
+        return False
+    return state.st_uid == os.geteuid() and not state.st_mode & 0o022 and os.access(wanted, os.W_OK)
+
+
+def _object(module: str, name: str, arity: int, path: str) -> bytes:
+    """The kernel's object file, from the folder or compiled."""
+    keep = folder()
+    file = keep / f"{name}-{path}-{_fingerprint(module, name, arity, path)}.o" if keep else None
+    if file is not None and (kept := _read(file)) is not None:
+        return kept
+    announce(f"compiling {name} for {path}" + ("" if file else "; no folder to keep it in, so every start compiles"))
+    code = _compile(module, name, arity, path)
+    if file is not None:
+        _keep(file, code)
+    return code
+
+
+def _read(file: Path) -> bytes | None:
+    """The object in a file, None where there is none or its digest says that it is damaged."""
+    try:
+        whole = file.read_bytes()
+    except OSError:
+        return None
+    digest, code = whole[:_DIGEST_CHARS], whole[_DIGEST_CHARS:]
+    return code if hashlib.sha256(code).hexdigest().encode() == digest else None
+
+
+def _keep(file: Path, code: bytes) -> None:
+    """A full disk costs the next start some seconds and nothing else."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        write_file(aside, hashlib.sha256(code).hexdigest().encode() + code)
+        rename(aside, file)
+    except StorageError:
+        delete_file(aside)
+
+
+def _fingerprint(module: str, name: str, arity: int, path: str) -> str:
+    """Of everything that the machine code depends on."""
+    digest = hashlib.sha256(f"{module} {name} {arity} {path} {_target(path)}".encode())
+    for library in ("numba", "llvmlite"):
+        digest.update(importlib.metadata.version(library).encode())
+    for source in dict.fromkeys((*_SOURCES, module)):
+        spec = importlib.util.find_spec(source)
+        if spec is not None and spec.origin is not None:
+            digest.update(Path(spec.origin).read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _target(path: str) -> tuple[str, str]:
+    """LLVM's names for the processor and its features, less what `path` does without."""
+    if path == "portable":
+        return "generic" if llvm.get_default_triple().startswith("x86_64") else llvm.get_host_cpu_name(), ""
+    features = llvm.get_host_cpu_features()
+    if path == "avx2":
+        for feature in features:
+            if feature.startswith(("avx512", "avxvnni", "avx10", "amx", "avxifma", "avxneconvert")):
+                features[feature] = False
+    return llvm.get_host_cpu_name(), features.flatten()
+
+
+def _machine(path: str) -> Any:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    cpu, features = _target(path)
+    target = llvm.Target.from_default_triple()
+    return target.create_target_machine(cpu=cpu, features=features, opt=3, codemodel="jitdefault", jit=True)
+
+
+def _compile(module: str, name: str, arity: int, path: str) -> bytes:
+    """numba's IR of the function, behind a symbol of C's calling convention, and nothing else."""
+    import numba
+
+    from vecsvc import kernels
+
+    signature = numba.int64(*[numba.int64] * arity)
+    with kernels.generating_for(path):
+        # A fresh import, so that functions translated for another path are not met again.
+        source = _fresh(module)
+        translated = numba.cfunc(signature, error_model="numpy")(getattr(source, name))
+    inner = translated.native_name.removeprefix("cfunc.")
+    arguments = ", ".join(f"i64 %a{i}" for i in range(arity))
+    # numba hands results and exceptions back through pointers. Kernels cannot raise, so only the first is read.
+    entry = f"""
+        define i64 @{_symbol(name)}({arguments}) {{
+          %result = alloca i64
+          %raised = alloca ptr
+          %status = call i32 @{inner}(ptr %result, ptr %raised, {arguments})
+          %value = load i64, ptr %result
+          ret i64 %value
+        }}"""
+    ir = llvm.parse_assembly(translated.inspect_llvm() + entry)
+    for part in [*ir.functions, *ir.global_variables]:
+        if not part.is_declaration and part.name != _symbol(name):
+            part.linkage = "internal"
+    machine = _machine(path)
+    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+    passes = llvm.create_pass_builder(machine, tuning)
+    passes.getModulePassManager().run(ir, passes)
+    strangers = [f.name for f in ir.functions if f.is_declaration and not f.name.startswith(("llvm.", "mem"))]
+    if strangers:
+        raise AssertionError(f"kernel {name} calls {', '.join(strangers)}; a kernel may call nothing")
+    code: bytes = machine.emit_object(ir)
+    return code
+
+
+def _fresh(module: str) -> Any:
+    """The kernels module, executed anew under a name of its own, and so are those that it imports functions from."""
+    for known in _SOURCES:
+        if known.endswith("_kernels"):
+            sys.modules.pop(known, None)
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.loader is not None
+    source = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(source)
+    return source
+
+
+def _symbol(name: str) -> str:
+    return f"vecsvc_{name}"
+
+
+def _check_layout() -> None:
+    """kernels.data_of reads where an array's data lies from the array object itself."""
+    array = np.zeros(3)
+    if ctypes.c_int64.from_address(id(array) + 16).value != array.ctypes.data:
+        raise BackendMissing("vecsvc's kernels need CPython with its usual object header; free-threaded builds differ")
+
+
+def _link(code: bytes, name: str, arity: int) -> Kernel:
+    _check_layout()
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _alive.append(engine)
+    address = engine.get_function_address(_symbol(name))
+    return ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * arity)(address)
