@@ -2,7 +2,8 @@
 
 Distances between vectors are squared Euclidean, over int8 codes in lines of 64 bytes: |a|² + |b|² - 2 <a, b>, in
 units of the codes' step. They are the distances of the codes exactly, so that they never contradict each other.
-A candidate is an int64: the distance in the upper 32 bits, then the place, then a bit that is not used here.
+A candidate for a place is an int64: the distance in the upper 32 bits, then how far from that place it lies in their
+order. So among duplicates each has others for neighbours, and edges lead through all of them.
 """
 
 from __future__ import annotations
@@ -55,6 +56,18 @@ def between(codes, a, b):
 
 
 @inlined
+def candidate_of(place, other, distance):
+    apart = other - place
+    return (distance << 32) | ((apart << 1) ^ (apart >> 63))
+
+
+@inlined
+def other_of(place, candidate):
+    folded = candidate & 0xFFFFFFFF
+    return place + ((folded >> 1) ^ -(folded & 1))
+
+
+@inlined
 def insert_once(pool, size, capacity, entry):
     """As `insert`, but an entry that is there already is not put in again."""
     if size == capacity and entry >= get_i64(pool, size - 1):
@@ -89,17 +102,37 @@ def nng_pair_leaf(codes, order, start, stop, lists, width, filled):
             b = get_i32(order, j)
             distance = between(codes, a, b)
             if length < width or distance <= get_i64(mine, length - 1) >> 32:
-                length = insert_once(mine, length, width, (distance << 32) | (b << 1))
+                length = insert_once(mine, length, width, candidate_of(a, b, distance))
             other, reach = lists + b * width * 8, get_i32(filled, b)
             if reach < width or distance <= get_i64(other, reach - 1) >> 32:
-                put_i32(filled, b, insert_once(other, reach, width, (distance << 32) | (a << 1)))
+                put_i32(filled, b, insert_once(other, reach, width, candidate_of(b, a, distance)))
         put_i32(filled, a, length)
     return 0
 
 
+def nng_take_lists(codes, neighbours, given, order, places, lists, width, filled, start, stop):
+    """Make the lists of the places start to stop out of neighbours (size, given) int64, by label, -1 after the last."""
+    neighbours, order, places = data_of(neighbours), data_of(order), data_of(places)
+    lists, filled = data_of(lists), data_of(filled)
+    for place in range(start, stop):
+        label = get_i32(order, place)
+        length = 0
+        for j in range(given):
+            neighbour = get_i64(neighbours, label * given + j)
+            if neighbour < 0:
+                break
+            other = get_i32(places, neighbour)
+            entry = candidate_of(place, other, between(codes, place, other))
+            length = insert_once(lists + place * width * 8, length, width, entry)
+        put_i32(filled, place, length)
+    return 0
+
+
 @inlined
-def prune(codes, candidates, count, edges, degree, slack):
-    """Choose edges among `count` sorted candidates: one is left out where a chosen one is nearer to it than it is here.
+def prune(codes, place, candidates, count, edges, degree, slack):
+    """Choose edges of a place among `count` sorted candidates.
+
+    One is left out where a chosen one is nearer to it than the place is.
 
     "Nearer" counts distances between neighbours `slack` times, so that more stay than the relative neighbourhood
     graph has (Subramanya et al., DiskANN, NeurIPS 2019, algorithm 2). Returns how many were chosen.
@@ -107,16 +140,16 @@ def prune(codes, candidates, count, edges, degree, slack):
     chosen = 0
     for i in range(count):
         candidate = get_i64(candidates, i)
-        place, distance = place_of(candidate), candidate >> 32
+        other, distance = other_of(place, candidate), candidate >> 32
         if distance == 0 and chosen >= degree >> 1:
             continue  # Duplicates do not take all the edges: somebody has to lead away from them.
         occluded = False
         for j in range(chosen):
-            if slack * between(codes, get_i32(edges, j), place) < distance:
+            if slack * between(codes, get_i32(edges, j), other) < distance:
                 occluded = True
                 break
         if not occluded:
-            put_i32(edges, chosen, place)
+            put_i32(edges, chosen, other)
             chosen += 1
             if chosen == degree:
                 break
@@ -135,7 +168,8 @@ def nng_choose(codes, lists, width, filled, graph, degree, slack_percent, start,
     for place in range(start, stop):
         edges = graph + place * degree * 4
         count = get_i32(filled, place)
-        end_row(edges, prune(codes, lists + place * width * 8, count, edges, degree, slack_percent / 100.0), degree)
+        chosen = prune(codes, place, lists + place * width * 8, count, edges, degree, slack_percent / 100.0)
+        end_row(edges, chosen, degree)
     return 0
 
 
@@ -176,17 +210,17 @@ def nng_link(codes, graph, degree, starts, sources, slack_percent, pool, room, l
             other = get_i32(graph, place * degree + j)
             if other < 0:
                 break
-            count = insert_once(pool, count, room, (between(codes, place, other) << 32) | (other << 1))
+            count = insert_once(pool, count, room, candidate_of(place, other, between(codes, place, other)))
         for i in range(get_i64(starts, place), get_i64(starts, place + 1)):
             other = get_i32(sources, i)
-            count = insert_once(pool, count, room, (between(codes, place, other) << 32) | (other << 1))
+            count = insert_once(pool, count, room, candidate_of(place, other, between(codes, place, other)))
         edges = linked + place * linked_degree * 4
         if count <= linked_degree:
             for i in range(count):
-                put_i32(edges, i, place_of(get_i64(pool, i)))
+                put_i32(edges, i, other_of(place, get_i64(pool, i)))
             end_row(edges, count, linked_degree)
         else:
-            end_row(edges, prune(codes, pool, count, edges, linked_degree, slack_percent / 100.0), linked_degree)
+            end_row(edges, prune(codes, place, pool, count, edges, linked_degree, slack_percent / 100.0), linked_degree)
     return 0
 
 
@@ -232,11 +266,11 @@ def nng_refine(index, work, codes, ef, lists, width, filled, pool, slack_percent
         for i in range(size):
             other = place_of(get_i64(found, i))
             if other != place:
-                count = insert_once(pool, count, room, (between(codes, place, other) << 32) | (other << 1))
+                count = insert_once(pool, count, room, candidate_of(place, other, between(codes, place, other)))
         for i in range(get_i32(filled, place)):
             count = insert_once(pool, count, room, get_i64(lists + place * width * 8, i))
         edges = graph + place * degree * 4
-        end_row(edges, prune(codes, pool, count, edges, degree, slack_percent / 100.0), degree)
+        end_row(edges, prune(codes, place, pool, count, edges, degree, slack_percent / 100.0), degree)
     return compared
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
@@ -410,7 +409,7 @@ def test_another_seed_gives_another_graph(corpus: Path, tmp_path: Path) -> None:
     assert [path for path in first if first[path] != second[path]] == ["shards/000/index/hnsw.bin"]
 
 
-def test_auto_is_exact_up_to_ten_thousand_and_a_graph_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_exact_up_to_ten_thousand_and_nng_above(tmp_path: Path) -> None:
     ten = write_corpus(tmp_path / "ten.parquet", n=10_000, dim=2, fields=False)
     more = write_corpus(tmp_path / "more.parquet", n=10_001, dim=2, fields=False)
     kinds = {
@@ -418,12 +417,8 @@ def test_auto_is_exact_up_to_ten_thousand_and_a_graph_above(tmp_path: Path, monk
         for name, source, shards in (("ten", ten, 1), ("more", more, 1), ("more", more, 2))
     }
     # A shard is what gets searched, so its size is what counts.
-    expected = {("ten", 1): "exact", ("more", 1): GRAPH, ("more", 2): "exact"}
+    expected = {("ten", 1): "exact", ("more", 1): "nng", ("more", 2): "exact"}
     assert {at: spec.kind for at, spec in kinds.items()} == expected
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *rest: None if n == "hnswlib" else find_spec(n, *rest))
-    spec = build(more, tmp_path / "faiss", certificate_queries=0).manifest.spec
-    assert (spec.kind, spec.params["factory"]) == ("faiss", "HNSW32")
 
 
 # -------------------------------------------------------------------------------------- what is refused

@@ -396,10 +396,10 @@ def test_files_of_another_kind_are_refused(resealed: Resealed, kind: str) -> Non
 
 
 def test_an_unknown_kind_is_a_problem_that_names_the_known_ones(resealed: Resealed) -> None:
-    folder = resealed("exact", lambda facts: set_spec(facts, kind="nng"))
+    folder = resealed("exact", lambda facts: set_spec(facts, kind="oracle"))
     catalog = Catalog(folder.path, ServeSettings())
     catalog.refresh()
-    assert "'nng' is no kind of index; known are exact, faiss, hnsw, kd_tree" in catalog.problem()
+    assert "'oracle' is no kind of index; known are exact, faiss, hnsw, kd_tree, nng, tp_tree" in catalog.problem()
     catalog.close()
 
 

@@ -41,7 +41,7 @@ BOUNDS = {
 NOT_OF_REQUESTS = {
     *("host", "port", "admin_host", "admin_port", "encoder", "device", "verify", "reload_poll_s", "search_threads"),
     *("inline_ms", "max_connections", "header_timeout_s", "write_timeout_s", "keepalive_s", "drain_s", "shutdown_s"),
-    "log",
+    *("log", "memory", "kernels"),
 }
 
 HOOKS = r"""

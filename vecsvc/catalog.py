@@ -77,6 +77,7 @@ class Served:
                     entry,
                     id_type=manifest.id_type,
                     fields=manifest.fields,
+                    mmap=settings.memory == "mapped",
                     device=settings.device,
                 )
             )

@@ -99,8 +99,12 @@ def build_index(
     CORPUS is a Parquet file, a folder or a glob, local or s3://, with a column of ids and one of vectors or texts.
     """
     from index_builders.pipeline import build_index as build
+    from vecsvc import machine_code
 
-    result = build(corpus, _read(BuildSettings, "build", flags, settings), _pairs(params), resume=resume)
+    read = _read(BuildSettings, "build", flags, settings)
+    machine_code.keep_in(Path(read.kernels) if read.kernels else None)
+    machine_code.announce = lambda text: click.echo(text, err=True)
+    result = build(corpus, read, _pairs(params), resume=resume)
     if as_json:
         click.echo(msgspec.json.encode(result))
         return
@@ -184,8 +188,10 @@ def search(
     as_json: bool,
 ) -> None:
     """Ask the index in DIR one question, without a server."""
+    from vecsvc import machine_code
     from vecsvc.local import ask
 
+    machine_code.announce = lambda line: click.echo(line, err=True)
     answer = ask(directory, index=index, text=text, row_id=row_id, vector=vector, k=k, encoder=encoder)
     if as_json:
         click.echo(msgspec.json.encode(answer, enc_hook=str))

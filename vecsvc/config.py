@@ -47,6 +47,13 @@ class ServeSettings:
     )
     encoder: str = option("", "folder of the encoder for queries; empty for the one inside the artifact")
     device: str = option("cpu", "where indexes and encoders that can run on a GPU run", choices=("cpu", "cuda"))
+    memory: str = option(
+        "ram",
+        "where index files are held: read into memory, or mapped, so that the system may drop what is not used and "
+        "processes share what is; vectors are always mapped, and some kinds always read",
+        choices=("ram", "mapped"),
+    )
+    kernels: str = option("", "folder that keeps compiled kernels; empty for ~/.cache/vecsvc/kernels")
     verify: str = option(
         "hash", "how files are checked before they are loaded; sizes always are", choices=("hash", "size")
     )
@@ -90,7 +97,7 @@ class BuildSettings:
 
     out: str = option("./indexes", "folder of the indexes")
     name: str = option("", "name of the index; empty for the corpus file's stem")
-    kind: str = option("auto", "kind of index: auto, exact, hnsw, kd_tree, faiss, or a plug-in's")
+    kind: str = option("auto", "kind of index: auto, exact, nng, tp_tree, hnsw, kd_tree, faiss, or a plug-in's")
     metric: str = option("cosine", "what near means", choices=("l2", "ip", "cosine"))
     shards: int = option(1, "parts the corpus is split into by a hash of the id", low=1, high=256)
     version: str = option("", "name of the version; empty for the time")
@@ -102,6 +109,7 @@ class BuildSettings:
     recall: float = option(0.95, "recall@10 that the default search settings shall reach", low=0.01, high=1.0)
     certificate_queries: int = option(256, "rows sampled to measure recall; 0 for no certificate", low=0, high=100_000)
     threads: int = option(0, "threads; 0 for one a core", low=0, high=1024)
+    kernels: str = option("", "folder that keeps compiled kernels; empty for ~/.cache/vecsvc/kernels")
     seed: int = option(7, "seed of everything random", low=0, high=2**31 - 1)
     batch_rows: int = option(8192, "rows read at a time", low=1, high=1_000_000)
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from vecsvc import __version__, indexes
+from vecsvc import __version__, indexes, machine_code
 from vecsvc.errors import VecsvcError
 from vecsvc.indexes.base import module
 from vecsvc.manifest import cpu_description
@@ -24,12 +24,13 @@ class Report(msgspec.Struct):
     vecsvc: str
     python: str
     cpu: str
+    kernels: str  # the instructions they are compiled to, and where they are kept
     kinds: dict[str, str]  # kind -> "ok", or what is missing and the remedy
     packages: dict[str, str]
     problems: list[str]
 
     def lines(self) -> list[str]:
-        lines = [f"vecsvc {self.vecsvc}, Python {self.python}, {self.cpu}"]
+        lines = [f"vecsvc {self.vecsvc}, Python {self.python}, {self.cpu}", f"kernels {self.kernels}"]
         lines += [f"kind {kind:<10}{state}" for kind, state in self.kinds.items()]
         lines += [f"package {name} {version}" for name, version in self.packages.items()]
         return lines + [f"PROBLEM: {problem}" for problem in self.problems]
@@ -56,6 +57,8 @@ def examine() -> Report:
         __version__,
         platform.python_version(),
         cpu_description()[0],
+        f"for {machine_code.best_path()}, compiled ones are "
+        + (f"in {kept}" if (kept := machine_code.folder()) else "not kept: no folder that only you can write"),
         kinds,
         {name: version for name, version in installed.items() if version},
         problems,

@@ -27,7 +27,7 @@ def ask(
     encoder: str | None,
 ) -> SearchAnswer:
     """Open, ask, close. Files are checked as a service checks them."""
-    settings = ServeSettings(encoder=encoder or "")
+    settings = ServeSettings(encoder=encoder or "", memory="mapped")
     if not 1 <= k <= settings.max_k:
         raise InvalidRequest(f"k must be between 1 and {settings.max_k}, got {k}")
     index_folders(directory)  # a folder without an index is the user's mistake, no service that is not ready

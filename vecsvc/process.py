@@ -18,7 +18,7 @@ import threadpoolctl
 import uvloop
 from aiohttp import web
 
-from vecsvc import __version__
+from vecsvc import __version__, machine_code
 from vecsvc.config import ServeSettings
 from vecsvc.errors import ConfigError
 from vecsvc.server import Connection, Service
@@ -33,6 +33,8 @@ GRACE_S: Final = 0.25  # for requests that were on their way when the port close
 def serve(directory: Path, settings: ServeSettings) -> None:
     """Serve a folder of indexes until SIGTERM or SIGINT. Raises ConfigError where a port cannot be had."""
     configure_logging()
+    machine_code.keep_in(Path(settings.kernels) if settings.kernels else None)
+    machine_code.announce = lambda text: log.info("compiling", extra={"data": {"what": text}})
     _allow_files(settings.max_connections + SPARE_FILES)
     # Searches run side by side in threads; a matrix product that took every core would fight the others.
     with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):

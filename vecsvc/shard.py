@@ -29,7 +29,8 @@ INDEX_FOLDER: Final = "index"
 
 # A filter that leaves few rows is answered by comparing them all. A walk of a graph with a filter costs in inverse
 # proportion to the share that is allowed, comparing costs in proportion to the rows, so the two cross where the
-# rows are a multiple of the square root of the size: 16 was measured with hnsw, see benchmarks/filtered.py.
+# rows are a multiple of the square root of the size: 16 was measured with hnsw, see benchmarks/filtered.py. A kind
+# that compares what is allowed by itself, and faster, has the attribute `compares_the_allowed`.
 EXACT_ROOTS: Final = 16
 EXACT_UP_TO_ROWS: Final = 1000  # so few are always compared
 
@@ -51,7 +52,15 @@ class Shard:
     """The read side of `shards/NNN`. Any number of threads may use it at once."""
 
     def __init__(
-        self, number: int, folder: Path, entry: ShardEntry, *, id_type: IdType, fields: dict[str, str], device: str
+        self,
+        number: int,
+        folder: Path,
+        entry: ShardEntry,
+        *,
+        id_type: IdType,
+        fields: dict[str, str],
+        mmap: bool,
+        device: str,
     ) -> None:
         """Open files that were checked before. Raises ArtifactDamaged or ArtifactUnfit."""
         self.number = number
@@ -64,9 +73,11 @@ class Shard:
         self.fields = FieldStore(folder / FIELDS_FILE, entry.size, fields) if fields else None
         self._exact = ExactSearch(self.vectors, entry.spec.metric)
         try:
-            self.index = indexes.load(folder / INDEX_FOLDER, entry.spec, vectors=self.vectors, device=device)
+            self.index = indexes.load(folder / INDEX_FOLDER, entry.spec, vectors=self.vectors, mmap=mmap, device=device)
         except (RuntimeError, ValueError, OSError) as error:
             raise ArtifactUnfit(f"{folder / INDEX_FOLDER}: cannot be loaded: {error}") from error
+        few = max(EXACT_UP_TO_ROWS, EXACT_ROOTS * math.sqrt(self.size))
+        self._exact_up_to = 0.0 if getattr(self.index, "compares_the_allowed", False) else few
 
     def search(
         self,
@@ -92,9 +103,7 @@ class Shard:
         mask, allowed = self._mask(conditions, without)
         reachable = self.size if allowed is None else allowed
         wanted = max(k, rerank_depth or 0)
-        use_exact = exact or (
-            mask is not None and reachable <= max(EXACT_UP_TO_ROWS, EXACT_ROOTS * math.sqrt(self.size))
-        )
+        use_exact = exact or (mask is not None and reachable <= self._exact_up_to)
 
         neighbors: Neighbors | None = None
         if not use_exact:

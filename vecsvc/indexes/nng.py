@@ -52,6 +52,8 @@ BLOCK: Final = 64  # queries between two looks at the clock, and the least a thr
 
 SPARE: Final = 6  # candidates beyond k that are compared exactly, at least
 NO_LIMIT: Final = 1 << 60
+FEW: Final = 1e-3  # share of vectors that may lie so far from the mean that a walk does not see how far
+FAR_AWAY: Final = 4.0  # times the squared distance within which the others are
 
 _CALL: Final = struct.Struct(f"{at.CALL_SLOTS}q")
 # Made once: NumPy takes half the time to recognise them.
@@ -74,7 +76,9 @@ def code_bytes(dim: int) -> int:
 
 def load(directory: Path, spec: IndexSpec, *, vectors: StoredVectors, mmap: bool, device: str) -> NngIndex:
     """Open what `NngIndex.save` wrote. Raises ArtifactDamaged where it would lead a walk astray."""
-    size, width, degree = spec.size, code_bytes(spec.dim), spec.params["degree"]
+    size, width, degree = spec.size, code_bytes(spec.dim), spec.params.get("degree")
+    if not isinstance(degree, int) or not 1 <= degree <= at.MAX_DEGREE:
+        raise ArtifactDamaged(f"{directory / GRAPH}: built with degree {degree}, expected 1 to {at.MAX_DEGREE}")
 
     def array(name: str, dtype: Any, *shape: int | None) -> NDArray[Any]:
         return open_array(directory / name, dtype, shape, mmap=True)
@@ -87,7 +91,7 @@ def load(directory: Path, spec: IndexSpec, *, vectors: StoredVectors, mmap: bool
         order=array(ORDER, np.int32, size),
         pivots=array(PIVOTS, np.int32, None),
         bias=array(BIAS, np.float32, size) if spec.metric == "l2" else None,
-        vectors=array(VECTORS, np.float16, size, spec.dim) if spec.params["rerank"] == "float16" else None,
+        vectors=array(VECTORS, np.float16, size, spec.dim) if spec.params.get("rerank") == "float16" else None,
     )
     _check(directory, parts, spec)
     return NngIndex(spec, parts, vectors, mmap=mmap)
@@ -108,6 +112,8 @@ class NngParts:
 
 
 class NngIndex:
+    compares_the_allowed = True  # by codes, in a tenth of the time that exact search takes
+
     def __init__(self, spec: IndexSpec, parts: NngParts, vectors: StoredVectors, *, mmap: bool) -> None:
         """`mmap` leaves the arrays where they are; otherwise they are copied into memory that has huge pages."""
         self.spec = spec
@@ -116,7 +122,7 @@ class NngIndex:
         keep = (lambda a: a) if mmap else aligned
         places = np.empty(spec.size, dtype=np.int32)
         places[parts.order] = np.arange(spec.size, dtype=np.int32)
-        most = np.array([0.0 if parts.bias is None else np.abs(parts.bias).max()], dtype=np.float32)
+        bias, most = bounded(parts.bias)
         rows, half, by_place, norms = self._rerank_rows(vectors)
         self._block = Block(
             at.INDEX_SLOTS,
@@ -139,8 +145,8 @@ class NngIndex:
                 at.PLACES: places,
                 at.PIVOTS: parts.pivots,
                 at.PIVOT_CODES: aligned(parts.high[parts.pivots]),
-                at.BIAS: parts.bias,
-                at.BIAS_MOST: most,
+                at.BIAS: bias,
+                at.BIAS_MOST: np.array([most], np.float32),
                 at.VECTORS: rows,
                 at.INVERSE_NORMS: norms,
             },
@@ -151,7 +157,7 @@ class NngIndex:
         self, vectors: StoredVectors
     ) -> tuple[NDArray[Any] | None, bool, bool, NDArray[np.float32] | None]:
         """(rows, whether float16, whether by place, inverse norms by label) for the exact comparison."""
-        if self.spec.params["rerank"] == "none":
+        if self.spec.params.get("rerank") == "none":
             return None, False, False, None
         if self.parts.vectors is not None:
             return self.parts.vectors, True, True, None
@@ -324,8 +330,22 @@ def inverse_norms(vectors: StoredVectors) -> NDArray[np.float32] | None:
     release_pages(vectors)
     if np.all(np.abs(norms - 1.0) <= UNIT_TOLERANCE):
         return None
-    inverse: NDArray[np.float32] = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-    return inverse
+    inverse = np.divide(1.0, norms, out=np.zeros(len(norms)), where=norms > 0)
+    # That of a length at the end of float32 is brought back into it.
+    held: NDArray[np.float32] = np.minimum(inverse, float(np.finfo(np.float32).max)).astype(np.float32)
+    return held
+
+
+def bounded(bias: NDArray[np.float32] | None) -> tuple[NDArray[np.float32] | None, float]:
+    """The bias of l2 (size,) and its greatest value: what lies far beyond nearly all is brought nearer.
+
+    A walk counts in 32 bits, of which one vector that went astray would leave none to the others.
+    """
+    if bias is None:
+        return None, 0.0
+    most = float(bias.max())
+    usual = FAR_AWAY * float(np.quantile(bias, 1 - FEW))
+    return (np.minimum(bias, np.float32(usual)), usual) if 0 < usual < most else (bias, most)
 
 
 def aligned(array: NDArray[Any]) -> NDArray[Any]:
@@ -348,5 +368,6 @@ def _check(directory: Path, parts: NngParts, spec: IndexSpec) -> None:
         raise ArtifactDamaged(f"{directory / PIVOTS}: holds {len(parts.pivots)} pivots, expected 1 to {MAX_PIVOTS}")
     if not np.array_equal(np.bincount(parts.order, minlength=spec.size), np.ones(spec.size)):
         raise ArtifactDamaged(f"{directory / ORDER}: is no permutation of 0 to {spec.size - 1}")
-    if not np.isfinite(parts.scale).all() or (parts.bias is not None and not np.isfinite(parts.bias).all()):
-        raise ArtifactDamaged(f"{directory / SCALE}: holds values that are not finite")
+    for name, values in ((SCALE, parts.scale), (BIAS, parts.bias)):
+        if values is not None and not np.isfinite(values).all():
+            raise ArtifactDamaged(f"{directory / name}: holds values that are not finite")

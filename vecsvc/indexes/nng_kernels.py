@@ -105,7 +105,7 @@ def length_factor(index, query, dim, checked):
         return 1.0
     precise = 0.0
     for j in range(dim):
-        value = float(get_f32(query, j))
+        value = np.float64(get_f32(query, j))
         precise += value * value
     return 1.0 / root(precise)
 
@@ -314,8 +314,8 @@ def walk(index, work, ef, factor, pivots, max_visited):
 
 
 @inlined
-def scan(index, work, width, factor, allowed):
-    """Compare every allowed label by the upper halves of its codes; (size of the pool, places compared).
+def scan(index, work, width, factor, allowed, max_visited):
+    """Compare every allowed label by the upper halves of its codes; returns as `walk` does.
 
     The mask is read eight labels at a time, so that a filter that leaves few costs little more than those few.
     """
@@ -325,6 +325,8 @@ def scan(index, work, width, factor, allowed):
     row = chunks << 6
     size, visited, label = 0, 0, 0
     while label < total:
+        if visited >= max_visited:
+            return size, visited, 1
         count = 0
         while label < total and count < 64:
             if label + 8 <= total and get_i64(allowed + label, 0) == 0:
@@ -344,7 +346,7 @@ def scan(index, work, width, factor, allowed):
             if insert(pool, size, width, (key << 32) | (place << 1)) >= 0:
                 size += size < width
         visited += count
-    return size, visited
+    return size, visited, 0
 
 
 # -------------------------------------------------------------------------------------------- the answer
@@ -521,7 +523,7 @@ def nng_search(call):
             if allowed != 0:
                 size = keep_allowed(index, work, size, allowed)
         if allowed != 0 and size < enough and cut == 0:
-            size, more = scan(index, work, max(enough, 8 * depth), factor, allowed)
+            size, more, cut = scan(index, work, max(enough, 8 * depth), factor, allowed, max_visited - met)
             met += more
         # What is this far down in the coarse order does not come into the first `depth` of the fine one.
         size = min(size, 4 * depth)
