@@ -27,7 +27,7 @@ from vecsvc.types import BatchAnswer, Id, Query, SearchSettings, VectorQuery
 # hnswlib needs a compiler to be installed; the promises of a graph hold without it, for faiss' own.
 HAS_HNSWLIB = importlib.util.find_spec("hnswlib") is not None
 GRAPH, GRAPH_FILE = ("hnsw", "hnsw.bin") if HAS_HNSWLIB else ("faiss", "faiss.index")
-KINDS = ("exact", "kd_tree", "faiss", *(("hnsw",) if HAS_HNSWLIB else ()))
+KINDS = ("exact", "kd_tree", "tp_tree", "nng", "faiss", *(("hnsw",) if HAS_HNSWLIB else ()))
 
 WORDS = ("red", "green", "blue", "cat", "tree", "house", "water", "fire", "stone", "music", "river", "cloud")
 EPOCH_US = 1_700_000_000_000_000

@@ -352,7 +352,7 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "dim huge": lambda facts: set_spec(facts, dim=2**40),
     "dim of the whole": lambda facts: facts["spec"].update(dim=8),
     "dim of a shard": lambda facts: facts["shards"][1]["spec"].update(dim=8),
-    "kind of a shard": lambda facts: facts["shards"][1]["spec"].update(kind="nng"),
+    "kind of a shard": lambda facts: facts["shards"][1]["spec"].update(kind="other"),
     "metric of a shard": lambda facts: facts["shards"][1]["spec"].update(metric="l2"),
     "size more": lambda facts: grow(facts, 1),
     "size less": lambda facts: grow(facts, -1),

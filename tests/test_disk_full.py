@@ -129,6 +129,8 @@ def test_a_disk_that_fills_up_in_any_file_publishes_nothing_and_what_served_serv
         "exact": ["model.onnx"],
         "hnsw": ["hnsw.bin"],
         "kd_tree": ["kd_tree_bounds.npy"],
+        "tp_tree": ["tp_tree_order.npy"],
+        "nng": ["nng_graph.npy"],
         "faiss": ["faiss.index"],
     }[kind]
     for name in names:

@@ -106,7 +106,8 @@ class ExactSearch:
                 yield np.arange(start, stop), block, self._all_norms()[start:stop]
             else:
                 block = np.asarray(self._vectors[rows[start:stop]], dtype=np.float32)
-                yield rows[start:stop], block, row_norms(block)
+                norms = row_norms(block) if self._norms is None else self._norms[rows[start:stop]]
+                yield rows[start:stop], block, norms
 
     def _all_norms(self) -> Vectors:
         # Two threads may both find it missing; they compute the same, and either may stay.

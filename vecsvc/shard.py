@@ -74,7 +74,7 @@ class Shard:
         self._exact = ExactSearch(self.vectors, entry.spec.metric)
         try:
             self.index = indexes.load(folder / INDEX_FOLDER, entry.spec, vectors=self.vectors, mmap=mmap, device=device)
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, LookupError, TypeError, ArithmeticError) as error:
             raise ArtifactUnfit(f"{folder / INDEX_FOLDER}: cannot be loaded: {error}") from error
         few = max(EXACT_UP_TO_ROWS, EXACT_ROOTS * math.sqrt(self.size))
         self._exact_up_to = 0.0 if getattr(self.index, "compares_the_allowed", False) else few

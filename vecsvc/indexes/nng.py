@@ -44,6 +44,7 @@ MAX_PIVOTS: Final = 65_536
 
 # A walk compares some 20 vectors for each place of its pool, at random places; a scan of what a filter allows costs
 # a fifth of that for each, so it is cheaper up to this many vectors a place of the pool. See benchmarks/filtered.py.
+COMPARE_UP_TO: Final = 2000  # so few are compared exactly: no slower than by codes first, and nothing is missed
 SCAN_A_PLACE: Final = 115
 VISITS_A_SECOND: Final = 5_000_000  # what the slowest machine in mind compares, to turn a deadline into a bound
 ROWS: Final = 8192  # rows whose norms are taken at a time
@@ -51,6 +52,7 @@ UNIT_TOLERANCE: Final = 1e-6  # norms this close to 1 are 1: float32 products ar
 BLOCK: Final = 64  # queries between two looks at the clock, and the least a thread is given
 
 SPARE: Final = 6  # candidates beyond k that are compared exactly, at least
+DEEPEN: Final = 8  # of so many places of the pool one is compared exactly
 NO_LIMIT: Final = 1 << 60
 FEW: Final = 1e-3  # share of vectors that may lie so far from the mean that a walk does not see how far
 FAR_AWAY: Final = 4.0  # times the squared distance within which the others are
@@ -180,7 +182,8 @@ class NngIndex:
         settings: SearchParams = check_arguments(self.spec, queries, k, params, SearchParams, allowed)
         n, size = len(queries), self.spec.size
         ef = min(max(settings.ef_search, k), size)
-        depth = k + max(SPARE, k // 2)
+        # Codes alone cannot tell the nearest apart, least of all in few dimensions: a broader search compares more.
+        depth = k + max(SPARE, k // 2, ef // DEEPEN)
         pool, enough = max(ef, depth), 0
         if allowed is not None:
             count = int(np.count_nonzero(allowed))
@@ -189,8 +192,8 @@ class NngIndex:
             allowed = np.ascontiguousarray(allowed)
             enough = min(count, max(k, ef // 2))
             wide = min(-(-ef * size // count), size)
-            ef = 0 if count <= SCAN_A_PLACE * wide else wide
-            pool = max(ef, enough, 8 * depth)
+            ef = -1 if count <= COMPARE_UP_TO else 0 if count <= SCAN_A_PLACE * wide else wide
+            pool = count if ef < 0 else max(ef, enough, 8 * depth)
         queries = np.ascontiguousarray(queries)
         answer = Neighbors(np.empty((n, k), _I64), np.empty((n, k), _F32), np.empty(n, _I64), np.empty(n, _BOOL))
         if n <= BLOCK:

@@ -83,6 +83,7 @@ from vecsvc.kernels import (
 )
 
 ZERO_AT = 1 << 30  # keys are shifted by so much, so that they are positive
+ROWS_AHEAD = 6  # vectors that are fetched before they are compared
 AHEAD = 12
 
 
@@ -349,6 +350,25 @@ def scan(index, work, width, factor, allowed, max_visited):
     return size, visited, 0
 
 
+@inlined
+def gather(index, work, allowed, max_visited):
+    """Put every allowed label's place into the pool, in no order; (size of the pool, whether max_visited cut it)."""
+    pool, places = get_i64(work, POOL), get_i64(index, PLACES)
+    total, size, label = get_i64(index, SIZE), 0, 0
+    while label < total:
+        if label + 8 <= total and get_i64(allowed + label, 0) == 0:
+            label += 8
+            continue
+        for _ in range(min(8, total - label)):
+            if get_u8(allowed, label):
+                if size >= max_visited:
+                    return size, 1
+                put_i64(pool, size, get_i32(places, label) << 1)
+                size += 1
+            label += 1
+    return size, 0
+
+
 # -------------------------------------------------------------------------------------------- the answer
 
 
@@ -460,17 +480,18 @@ def answer(index, work, size, k, depth, labels, distances):
     dim, order, vectors = get_i64(index, DIM), get_i64(index, ORDER), get_i64(index, VECTORS)
     pool, query = get_i64(work, POOL), get_i64(work, QUERY)
     half, by_place = get_i64(index, VECTORS_HALF), get_i64(index, VECTORS_BY_PLACE)
+    width = dim * (2 if half else 4)
     compared = min(size, depth)
-    if vectors != 0:
-        width = dim * (2 if half else 4)
-        for i in range(compared):
-            place = place_of(get_i64(pool, i))
+    constant = weigh(index, work) if vectors == 0 else 0.0
+    found = 0
+    for i in range(-ROWS_AHEAD, compared):
+        if vectors != 0 and i + ROWS_AHEAD < compared:
+            place = place_of(get_i64(pool, i + ROWS_AHEAD))
             row = vectors + (place if by_place else get_i32(order, place)) * width
             for line in range((width + 63) >> 6):
                 prefetch(row + (line << 6))
-    constant = weigh(index, work) if vectors == 0 else 0.0
-    found = 0
-    for i in range(compared):
+        if i < 0:
+            continue
         place = place_of(get_i64(pool, i))
         label = get_i32(order, place)
         if vectors != 0:
@@ -498,7 +519,8 @@ def nng_search(call):
     """Answer some queries as the block of the call says.
 
     With a mask, EF is wide enough to hold what the mask will take away. Where fewer than ENOUGH allowed places are in
-    the pool after the walk, the mask lies far from the query, and every allowed vector is compared after all.
+    the pool after the walk, the mask lies far from the query, and every allowed vector is compared after all, by its
+    codes. EF 0 does that at once, and EF -1 compares every allowed vector exactly.
     Returns END, or the number of a query whose values have to be looked at before going on.
     """
     index, work, end = get_i64(call, INDEX), get_i64(call, WORK), get_i64(call, END)
@@ -517,6 +539,12 @@ def nng_search(call):
         unit = prepare(index, work, query, factor)
         factor = bias_factor(index, unit)
         size, met, cut = 0, 0, 0
+        if ef < 0:
+            size, cut = gather(index, work, allowed, max_visited)
+            answer(index, work, size, k, size, labels + i * k * 8, distances + i * k * 4)
+            put_i64(visited, i, size)
+            put_u8(stopped, i, cut)
+            continue
         if ef > 0:
             pivots = rank_pivots(index, work, factor)
             size, met, cut = walk(index, work, ef, factor, pivots, max_visited)
