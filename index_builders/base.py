@@ -25,6 +25,7 @@ from vecsvc.types import METRICS, IndexSpec, Metric, StoredVectors
 
 GROUP: Final = "vecsvc.index_builders"
 EXACT_UP_TO: Final = 10_000  # vectors below which comparing all is fast enough for `auto`
+TREE_UP_TO: Final = 12  # dimensions in which a KD-tree is exact and fast, and nng's codes cannot tell neighbours apart
 
 Progress: TypeAlias = Callable[[int], None]  # told how many more rows are done
 
@@ -47,15 +48,15 @@ def module(kind: str) -> BuilderModule:
     return cast(BuilderModule, import_kind(GROUP, _table(), kind))
 
 
-def choose(kind: str, size: int, params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What `auto` means for so many vectors: exact while that is fast, then the graph that is fastest."""
+def choose(kind: str, size: int, dim: int, params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What `auto` means for vectors (size, dim): all compared while that is fast, then a tree or the graph."""
     if kind != "auto":
         return kind, dict(params)
     if params:
         raise InvalidParameter(f"kind auto takes no parameters, got {', '.join(params)}: name a kind")
     if size <= EXACT_UP_TO:
         return "exact", {}
-    return "nng", {}
+    return ("kd_tree" if dim <= TREE_UP_TO else "nng"), {}
 
 
 def build_params(kind: str, values: Mapping[str, Any]) -> Any:
@@ -81,7 +82,7 @@ def build(
     check_build(vectors)
     if metric not in METRICS:
         raise InvalidParameter(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    kind, values = choose(kind, len(vectors), params or {})
+    kind, values = choose(kind, len(vectors), vectors.shape[1], params or {})
     return module(kind).build(
         vectors,
         metric=metric,

@@ -75,7 +75,7 @@ from vecsvc.storage import (
     open_array,
     replace_file,
 )
-from vecsvc.types import IndexSpec, Metric, Vectors
+from vecsvc.types import MAX_DIM, IndexSpec, Metric, Vectors
 
 _LIBRARIES: Final = (
     "vecsvc",
@@ -147,7 +147,7 @@ def build_index(
     if settings.version:
         check_version(settings.version)
     # What the index step would refuse is refused now, and not after hours of encoding.
-    base.build_params(*base.choose(settings.kind, corpus.rows, params or {}))
+    base.build_params(*base.choose(settings.kind, corpus.rows, corpus.dim or MAX_DIM, params or {}))
     make_folder(folder.path)
     key = _key(corpus, settings, params or {})
     if not resume:
@@ -357,7 +357,7 @@ class _Build:
 
     def _index(self, ingested: _Ingested) -> Certifier:
         metric = _metric(self.settings)
-        kind, params = base.choose(self.settings.kind, max(ingested.sizes), self.params)
+        kind, params = base.choose(self.settings.kind, max(ingested.sizes), ingested.dim, self.params)
         certifier = Certifier(self._vectors(ingested), metric, self.settings.certificate_queries, self.settings.seed)
         for number, size in enumerate(ingested.sizes):
             folder = self.staging / "shards" / f"{number:03d}" / INDEX_FOLDER

@@ -410,14 +410,15 @@ def test_another_seed_gives_another_graph(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_auto_is_exact_up_to_ten_thousand_and_nng_above(tmp_path: Path) -> None:
-    ten = write_corpus(tmp_path / "ten.parquet", n=10_000, dim=2, fields=False)
-    more = write_corpus(tmp_path / "more.parquet", n=10_001, dim=2, fields=False)
+    ten = write_corpus(tmp_path / "ten.parquet", n=10_000, dim=16, fields=False)
+    more = write_corpus(tmp_path / "more.parquet", n=10_001, dim=16, fields=False)
+    flat = write_corpus(tmp_path / "flat.parquet", n=10_001, dim=2, fields=False)
     kinds = {
         (name, shards): build(source, tmp_path / f"{name}{shards}", shards=shards, certificate_queries=0).manifest.spec
-        for name, source, shards in (("ten", ten, 1), ("more", more, 1), ("more", more, 2))
+        for name, source, shards in (("ten", ten, 1), ("more", more, 1), ("more", more, 2), ("flat", flat, 1))
     }
     # A shard is what gets searched, so its size is what counts.
-    expected = {("ten", 1): "exact", ("more", 1): "nng", ("more", 2): "exact"}
+    expected = {("ten", 1): "exact", ("more", 1): "nng", ("more", 2): "exact", ("flat", 1): "kd_tree"}
     assert {at: spec.kind for at, spec in kinds.items()} == expected
 
 

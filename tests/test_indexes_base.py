@@ -87,4 +87,5 @@ def test_unfit_arguments_are_refused_by_the_builder() -> None:
 
 def test_auto_is_exact_while_that_is_fast() -> None:
     assert index_builders.build(ONES).spec.kind == "exact"
-    assert builders.choose("auto", builders.EXACT_UP_TO + 1, {})[0] in ("hnsw", "faiss", "nng")
+    assert builders.choose("auto", builders.EXACT_UP_TO + 1, 384, {}) == ("nng", {})
+    assert builders.choose("auto", builders.EXACT_UP_TO + 1, builders.TREE_UP_TO, {}) == ("kd_tree", {})

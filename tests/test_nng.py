@@ -283,12 +283,14 @@ def masks(vectors: np.ndarray, query: np.ndarray) -> dict[str, np.ndarray]:
     return {**shares, "four": few, "near": near, "far": far, "ring": ring, "all": np.ones(len(vectors), bool)}
 
 
-@pytest.mark.parametrize("scanned", [True, False], ids=["scan", "walk"])
+@pytest.mark.parametrize("way", ["compare", "scan", "walk"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_filters_leave_k_where_k_exist_and_the_nearest_of_them(
-    metric: Metric, scanned: bool, monkeypatch: pytest.MonkeyPatch
+    metric: Metric, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not scanned:
+    if way != "compare":
+        monkeypatch.setattr(nng, "COMPARE_UP_TO", 0)
+    if way == "walk":
         monkeypatch.setattr(nng, "SCAN_A_PLACE", 0.5)
     vectors, queries = split(rows(100))
     index = built(100, metric)
@@ -309,6 +311,7 @@ def test_filters_leave_k_where_k_exist_and_the_nearest_of_them(
 
 def test_a_walk_that_finds_nothing_allowed_compares_all_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nng, "SCAN_A_PLACE", 0.1)
+    monkeypatch.setattr(nng, "COMPARE_UP_TO", 0)
     vectors, queries = split(rows(100))
     order = np.argsort(exact_distances(queries[0], vectors, "l2"))
     mask = np.zeros(SIZE, bool)
