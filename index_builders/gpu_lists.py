@@ -1,4 +1,4 @@
-"""Computes every row's nearest neighbours on a GPU, for builders of graphs that take such lists as a function."""
+"""Computes every row's nearest neighbours on a GPU, for builders of graphs that begin with such lists."""
 
 from __future__ import annotations
 

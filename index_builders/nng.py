@@ -32,6 +32,7 @@ from vecsvc import machine_code
 from vecsvc.blocks import checked_blocks
 from vecsvc.config import option
 from vecsvc.distance import unit
+from vecsvc.errors import BackendMissing
 from vecsvc.indexes import nng_layout as at
 from vecsvc.indexes.base import params_dict
 from vecsvc.indexes.nng import (
@@ -55,8 +56,7 @@ NORMAL_REACH: Final = 3.2
 MAX_REACH: Final = 32.0  # standard deviations that the codes span to each side at most, for ip
 FAR_BEYOND: Final = 2.0  # times the squared length that those are given: longer vectors are pivots
 EQUAL_UP_TO: Final = 0.95  # share of vectors that one more dimension makes equally long, for ip
-SAMPLE: Final = 100_000  # rows that say how large values get
-RANKED: Final = 20_000  # rows of these whose values are ranked
+SAMPLE: Final = 20_000  # rows that say how large values get
 CLIPPED: Final = 1e-3  # share of values beyond what the int8 codes' ends are measured by
 ORDER_LEAF: Final = 64  # vectors of a leaf of the tree that orders them
 LIST_WIDTH: Final = 32  # neighbours a list keeps
@@ -108,21 +108,20 @@ def build(
 ) -> NngIndex:
     """The index over rows (n, dim). One seed gives the same index, whatever the number of threads.
 
-    Raises InvalidVector.
+    Raises InvalidVector, or BackendMissing where there is no GPU for `device` cuda.
     """
     size, dim = vectors.shape
     spec = IndexSpec("nng", dim, metric, size, params_dict(params), exact_distances=params.rerank == "vectors")
     rng = np.random.default_rng(seed)
+    neighbours = _gpu_neighbours(vectors, metric) if params.device == "cuda" and size > 1 else None
     work = _Work(size, num_threads, progress)
     codes = _Codes(vectors, metric)
     order, _ = partition(codes.bytes, leaf_size=ORDER_LEAF, n_samples=1000, n_top_dims=5, rng=rng)
     codes.reorder(order)
     pivots = np.unique(np.append(np.linspace(0, size - 1, N_PIVOTS).astype(np.int32), codes.longest(N_PIVOTS)))
     builder = _Builder(codes, params, pivots, work)
-    if params.device == "cuda" and size > 1:
-        from index_builders import gpu_lists  # the only use of faiss here
-
-        known = builder.given(gpu_lists.gpu_neighbours(vectors, LIST_WIDTH, metric)[0], order)
+    if neighbours is not None:
+        known = builder.given(neighbours, order)
     else:
         known = builder.lists(
             lambda: partition(codes.bytes, leaf_size=params.leaf_size, n_samples=1000, n_top_dims=5, rng=rng)
@@ -142,6 +141,15 @@ def build(
         vectors=_float16(vectors, order, metric) if params.rerank == "float16" else None,
     )
     return NngIndex(spec, parts, vectors, mmap=True)
+
+
+def _gpu_neighbours(vectors: StoredVectors, metric: Metric) -> Labels:
+    """Labels (size, n) of each row's neighbours, by faiss on a GPU. Raises BackendMissing."""
+    try:
+        from index_builders import gpu_lists
+    except ImportError as error:
+        raise BackendMissing(f"device cuda needs {error.name}: pip install 'vecsvc[gpu]'; or choose cpu") from error
+    return gpu_lists.gpu_neighbours(vectors, LIST_WIDTH, metric)[0]
 
 
 def operating_points(spec: IndexSpec) -> list[dict[str, Any]]:
@@ -205,11 +213,15 @@ class _Codes:
         drawn = np.concatenate(sample)
         least, greatest = drawn.min(axis=0), drawn.max(axis=0)
         # Quantiles, because a few rows that went astray move means and deviations as far as they like.
-        ends = np.quantile(drawn[:: max(1, len(drawn) // RANKED)], (OUTSIDE, 1 - OUTSIDE), axis=0).astype(np.float32)
+        ends = np.quantile(drawn, (OUTSIDE, 1 - OUTSIDE), axis=0).astype(np.float32)
         low, high = np.where(ends[0] < ends[1], ends, np.stack([least, greatest]))
         mean = np.clip(drawn, low, high).mean(axis=0, dtype=np.float64).astype(np.float32)
         if self._metric == "ip":
             # The greatest products are those of the longest vectors: what is cut off of these is missing in answers.
+            # Those far beyond all others are left to the pivots.
+            squares = np.einsum("ij,ij->i", drawn, drawn, dtype=np.float64)
+            usual = drawn[squares <= FAR_BEYOND * np.quantile(squares, EQUAL_UP_TO)]
+            least, greatest = usual.min(axis=0), usual.max(axis=0)
             reach = (high - low) * (MAX_REACH / (2 * NORMAL_REACH))
             low = np.minimum(low, np.maximum(least, mean - reach))
             high = np.maximum(high, np.minimum(greatest, mean + reach))

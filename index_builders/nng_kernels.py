@@ -130,9 +130,7 @@ def nng_take_lists(codes, neighbours, given, order, places, lists, width, filled
 
 @inlined
 def prune(codes, place, candidates, count, edges, degree, slack):
-    """Choose edges of a place among `count` sorted candidates.
-
-    One is left out where a chosen one is nearer to it than the place is.
+    """Choose edges of a place among `count` sorted candidates: those to which no chosen one is nearer than the place.
 
     "Nearer" counts distances between neighbours `slack` times, so that more stay than the relative neighbourhood
     graph has (Subramanya et al., DiskANN, NeurIPS 2019, algorithm 2). Returns how many were chosen.

@@ -29,10 +29,10 @@ def announced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def kept(tmp_path: Path) -> Iterator[Path]:
     """A folder for kernels of this test's own."""
-    before = list(machine_code._folder)
+    before = list(machine_code._places)
     machine_code.keep_in(tmp_path / "kernels")
     yield tmp_path / "kernels"
-    machine_code._folder[:] = before
+    machine_code._places[:] = before
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ print(len(said), "numba" in sys.modules)
 def test_a_kernel_is_compiled_once_and_then_found(kept: Path, announced: list[str], load: Callable[[], int]) -> None:
     load()
     (file,) = kept.iterdir()
-    assert announced == [f"compiling address for {machine_code.best_path()}"]
+    assert announced == [f"compiling address for {machine_code.best_path()}, some seconds"]
     assert file.name.startswith(f"address-{machine_code.best_path()}-") and file.suffix == ".o"
     before = file.stat()
     load()
@@ -165,14 +165,57 @@ def test_a_folder_that_others_may_write_into_is_not_used(
     assert machine_code.folder() is None
     load()
     assert not list((tmp_path / "open").iterdir())
-    assert "no folder to keep it in, so every start compiles" in announced[0]
+    assert f"every start will: others may write into {tmp_path / 'open'}; choose a folder of your own" in announced[0]
 
 
-def test_a_folder_of_another_account_is_not_used(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
+def test_a_folder_below_one_that_everybody_may_write_into_is_not_used(tmp_path: Path, kept: Path) -> None:
+    tmp_path.chmod(0o777)
+    machine_code.keep_in(kept)
+    tmp_path.chmod(0o700)
+    assert machine_code.folder() is None
+
+
+def test_a_folder_of_another_account_is_not_used(tmp_path: Path, kept: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    os.chown(kept, 1234, -1)
     machine_code.keep_in(kept)
     assert machine_code.folder() is None
+    assert "belongs to user 1234" in machine_code.reason()
+
+
+def test_an_object_that_others_may_write_into_is_not_run(
+    kept: Path, announced: list[str], load: Callable[[], int]
+) -> None:
+    load()
+    (file,) = kept.iterdir()
+    file.chmod(0o664)
+    load()
+    assert len(announced) == 2
+
+
+def test_what_is_kept_is_for_its_owner_alone_whatever_the_umask(
+    tmp_path: Path, kept: Path, load: Callable[[], int]
+) -> None:
+    before = os.umask(0o002)
+    try:
+        machine_code.keep_in(tmp_path / "mine")
+        load()
+    finally:
+        os.umask(before)
+    (file,) = (tmp_path / "mine").iterdir()
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o700 and file.stat().st_mode & 0o777 == 0o600
+
+
+def test_only_the_last_objects_of_a_kernel_are_kept(kept: Path, load: Callable[[], int]) -> None:
+    for version in range(machine_code.KEPT + 3):
+        old = kept / f"address-{machine_code.best_path()}-{version}.o"
+        old.write_bytes(b"")
+        os.utime(old, (version, version))
+    (kept / ".address.o.1.2").write_bytes(b"")
+    os.utime(kept / ".address.o.1.2", (0, 0))
+    load()
+    assert len(list(kept.iterdir())) == machine_code.KEPT
 
 
 def test_where_no_folder_can_be_made_kernels_work_all_the_same(
@@ -198,7 +241,7 @@ def test_an_account_without_a_home_has_no_folder(kept: Path, monkeypatch: pytest
 def test_a_full_disk_costs_the_next_start_its_time_and_nothing_else(
     kept: Path, announced: list[str], load: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes, *, private: bool) -> None:
         path.write_bytes(data[:10])
         raise machine_code.StorageError("no space left")
 

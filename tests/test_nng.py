@@ -15,7 +15,7 @@ import pytest
 import index_builders
 from vecsvc import indexes
 from vecsvc.distance import exact_distances, unit
-from vecsvc.errors import ArtifactDamaged, InvalidVector
+from vecsvc.errors import ArtifactDamaged, DimensionMismatch, InvalidVector
 from vecsvc.indexes import nng
 from vecsvc.indexes import nng_layout as at
 from vecsvc.types import METRICS, Limit, Metric, Neighbors
@@ -281,6 +281,30 @@ def masks(vectors: np.ndarray, query: np.ndarray) -> dict[str, np.ndarray]:
     few = np.zeros(len(vectors), bool)
     few[rng.choice(len(vectors), 4, replace=False)] = True
     return {**shares, "four": few, "near": near, "far": far, "ring": ring, "all": np.ones(len(vectors), bool)}
+
+
+def test_one_long_row_does_not_spoil_the_codes_of_all_others() -> None:
+    vectors, queries = split(rows(64).copy())
+    vectors[5] *= 1e6
+    found = search(build(vectors, "ip"), queries, ef_search=128)
+    assert recall(found, distances_of(queries, vectors, "ip")) >= 0.95
+
+
+@pytest.mark.parametrize("kind", ["nng", "tp_tree"])
+def test_an_index_is_not_opened_over_vectors_of_another(kind: str, tmp_path: Path) -> None:
+    vectors, _ = split(rows(8))
+    index = index_builders.build(vectors, kind=kind, metric="l2")
+    index.save(tmp_path)
+    for other in (vectors[:10], vectors.astype(np.float64)):
+        with pytest.raises(DimensionMismatch, match=r"the index was built over \(3000, 8\)"):
+            indexes.load(tmp_path, index.spec, vectors=other)
+
+
+def test_a_batch_ends_soon_after_its_deadline() -> None:
+    _, queries = split(rows(100))
+    asked = np.repeat(queries, 40, axis=0)
+    found = search(built(100), asked, ef_search=2000, limit=Limit(deadline=time.monotonic() + 0.02))
+    assert found.stopped.any() and not found.stopped.all()
 
 
 @pytest.mark.parametrize("way", ["compare", "scan", "walk"])

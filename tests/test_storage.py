@@ -193,3 +193,10 @@ def test_gc_after_a_rollback_keeps_the_way_back_and_not_what_was_rolled_away_fro
     index.rollback()
     assert index.gc(keep=1) == ["v3"]
     assert index.versions() == ["v1", "v2"] and index.rollback() == ("v2", "v1")
+
+
+def test_an_array_in_fortran_order_is_not_what_a_kernel_reads(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.asfortranarray(np.ones((3, 4), np.float32)))
+    for mapped in (True, False):
+        with pytest.raises(ArtifactDamaged, match=r"a\.npy: is in Fortran order"):
+            storage.open_array(tmp_path / "a.npy", np.float32, (3, 4), mmap=mapped)

@@ -99,11 +99,9 @@ def build_index(
     CORPUS is a Parquet file, a folder or a glob, local or s3://, with a column of ids and one of vectors or texts.
     """
     from index_builders.pipeline import build_index as build
-    from vecsvc import machine_code
 
     read = _read(BuildSettings, "build", flags, settings)
-    machine_code.keep_in(Path(read.kernels) if read.kernels else None)
-    machine_code.announce = lambda text: click.echo(text, err=True)
+    _keep_kernels(read)
     result = build(corpus, read, _pairs(params), resume=resume)
     if as_json:
         click.echo(msgspec.json.encode(result))
@@ -130,6 +128,14 @@ def build_index(
             )
     click.echo(f"published {result.path}")
     click.echo(f"serve it: vecsvc serve {Path(result.path).parent}")
+
+
+def _keep_kernels(settings: BuildSettings | ServeSettings) -> None:
+    """Where compiled kernels are kept, and that it is said when one has to be compiled."""
+    from vecsvc import machine_code
+
+    machine_code.keep_in(Path(settings.kernels) if settings.kernels else None)
+    machine_code.announce = lambda line: click.echo(line, err=True)
 
 
 def _pairs(params: tuple[str, ...]) -> dict[str, str]:
@@ -188,10 +194,9 @@ def search(
     as_json: bool,
 ) -> None:
     """Ask the index in DIR one question, without a server."""
-    from vecsvc import machine_code
     from vecsvc.local import ask
 
-    machine_code.announce = lambda line: click.echo(line, err=True)
+    _keep_kernels(_read(ServeSettings, "serve", {}, None))
     answer = ask(directory, index=index, text=text, row_id=row_id, vector=vector, k=k, encoder=encoder)
     if as_json:
         click.echo(msgspec.json.encode(answer, enc_hook=str))
@@ -322,6 +327,7 @@ def doctor(as_json: bool) -> None:
     """Say what this installation can do, and what is wrong with it. Exit code 1 where something is."""
     from vecsvc.doctor import examine
 
+    _keep_kernels(_read(ServeSettings, "serve", {}, None))
     report = examine()
     if as_json:
         click.echo(msgspec.json.encode(report))

@@ -57,8 +57,8 @@ def examine() -> Report:
         __version__,
         platform.python_version(),
         cpu_description()[0],
-        f"for {machine_code.best_path()}, compiled ones are "
-        + (f"in {kept}" if (kept := machine_code.folder()) else "not kept: no folder that only you can write"),
+        f"for {machine_code.best_path()}, "
+        + (f"not kept: {machine_code.reason()}" if machine_code.reason() else f"kept in {machine_code.folder()}"),
         kinds,
         {name: version for name, version in installed.items() if version},
         problems,

@@ -2,13 +2,14 @@
 
 A kernel is a plain Python function of int64 arguments (addresses and counts) in a module whose name ends in
 `kernels`. numba translates it, LLVM optimises it for this processor, and what is left is one ELF object with one
-symbol that calls nothing. Later starts load that object with llvmlite alone: numba is imported only to compile,
-and nothing is unpickled, as numba's own cache would have it. Calls go through ctypes, which lets the GIL go.
+symbol that calls nothing but memcpy and its like. Later starts load that object with llvmlite alone: numba is
+imported only to compile, and nothing is unpickled, as numba's own cache would have it. Calls go through ctypes, which
+lets the GIL go.
 
 The objects are in `folder()`, ~/.cache/vecsvc/kernels unless told otherwise: one file per kernel, named by the hash
 of everything that it depends on, so that another version, library or processor finds no file of its own and
-compiles. Files appear whole, by rename. A folder that others may write into is not used, for whoever can write
-machine code there runs it here; without a usable folder every start compiles anew.
+compiles. Files appear whole, by rename. Whoever can write machine code there runs it here, so a folder, a file or a
+folder above them that others may write into is not used; without a usable folder every start compiles anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import stat
 import sys
 import threading
 import time
@@ -30,6 +32,7 @@ from typing import Any, Final, TypeAlias
 import llvmlite.binding as llvm
 import numpy as np
 
+from vecsvc import __version__
 from vecsvc.errors import BackendMissing, StorageError
 from vecsvc.storage import delete_file, make_folder, rename, write_file
 
@@ -51,10 +54,13 @@ _SOURCES: Final = (
 )
 _DIGEST_CHARS: Final = 64
 
+KEPT: Final = 8  # objects of one kernel and path: of several versions and libraries side by side
+STALE_S: Final = 3600.0  # what is half written for so long, nobody is writing
+
 _lock = threading.RLock()
 _loaded: dict[tuple[str, str, str], Kernel] = {}
 _alive: list[Any] = []  # LLVM's engines own the code: it must outlive every call
-_folder: list[Path | None] = []
+_places: list[tuple[Path | None, str]] = []  # the folder in use, and why it takes nothing new
 
 
 def no_announcement(text: str) -> None:
@@ -65,21 +71,37 @@ announce: Callable[[str], None] = no_announcement
 
 
 def folder() -> Path | None:
-    """Where compiled kernels are kept; None where they are not."""
-    with _lock:
-        if not _folder:
-            keep_in(None)
-        return _folder[0]
+    """Where compiled kernels are looked for; None where that would not be safe."""
+    return _place()[0]
+
+
+def reason() -> str:
+    """Why newly compiled kernels cannot be kept, with the remedy; "" where they can."""
+    return _place()[1]
 
 
 def keep_in(path: Path | None) -> None:
     """Keep compiled kernels in this folder from now on; None is ~/.cache/vecsvc/kernels."""
+    remedy = "choose a folder of your own with --kernels"
     with _lock:
-        _folder[:] = [None]
-        # An account without a home has nowhere to keep anything.
-        with contextlib.suppress(RuntimeError):
+        try:
             wanted = path or Path("~/.cache/vecsvc/kernels").expanduser()
-            _folder[:] = [wanted if _usable(wanted) else None]
+        except RuntimeError:
+            _places[:] = [(None, f"this account has no home; {remedy}")]
+            return
+        if problem := _why_not(wanted):
+            _places[:] = [(None, f"{problem}; {remedy}")]
+        elif not os.access(wanted, os.W_OK):
+            _places[:] = [(wanted, f"{wanted} cannot be written; {remedy}")]
+        else:
+            _places[:] = [(wanted, "")]
+
+
+def _place() -> tuple[Path | None, str]:
+    with _lock:
+        if not _places:
+            keep_in(None)
+        return _places[0]
 
 
 def load(module: str, name: str, arity: int, path: str | None = None) -> Kernel:
@@ -103,13 +125,23 @@ def best_path() -> str:
     return "avx2" if all(features.get(f) for f in ("avx2", "fma", "f16c")) else "portable"
 
 
-def _usable(wanted: Path) -> bool:
+def _why_not(wanted: Path) -> str:
+    """What speaks against machine code out of this folder, which is made where it is missing; "" for nothing."""
     try:
-        make_folder(wanted)
-        state = wanted.stat()
-    except (StorageError, OSError):
-        return False
-    return state.st_uid == os.geteuid() and not state.st_mode & 0o022 and os.access(wanted, os.W_OK)
+        make_folder(wanted, private=True)
+        for place in (wanted.resolve(), *wanted.resolve().parents):
+            state = place.stat()
+            if state.st_uid not in (0, os.geteuid()):
+                return f"{place} belongs to user {state.st_uid}"
+            # Others may write into /tmp, but not rename what is not theirs there.
+            shared = 0o022 if place == wanted.resolve() else 0 if state.st_mode & stat.S_ISVTX else 0o002
+            if state.st_mode & shared:
+                return f"others may write into {place}"
+    except StorageError as error:
+        return str(error).partition(";")[0]
+    except (OSError, RuntimeError) as error:
+        return f"{wanted}: {error}"
+    return ""
 
 
 def _object(module: str, name: str, arity: int, path: str) -> bytes:
@@ -118,28 +150,43 @@ def _object(module: str, name: str, arity: int, path: str) -> bytes:
     file = keep / f"{name}-{path}-{_fingerprint(module, name, arity, path)}.o" if keep else None
     if file is not None and (kept := _read(file)) is not None:
         return kept
-    announce(f"compiling {name} for {path}" + ("" if file else "; no folder to keep it in, so every start compiles"))
+    announce(f"compiling {name} for {path}, some seconds" + (f"; every start will: {reason()}" if reason() else ""))
     code = _compile(module, name, arity, path)
-    if file is not None:
+    if file is not None and not reason():
         _keep(file, code)
+        _forget(file, f"{name}-{path}-*.o")
     return code
 
 
 def _read(file: Path) -> bytes | None:
-    """The object in a file, None where there is none or its digest says that it is damaged."""
+    """The object in a file of ours, None where there is none or its digest says that it is damaged."""
     try:
-        whole = file.read_bytes()
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as opened:
+            state = os.fstat(descriptor)
+            if not stat.S_ISREG(state.st_mode) or state.st_uid not in (0, os.geteuid()) or state.st_mode & 0o022:
+                return None
+            whole = opened.read()
     except OSError:
         return None
     digest, code = whole[:_DIGEST_CHARS], whole[_DIGEST_CHARS:]
     return code if hashlib.sha256(code).hexdigest().encode() == digest else None
 
 
+def _forget(file: Path, like: str) -> None:
+    """Delete the oldest of a kernel's objects beyond KEPT, and what processes that died left half written."""
+    with contextlib.suppress(OSError, StorageError):
+        alike = sorted(file.parent.glob(like), key=lambda other: other.stat().st_mtime)
+        stale = [other for other in file.parent.glob(".*.o.*") if time.time() - other.stat().st_mtime > STALE_S]
+        for other in alike[:-KEPT] + stale:
+            delete_file(other)
+
+
 def _keep(file: Path, code: bytes) -> None:
     """A full disk costs the next start some seconds and nothing else."""
     aside = file.with_name(f".{file.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
-        write_file(aside, hashlib.sha256(code).hexdigest().encode() + code)
+        write_file(aside, hashlib.sha256(code).hexdigest().encode() + code, private=True)
         rename(aside, file)
     except StorageError:
         delete_file(aside)
@@ -147,7 +194,7 @@ def _keep(file: Path, code: bytes) -> None:
 
 def _fingerprint(module: str, name: str, arity: int, path: str) -> str:
     """Of everything that the machine code depends on."""
-    digest = hashlib.sha256(f"{module} {name} {arity} {path} {_target(path)}".encode())
+    digest = hashlib.sha256(f"{__version__} {module} {name} {arity} {path} {_target(path)}".encode())
     for library in ("numba", "llvmlite"):
         digest.update(importlib.metadata.version(library).encode())
     # Read where they lie: asking for the spec of a builder's module would import the builders.

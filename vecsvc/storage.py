@@ -94,11 +94,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that did not exist, synced when the block ends. An error inside leaves it for gc, unpublished."""
+def new_file(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
+    """A file that did not exist, synced when the block ends. An error inside leaves it for gc, unpublished.
+
+    What is `private` nobody else may write or read, whatever the umask says.
+    """
     with foreign_errors(path):
         failpoint(f"create {path.name}")
-        with path.open("xb") as file:
+        with open(path, "xb", opener=_for_its_owner if private else None) as file:
             yield file
             failpoint(f"write {path.name}")
             file.flush()
@@ -120,8 +123,12 @@ def native_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
 
 
-def write_file(path: Path, data: bytes) -> None:
-    with new_file(path) as file:
+def _for_its_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def write_file(path: Path, data: bytes, *, private: bool = False) -> None:
+    with new_file(path, private=private) as file:
         file.write(data)
 
 
@@ -133,12 +140,12 @@ def replace_file(path: Path, data: bytes) -> None:
     rename(aside, path)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, *, private: bool = False) -> None:
     """A folder and those above it, where they are missing; made durable, each in the one above it."""
     for missing in [f for f in (*reversed(folder.parents), folder) if not f.is_dir()]:
         with foreign_errors(missing):
             failpoint(f"make folder {missing.name}")
-            missing.mkdir(exist_ok=True)
+            missing.mkdir(0o700 if private else 0o777, exist_ok=True)
         sync_folder(missing.parent)
 
 
@@ -230,6 +237,8 @@ def open_array(path: Path, dtype: Any, shape: tuple[int | None, ...], *, mmap: b
         want is not None and have != want for have, want in zip(array.shape, shape, strict=True)
     ):
         raise ArtifactDamaged(f"{path}: has shape {array.shape}, expected {shape}")
+    if not array.flags.c_contiguous:  # kernels read the memory itself
+        raise ArtifactDamaged(f"{path}: is in Fortran order, expected C order")
     plain: NDArray[Any] = array.view(np.ndarray)
     plain.flags.writeable = False
     return plain

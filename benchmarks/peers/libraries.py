@@ -75,7 +75,7 @@ class Faiss:
 
 
 def cells(searcher: Searcher) -> list[Point]:
-    """nprobe up to all cells, the candidates compared exactly growing along."""
+    """nprobe up to 512 or all cells; ten candidates an answer are compared exactly."""
     assert isinstance(searcher, Faiss)
     steps = [n for n in (1, 2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64, 90, 128, 180, 256, 512) if n <= searcher.cells]
     return [{"nprobe": n, "k_factor_rf": 10} for n in steps]

@@ -5,6 +5,9 @@ A kind is a module that the entry-point group `vecsvc.indexes` names, with two p
     SearchParams                                                  a frozen dataclass of `config.option`s
     load(directory, spec, *, vectors, mmap, device) -> Index      opens what `Index.save` wrote
 
+An index that answers a search with few allowed rows faster than comparing them all does, and misses none of them, may
+have the attribute `compares_the_allowed = True`; for others the shard compares them (shard.py).
+
 Ours go through the same door as anybody's: `[project.entry-points."vecsvc.indexes"]` in pyproject.toml.
 """
 
@@ -147,6 +150,15 @@ def check_arguments(
     if allowed is not None and (allowed.dtype != np.bool_ or allowed.shape != (spec.size,)):
         raise InvalidParameter(f"allowed has shape {allowed.shape} of {allowed.dtype}, expected ({spec.size},) of bool")
     return params
+
+
+def check_rows(spec: IndexSpec, vectors: StoredVectors) -> None:
+    """The check at the door of a `load` whose kernels read the shard's rows by address."""
+    if vectors.shape != (spec.size, spec.dim) or vectors.dtype not in (np.float32, np.float16):
+        raise DimensionMismatch(
+            f"vectors have shape {vectors.shape} of {vectors.dtype}, "
+            f"the index was built over ({spec.size}, {spec.dim}) of float32 or float16"
+        )
 
 
 def check_build(vectors: StoredVectors) -> None:

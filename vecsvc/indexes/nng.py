@@ -25,7 +25,7 @@ from vecsvc.distance import check_vector
 from vecsvc.errors import ArtifactDamaged, InvalidVector
 from vecsvc.exact_search import row_norms
 from vecsvc.indexes import nng_layout as at
-from vecsvc.indexes.base import check_arguments, empty
+from vecsvc.indexes.base import check_arguments, check_rows, empty
 from vecsvc.storage import open_array, release_pages, write_array
 from vecsvc.types import IndexSpec, Limit, Mask, Metric, Neighbors, StoredVectors, Vectors
 
@@ -42,14 +42,16 @@ CHUNK_VALUES: Final = 128  # values whose halves fill a cache line
 CHUNK_BYTES: Final = 64
 MAX_PIVOTS: Final = 65_536
 
+COMPARE_UP_TO: Final = 2000  # so few are compared exactly: no slower than by codes first, and nothing is missed
 # A walk compares some 20 vectors for each place of its pool, at random places; a scan of what a filter allows costs
 # a fifth of that for each, so it is cheaper up to this many vectors a place of the pool. See benchmarks/filtered.py.
-COMPARE_UP_TO: Final = 2000  # so few are compared exactly: no slower than by codes first, and nothing is missed
 SCAN_A_PLACE: Final = 115
-VISITS_A_SECOND: Final = 5_000_000  # what the slowest machine in mind compares, to turn a deadline into a bound
+# What the slowest machine in mind compares, to turn a deadline into a bound.
+VISITS_A_SECOND: Final = 5_000_000
+VALUES_A_SECOND: Final = 1_000_000_000
 ROWS: Final = 8192  # rows whose norms are taken at a time
 UNIT_TOLERANCE: Final = 1e-6  # norms this close to 1 are 1: float32 products are no better
-BLOCK: Final = 64  # queries between two looks at the clock, and the least a thread is given
+BLOCK: Final = 64  # queries that a thread takes at a time; with a deadline, each by itself
 
 SPARE: Final = 6  # candidates beyond k that are compared exactly, at least
 DEEPEN: Final = 8  # of so many places of the pool one is compared exactly
@@ -78,6 +80,7 @@ def code_bytes(dim: int) -> int:
 
 def load(directory: Path, spec: IndexSpec, *, vectors: StoredVectors, mmap: bool, device: str) -> NngIndex:
     """Open what `NngIndex.save` wrote. Raises ArtifactDamaged where it would lead a walk astray."""
+    check_rows(spec, vectors)
     size, width, degree = spec.size, code_bytes(spec.dim), spec.params.get("degree")
     if not isinstance(degree, int) or not 1 <= degree <= at.MAX_DEGREE:
         raise ArtifactDamaged(f"{directory / GRAPH}: built with degree {degree}, expected 1 to {at.MAX_DEGREE}")
@@ -114,12 +117,11 @@ class NngParts:
 
 
 class NngIndex:
-    compares_the_allowed = True  # by codes, in a tenth of the time that exact search takes
-
     def __init__(self, spec: IndexSpec, parts: NngParts, vectors: StoredVectors, *, mmap: bool) -> None:
         """`mmap` leaves the arrays where they are; otherwise they are copied into memory that has huge pages."""
         self.spec = spec
         self.parts = parts
+        self.compares_the_allowed = spec.params["rerank"] == "vectors"  # in a fifth of the time of exact search
         self._search = machine_code.load("vecsvc.indexes.nng_kernels", "nng_search", 1)
         keep = (lambda a: a) if mmap else aligned
         places = np.empty(spec.size, dtype=np.int32)
@@ -193,24 +195,26 @@ class NngIndex:
             enough = min(count, max(k, ef // 2))
             wide = min(-(-ef * size // count), size)
             ef = -1 if count <= COMPARE_UP_TO else 0 if count <= SCAN_A_PLACE * wide else wide
-            pool = count if ef < 0 else max(ef, enough, 8 * depth)
+            pool = count if ef < 0 else max(ef, enough, min(8 * depth, size))
         queries = np.ascontiguousarray(queries)
         answer = Neighbors(np.empty((n, k), _I64), np.empty((n, k), _F32), np.empty(n, _I64), np.empty(n, _BOOL))
-        if n <= BLOCK:
+        step = BLOCK if limit is None or limit.deadline is None else 1
+        if n <= step:
             self._answer(queries, 0, n, k, ef, depth, enough, pool, allowed, limit, answer)
             return answer
-        starts = iter(range(0, n, BLOCK))
+        starts = iter(range(0, n, step))
 
         def work() -> None:
             for start in starts:  # threads share the iterator: each step of it is one of the interpreter's
-                end = min(start + BLOCK, n)
+                end = min(start + step, n)
                 self._answer(queries, start, end, k, ef, depth, enough, pool, allowed, limit, answer)
 
-        if num_threads == 1:
+        workers = min(num_threads, -(-n // step))
+        if workers == 1:
             work()
         else:
-            with ThreadPoolExecutor(num_threads) as threads:
-                for done in [threads.submit(work) for _ in range(num_threads)]:
+            with ThreadPoolExecutor(workers) as threads:
+                for done in [threads.submit(work) for _ in range(workers)]:
                     done.result()
         return answer
 
@@ -235,7 +239,7 @@ class NngIndex:
             work = Workspace(self._block)
         if pool > work.room:
             work.make_room(pool)
-        visits = NO_LIMIT if limit is None else _visits(limit)
+        visits = NO_LIMIT if limit is None else _visits(limit, self.spec.dim)
         mask = 0 if allowed is None else id(allowed)
         checked = -1
         while True:
@@ -273,11 +277,12 @@ class NngIndex:
         """Nothing to close: memory goes with the last reference, so that searches in flight end undisturbed."""
 
 
-def _visits(limit: Limit) -> int:
+def _visits(limit: Limit, dim: int) -> int:
     """How many vectors may be compared for one query."""
     visits = NO_LIMIT if limit.max_visited is None else limit.max_visited
     if limit.deadline is not None:
-        visits = min(visits, int(max(0.0, limit.deadline - time.monotonic()) * VISITS_A_SECOND))
+        rate = min(VISITS_A_SECOND, VALUES_A_SECOND // dim)
+        visits = min(visits, int(max(0.0, limit.deadline - time.monotonic()) * rate))
     return visits
 
 

@@ -483,6 +483,7 @@ def answer(index, work, size, k, depth, labels, distances):
     width = dim * (2 if half else 4)
     compared = min(size, depth)
     constant = weigh(index, work) if vectors == 0 else 0.0
+    cosine = get_i64(index, METRIC) == COSINE
     found = 0
     for i in range(-ROWS_AHEAD, compared):
         if vectors != 0 and i + ROWS_AHEAD < compared:
@@ -498,6 +499,8 @@ def answer(index, work, size, k, depth, labels, distances):
             distance = np.float32(exact_distance(index, query, place, label, dim))
         else:
             distance = np.float32(code_distance(index, work, place, constant))
+        if cosine:
+            distance = max(distance, np.float32(0.0))  # rounding may put a vector nearer than itself
         if found == k:
             if not closer(distance, label, labels, distances, k - 1):
                 continue
@@ -520,7 +523,8 @@ def nng_search(call):
 
     With a mask, EF is wide enough to hold what the mask will take away. Where fewer than ENOUGH allowed places are in
     the pool after the walk, the mask lies far from the query, and every allowed vector is compared after all, by its
-    codes. EF 0 does that at once, and EF -1 compares every allowed vector exactly.
+    codes. EF 0 does that at once, and EF -1 compares every allowed vector as those at
+    the head of a pool are.
     Returns END, or the number of a query whose values have to be looked at before going on.
     """
     index, work, end = get_i64(call, INDEX), get_i64(call, WORK), get_i64(call, END)
@@ -551,7 +555,8 @@ def nng_search(call):
             if allowed != 0:
                 size = keep_allowed(index, work, size, allowed)
         if allowed != 0 and size < enough and cut == 0:
-            size, more, cut = scan(index, work, max(enough, 8 * depth), factor, allowed, max_visited - met)
+            width = max(enough, min(8 * depth, get_i64(index, SIZE)))
+            size, more, cut = scan(index, work, width, factor, allowed, max_visited - met)
             met += more
         # What is this far down in the coarse order does not come into the first `depth` of the fine one.
         size = min(size, 4 * depth)

@@ -37,7 +37,7 @@ COSINE: Final = 2
 
 # --- where one search works ------------------------------------------------------------------------------
 POOL: Final = 0  # (pool_size + 1,) int64
-FRESH: Final = 1  # (MAX_DEGREE,) int32
+FRESH: Final = 1  # (MAX_DEGREE + 1,) int32, and never less than the 72 that a scan takes at a time
 SEEN: Final = 2  # (size,) uint8: the epoch in which a place was last met
 EPOCH: Final = 3  # the current epoch itself, 1 to 255
 QUERY: Final = 4  # (dim,) float32: the query as the vectors want it

@@ -26,7 +26,7 @@ from vecsvc import machine_code
 from vecsvc.config import option
 from vecsvc.errors import ArtifactDamaged
 from vecsvc.indexes import tp_tree_layout as layout
-from vecsvc.indexes.base import check_search, empty
+from vecsvc.indexes.base import check_rows, check_search, empty
 from vecsvc.storage import open_array, write_array
 from vecsvc.types import IndexSpec, Limit, Mask, Metric, Neighbors, StoredVectors, Vectors
 
@@ -69,7 +69,11 @@ class Forest:
 
 def load(directory: Path, spec: IndexSpec, *, vectors: StoredVectors, mmap: bool, device: str) -> TpTreeIndex:
     """Open what `TpTreeIndex.save` wrote. Raises ArtifactDamaged, naming the file that would lead a search astray."""
+    check_rows(spec, vectors)
     params, size = spec.params, spec.size
+    for name, most in (("n_trees", 256), ("leaf_size", 10**6), ("n_top_dims", layout.MAX_TOP_DIMS)):
+        if not isinstance(params.get(name), int) or not 1 <= params[name] <= most:
+            raise ArtifactDamaged(f"{directory / NODES}: built with {name} {params.get(name)}, expected 1 to {most}")
     trees, leaves = params["n_trees"], -(-size // params["leaf_size"])
     nodes_shape = (trees * (leaves - 1), params["n_top_dims"] + layout.NODE_SLOTS)
     forest = Forest(
