@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("kernels.py", "serving.py", "ready.py", "filtered.py", "build.py", "recall_qps.py")
+SCRIPTS = ("kernels.py", "tp_tree.py", "serving.py", "ready.py", "filtered.py", "build.py", "recall_qps.py")
 
 
 def main() -> None:

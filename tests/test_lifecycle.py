@@ -74,6 +74,9 @@ def kept_alive(running: Service, stop: threading.Event) -> Iterator[str]:
                 connection.connect()
             except ConnectionRefusedError:
                 return
+            except ConnectionResetError as error:
+                yield lost(error)
+                continue
             before = ""
             while not stop.is_set():
                 try:
