@@ -34,12 +34,12 @@ from vecsvc.config import option
 from vecsvc.distance import unit
 from vecsvc.errors import BackendMissing
 from vecsvc.indexes import nng_layout as at
+from vecsvc.indexes.addresses import Block
 from vecsvc.indexes.base import params_dict
 from vecsvc.indexes.nng import (
     CHUNK_BYTES,
     CHUNK_VALUES,
     MAX_PIVOTS,
-    Block,
     NngIndex,
     NngParts,
     Workspace,

@@ -16,6 +16,7 @@ from vecsvc.config import option
 from vecsvc.errors import InvalidParameter
 from vecsvc.exact_search import row_norms
 from vecsvc.indexes import tp_tree_layout as layout
+from vecsvc.indexes.addresses import Block
 from vecsvc.indexes.base import params_dict
 from vecsvc.indexes.tp_tree import Forest, TpTreeIndex
 from vecsvc.types import IndexSpec, Metric, StoredVectors
@@ -156,13 +157,9 @@ def grow(
     order = np.empty(n, dtype=np.int32)
     starts = np.empty(leaves + 1, dtype=np.int64)
     nodes = np.zeros((leaves - 1 if with_nodes else 0, n_top_dims + layout.NODE_SLOTS), dtype=np.int32)
-    arrays = _room(n, dim, min(n, n_samples))
-    work = np.zeros(layout.GROW_SLOTS, dtype=np.int64)
-    for slot, array in arrays.items():
-        work[slot] = array.ctypes.data
-    work[layout.STATE] = rng.integers(2**62)
+    work = Block(layout.GROW_SLOTS, {layout.STATE: int(rng.integers(2**62))}, _room(n, dim, min(n, n_samples)))
     kernel = machine_code.load("index_builders.tp_tree_kernels", f"tp_tree_grow_{points.dtype}", 10)
-    addresses = (work.ctypes.data, order.ctypes.data, starts.ctypes.data, nodes.ctypes.data if with_nodes else 0)
+    addresses = (work.address, order.ctypes.data, starts.ctypes.data, nodes.ctypes.data if with_nodes else 0)
     kernel(points.ctypes.data, n, dim, leaf_size, n_samples, n_top_dims, *addresses)
     return order, starts, nodes
 

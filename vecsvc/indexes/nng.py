@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 import time
 from collections import deque
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from vecsvc.distance import check_vector
 from vecsvc.errors import ArtifactDamaged, InvalidVector
 from vecsvc.exact_search import row_norms
 from vecsvc.indexes import nng_layout as at
+from vecsvc.indexes.addresses import Block
 from vecsvc.indexes.base import check_arguments, check_rows, empty
 from vecsvc.storage import open_array, release_pages, write_array
 from vecsvc.types import IndexSpec, Limit, Mask, Metric, Neighbors, StoredVectors, Vectors
@@ -311,25 +311,6 @@ class Workspace:
         if places > self.room:
             self.room = 2 * places
             self._block.put(at.POOL, np.empty(self.room + 1, np.int64))
-
-
-class Block:
-    """Numbers and addresses for a kernel, and the arrays that the addresses are of: these live as long as it does."""
-
-    def __init__(self, slots: int, numbers: Mapping[int, int], arrays: Mapping[int, NDArray[Any] | None]) -> None:
-        """Where an array is None, its address is 0."""
-        self.values = np.zeros(slots, np.int64)
-        self.address = int(self.values.ctypes.data)
-        self._arrays: dict[int, NDArray[Any]] = {}
-        for slot, number in numbers.items():
-            self.values[slot] = number
-        for slot, array in arrays.items():
-            if array is not None:
-                self.put(slot, array)
-
-    def put(self, slot: int, array: NDArray[Any]) -> None:
-        self._arrays[slot] = np.ascontiguousarray(array)
-        self.values[slot] = self._arrays[slot].ctypes.data
 
 
 def inverse_norms(vectors: StoredVectors) -> NDArray[np.float32] | None:

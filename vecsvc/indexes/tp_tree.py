@@ -26,6 +26,7 @@ from vecsvc import machine_code
 from vecsvc.config import option
 from vecsvc.errors import ArtifactDamaged
 from vecsvc.indexes import tp_tree_layout as layout
+from vecsvc.indexes.addresses import Block
 from vecsvc.indexes.base import check_rows, check_search, empty
 from vecsvc.storage import open_array, write_array
 from vecsvc.types import IndexSpec, Limit, Mask, Metric, Neighbors, StoredVectors, Vectors
@@ -102,25 +103,25 @@ class TpTreeIndex:
         self._forest = forest
         self._search = machine_code.load("vecsvc.indexes.tp_tree_kernels", "tp_tree_search", 13)
         self._idle: deque[Workspace] = deque()
-        arrays: dict[int, NDArray[Any]] = {
-            layout.NODES: forest.nodes,
-            layout.ORDER: forest.order,
-            layout.STARTS: forest.starts,
-            layout.ROOTS: forest.roots(),
-            layout.VECTORS: np.ascontiguousarray(vectors),
-        }
-        if forest.inverse_norms is not None:
-            arrays[layout.INVERSE_NORMS] = forest.inverse_norms
-        block = np.zeros(layout.FOREST_SLOTS, dtype=np.int64)
-        block[layout.SIZE], block[layout.DIM] = spec.size, spec.dim
-        block[layout.TREES] = len(forest.order)
-        block[layout.TOP_DIMS] = forest.nodes.shape[1] - layout.NODE_SLOTS
-        block[layout.VECTORS_HALF] = vectors.dtype == np.float16
-        block[layout.METRIC] = METRICS[spec.metric]
-        for slot, array in arrays.items():
-            block[slot] = array.ctypes.data
-        self._alive = arrays  # the block holds their addresses only
-        self._block = block
+        self._block = Block(
+            layout.FOREST_SLOTS,
+            {
+                layout.SIZE: spec.size,
+                layout.DIM: spec.dim,
+                layout.TREES: len(forest.order),
+                layout.TOP_DIMS: forest.nodes.shape[1] - layout.NODE_SLOTS,
+                layout.VECTORS_HALF: int(vectors.dtype == np.float16),
+                layout.METRIC: METRICS[spec.metric],
+            },
+            {
+                layout.NODES: forest.nodes,
+                layout.ORDER: forest.order,
+                layout.STARTS: forest.starts,
+                layout.ROOTS: forest.roots(),
+                layout.VECTORS: vectors,
+                layout.INVERSE_NORMS: forest.inverse_norms,
+            },
+        )
 
     def search(
         self,
@@ -172,7 +173,7 @@ class TpTreeIndex:
             part = slice(start, start + step)
             compared, met = task.bounds(self.spec.dim)
             self._search(
-                self._block.ctypes.data,
+                self._block.address,
                 work.address,
                 task.queries[part].ctypes.data,
                 len(task.queries[part]),
@@ -223,11 +224,10 @@ class _Task:
 class Workspace:
     """Where one search at a time works: made once, and handed from search to search."""
 
-    def __init__(self, block: NDArray[np.int64], forest: Forest) -> None:
-        """`block` is the index's (tp_tree_layout)."""
-        size, dim = int(block[layout.SIZE]), int(block[layout.DIM])
-        self._block = np.zeros(layout.WORK_SLOTS, dtype=np.int64)
-        self._arrays: dict[int, NDArray[Any]] = {
+    def __init__(self, index: Block, forest: Forest) -> None:
+        """For the index of that block."""
+        size, dim = int(index.values[layout.SIZE]), int(index.values[layout.DIM])
+        arrays: dict[int, NDArray[Any]] = {
             # What waits are subtrees without a leaf in common, so that they are never more than the leaves.
             layout.QUEUE: np.empty(len(forest.starts), dtype=np.int64),
             layout.SEEN: np.zeros(size, dtype=np.uint8),
@@ -236,17 +236,15 @@ class Workspace:
             layout.SIDE: np.empty(dim + 1, dtype=np.float32),
             layout.BITS: np.empty(1, dtype=np.float32),
         }
-        for slot, array in self._arrays.items():
-            self._block[slot] = array.ctypes.data
+        self._block = Block(layout.WORK_SLOTS, {}, arrays)
         self._room = 0
-        self.address = int(self._block.ctypes.data)
+        self.address = self._block.address
 
     def make_room(self, k: int) -> None:
         """Let the answer have so many places."""
         if k > self._room:
             self._room = 2 * k
-            self._arrays[layout.BEST] = np.empty(self._room + 1, dtype=np.int64)
-            self._block[layout.BEST] = self._arrays[layout.BEST].ctypes.data
+            self._block.put(layout.BEST, np.empty(self._room + 1, dtype=np.int64))
 
 
 def _check_nodes(path: Path, nodes: NDArray[np.int32], trees: int, leaves: int, dim: int) -> None:
