@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 
 from index_builders.bert_graph import MAX_GRAPH_BYTES, bert_graph, import_onnx, read_config
 from vecsvc.encoders.base import CANARY_TEXTS, EncoderSpec
-from vecsvc.encoders.onnx import (
+from vecsvc.encoders.folder import (
     CONFIGS,
     LENGTH,
     MODELS,
     TOKENIZER,
     encoder_files,
     find_model,
-    open_encoder,
     read_json,
     read_settings,
 )
+from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import BackendMissing, ConfigError, EncoderError, InvalidParameter, StorageError
 from vecsvc.storage import (
     STAGING,

@@ -27,7 +27,8 @@ from tiny_bert import (
 from index_builders.bert_graph import IR_VERSION, OPSET, bert_graph
 from index_builders.encoder_import import import_encoder, read_safetensors
 from vecsvc import storage
-from vecsvc.encoders.onnx import CONFIGS, encoder_files, open_encoder
+from vecsvc.encoders.folder import CONFIGS, encoder_files
+from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import BackendMissing, ConfigError, EncoderError, InvalidParameter, StorageError
 from vecsvc.tokenizer import TextTokenizer
 
