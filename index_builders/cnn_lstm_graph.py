@@ -148,16 +148,24 @@ def _whole(store: _Store, sizes: CnnLstmSizes) -> onnx.ModelProto:
 
 
 def _front(store: _Store, sizes: CnnLstmSizes) -> onnx.ModelProto:
-    """Texts to what the steps read, (n, t, C), and the sum of their tokens' vectors, (n, D)."""
+    """n texts to what the steps read of them, (t, C), and the sums of their tokens' vectors, (n, D).
+
+    The texts stand one behind the other as a single one of t tokens, input_ids and attention_mask (1, t), with one
+    masked token between neighbours: to the convolution that is the zero beyond the end, and nothing else is padded.
+    `members` (n, t) is 1 where a token belongs to a text.
+    """
     graph = _Graph(store)
     _, e, c = _embed_and_convolve(graph)
-    graph.op("Transpose", c, perm=[0, 2, 1], output="features")
-    graph.op("ReduceSum", e, graph.value([1]), keepdims=0, output="sums")
+    first = graph.value([0])
+    graph.op("Squeeze", graph.op("Transpose", c, perm=[0, 2, 1]), first, output="features")
+    graph.op("Squeeze", graph.op("MatMul", "members", e), first, output="sums")
+    inputs: _Ports = {name: (_INT64, [1, "tokens"]) for name in _TEXTS}
+    inputs["members"] = (_FLOAT, ["batch", "tokens"])
     outputs: _Ports = {
-        "features": (_FLOAT, ["batch", "sequence", sizes.channels]),
+        "features": (_FLOAT, ["tokens", sizes.channels]),
         "sums": (_FLOAT, ["batch", sizes.table]),
     }
-    return graph.model("cnn_lstm_front", _TEXTS, outputs)
+    return graph.model("cnn_lstm_front", inputs, outputs)
 
 
 def _step(store: _Store, sizes: CnnLstmSizes) -> onnx.ModelProto:

@@ -13,7 +13,7 @@ from tiny_cnn_lstm import cnn_lstm_weights, reference, write_tiny_cnn_lstm
 from index_builders.cnn_lstm_graph import CELLS, MODEL, WEIGHTS, CnnLstmSizes, write_cnn_lstm
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import EncoderError
-from vecsvc.onnx_session import OnnxSession, external_files
+from vecsvc.onnx_session import OnnxSession, SessionSettings, external_files
 
 SIZES = {"words": 50, "table": 16, "channels": 12, "hidden": 8, "dim": 20}
 TEXTS = ["find text", "the quick brown fox jumps over the lazy dog", "", "list files of the folder"]
@@ -34,7 +34,7 @@ def padded(texts: list[list[int]], filler: int = 1) -> dict[str, np.ndarray]:
 def test_the_model_gives_what_the_formulas_say(tmp_path: Path, sizes: dict[str, int], directions: int) -> None:
     weights = cnn_lstm_weights(**sizes, directions=directions)
     assert write_cnn_lstm(tmp_path, weights) == CnnLstmSizes(**sizes, directions=directions)
-    session = OnnxSession(tmp_path / MODEL, num_threads=1)
+    session = OnnxSession(tmp_path / MODEL, SessionSettings(num_threads=1))
     random = np.random.default_rng(3)
     texts = [random.integers(0, sizes["words"], length).tolist() for length in (1, 2, 3, 13, 13, 40)]
     [found] = session.run(padded(texts), ["sentence_embedding"])
@@ -47,7 +47,7 @@ def test_the_model_gives_what_the_formulas_say(tmp_path: Path, sizes: dict[str, 
 
 def test_what_stands_in_the_padding_changes_nothing(tmp_path: Path) -> None:
     write_cnn_lstm(tmp_path, cnn_lstm_weights(**SIZES))
-    session = OnnxSession(tmp_path / MODEL, num_threads=1)
+    session = OnnxSession(tmp_path / MODEL, SessionSettings(num_threads=1))
     [one] = session.run(padded([[3, 4], [5] * 30], filler=0), ["sentence_embedding"])
     [other] = session.run(padded([[3, 4], [5] * 30], filler=49), ["sentence_embedding"])
     assert np.array_equal(one, other)

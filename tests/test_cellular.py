@@ -1,0 +1,256 @@
+"""Texts that join and leave the running batch as they like get the vectors that a run of the whole model gives."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_cnn_lstm import write_tiny_cnn_lstm
+
+from index_builders.cnn_lstm_graph import BELOW_ALL, CELLS, STATES, WEIGHTS
+from vecsvc.encoders import cellular
+from vecsvc.encoders.base import StepEncoder
+from vecsvc.encoders.cellular import CellularEncoder, cell_files, open_cells
+from vecsvc.encoders.onnx import open_encoder
+from vecsvc.errors import EncoderError, InvalidParameter
+from vecsvc.onnx_session import OnnxSession, SessionSettings
+from vecsvc.tokenizer import Tokens
+
+MAX_TOKENS = 24
+open_session = functools.partial(OnnxSession, settings=SessionSettings(num_threads=1))
+
+
+@pytest.fixture(scope="module", params=[2, 1], ids=["two-directions", "one-direction"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_cnn_lstm(tmp_path_factory.mktemp("encoder"), directions=request.param)
+
+
+@pytest.fixture
+def encoder(folder: Path) -> Iterator[CellularEncoder]:
+    yield from opened(folder)
+
+
+def opened(folder: Path, *, slots: int = 8, steps: int = 4) -> Iterator[CellularEncoder]:
+    plain = open_encoder(folder, num_threads=1)
+    encoder = CellularEncoder(plain, open_cells(folder, CELLS, open_session), slots=slots, steps=steps)
+    yield encoder
+    encoder.close()
+
+
+def texts(count: int, seed: int) -> list[Tokens]:
+    """Random tokens; most texts are short, some as long as they may be."""
+    random = np.random.default_rng(seed)
+    lengths = np.minimum(random.geometric(0.15, count), MAX_TOKENS)
+    return [Tokens(random.integers(1, 100, length).tolist(), [0] * int(length)) for length in lengths]
+
+
+def check(encoder: CellularEncoder, tokens: list[Tokens], found: dict[int, np.ndarray]) -> None:
+    for key, vector in found.items():
+        np.testing.assert_allclose(vector, encoder.run([tokens[key]])[0], atol=1e-5, err_msg=f"text {key}")
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(("slots", "steps"), [(1, 1), (3, 4), (8, 16)])
+def test_any_schedule_of_arrivals_gives_the_vectors_of_the_plain_run(
+    folder: Path, slots: int, steps: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    for encoder in opened(folder, slots=slots, steps=steps):
+        tokens = texts(40, seed)
+        stepper = encoder.stepper()
+        found: dict[int, np.ndarray] = {}
+        arrived = joined = rounds = 0
+        while len(found) < len(tokens):
+            arrived = min(len(tokens), arrived + int(random.poisson(1.5)))
+            new = list(range(joined, min(arrived, joined + stepper.room())))
+            stepper.join([(key, tokens[key]) for key in new])
+            joined += len(new)
+            for key, vector in stepper.step():
+                assert key not in found
+                found[key] = vector
+            assert len(stepper) == joined - len(found) and stepper.room() == slots - len(stepper)
+            rounds += 1
+            assert rounds < 40 * MAX_TOKENS * 2
+        check(encoder, tokens, found)
+
+
+def test_a_short_text_that_comes_later_is_ready_before_a_long_one(encoder: CellularEncoder) -> None:
+    stepper = encoder.stepper()
+    long, short = Tokens([5] * MAX_TOKENS, [0] * MAX_TOKENS), Tokens([6, 7], [0, 0])
+    stepper.join([(1, long)])
+    assert stepper.step() == []
+    stepper.join([(2, short)])
+    assert [key for key, _ in stepper.step()] == [2]
+    order = [2]
+    while len(stepper):
+        order += [key for key, _ in stepper.step()]
+    assert order == [2, 1]
+
+
+def test_texts_that_are_dropped_leave_room_and_the_others_unharmed(encoder: CellularEncoder) -> None:
+    tokens = texts(24, 5)
+    stepper = encoder.stepper()
+    stepper.join([(key, tokens[key]) for key in range(8)])
+    stepper.drop([0, 1])  # before their first step
+    assert stepper.room() == 2
+    found = dict(stepper.step())
+    inside = [key for key in range(2, 8) if key not in found]
+    stepper.drop(inside[:2])  # between two steps
+    gone = {0, 1, *inside[:2]}
+    stepper.drop([99, *found])  # not inside: passed over
+    joined = list(range(8, 8 + stepper.room()))
+    stepper.join([(key, tokens[key]) for key in joined])
+    while len(stepper):
+        found |= dict(stepper.step())
+    assert set(found) == {*range(8), *joined} - gone
+    check(encoder, tokens, found)
+    assert stepper.room() == 8
+
+
+def test_more_texts_than_slots_are_refused_and_none_of_them_is_taken(encoder: CellularEncoder) -> None:
+    stepper = encoder.stepper()
+    tokens = texts(9, 3)
+    with pytest.raises(InvalidParameter, match="9 texts cannot join, there is room for 8"):
+        stepper.join(list(enumerate(tokens)))
+    assert len(stepper) == 0
+    stepper.join(list(enumerate(tokens[:8])))
+    assert stepper.room() == 0
+    with pytest.raises(InvalidParameter, match="there is room for 0"):
+        stepper.join([(8, tokens[8])])
+
+
+def test_a_text_that_is_too_long_or_has_a_key_that_is_inside_is_refused(encoder: CellularEncoder) -> None:
+    stepper = encoder.stepper()
+    with pytest.raises(InvalidParameter, match="25 tokens, the encoder takes 24"):
+        stepper.join([(1, Tokens([1] * 25, [0] * 25))])
+    stepper.join([(1, Tokens([1], [0]))])
+    with pytest.raises(InvalidParameter, match="key 1 is inside already"):
+        stepper.join([(1, Tokens([1], [0]))])
+
+
+def test_a_text_without_any_token_has_the_vector_of_the_plain_run(encoder: CellularEncoder) -> None:
+    tokens = [Tokens([], []), Tokens([4, 5], [0, 0])]
+    stepper = encoder.stepper()
+    stepper.join(list(enumerate(tokens)))
+    found = dict(stepper.step())
+    assert set(found) == {0, 1} and len(stepper) == 0
+    check(encoder, tokens, found)
+
+
+def test_an_error_harms_one_running_batch_and_no_other(folder: Path) -> None:
+    for encoder in opened(folder):
+        tokens = texts(4, 9)
+        broken, sound = encoder.stepper(), encoder.stepper()
+        broken.join([(0, Tokens([10_000], [0]))])  # no such word in the table
+        sound.join(list(enumerate(tokens)))
+        with pytest.raises(EncoderError, match=r"front\.onnx"):
+            broken.step()
+        found = {}
+        while len(sound):
+            found |= dict(sound.step())
+        check(encoder, tokens, found)
+        fresh = encoder.stepper()
+        fresh.join([(0, tokens[0])])
+        assert fresh.room() == 7
+
+
+def test_many_texts_go_through_the_front_cell_in_bounded_runs(
+    encoder: CellularEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cellular, "FRONT_TOKENS", 30)
+    tokens = [Tokens([3] * MAX_TOKENS, [0] * MAX_TOKENS) for _ in range(3)]
+    stepper = encoder.stepper()
+    stepper.join(list(enumerate(tokens)))
+    runs = []
+    front = stepper._cells.front.run
+    monkeypatch.setattr(
+        stepper._cells.front, "run", lambda feed, names: runs.append(feed["input_ids"].shape) or front(feed, names)
+    )
+    found = {}
+    while len(stepper):
+        found |= dict(stepper.step())
+    assert runs == [(1, MAX_TOKENS)] * 3
+    check(encoder, tokens, found)
+
+
+def test_a_large_model_takes_fewer_steps_at_a_time(encoder: CellularEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = texts(6, 4)
+    counts = {}
+    for work in (1, 10**9):
+        monkeypatch.setattr(cellular, "STEP_WORK", work)
+        stepper = encoder.stepper()
+        stepper.join(list(enumerate(tokens)))
+        found, counts[work] = {}, 0
+        while len(stepper):
+            found |= dict(stepper.step())
+            counts[work] += 1
+        check(encoder, tokens, found)
+    assert counts[1] == max(len(one) for one in tokens) > counts[10**9]
+
+
+def test_models_for_long_texts_have_fewer_slots(encoder: CellularEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cellular, "MAX_FEATURE_BYTES", 3 * 4 * 12 * MAX_TOKENS)
+    assert encoder.stepper().room() == 3
+    monkeypatch.setattr(cellular, "MAX_FEATURE_BYTES", 1)
+    assert encoder.stepper().room() == 1
+
+
+def test_it_is_a_step_encoder_that_encodes_like_the_one_inside(encoder: CellularEncoder) -> None:
+    assert isinstance(encoder, StepEncoder)
+    texts = ["find text", "the quick brown fox"]
+    assert np.array_equal(encoder.encode(texts), open_encoder(encoder._cells.front.path.parent).encode(texts))
+    encoder.close()
+    encoder.close()
+    stepper = encoder.stepper()
+    stepper.join([(1, Tokens([1], [0]))])
+    with pytest.raises(EncoderError, match="closed"):
+        stepper.step()
+
+
+@pytest.mark.parametrize(("slots", "steps"), [(0, 8), (1025, 8), (8, 0), (8, 65)])
+def test_slots_and_steps_have_bounds(folder: Path, slots: int, steps: int) -> None:
+    with pytest.raises(InvalidParameter, match="must be between 1 and"):
+        next(opened(folder, slots=slots, steps=steps))
+
+
+def test_the_writer_and_the_reader_of_cells_agree() -> None:
+    assert tuple(CELLS) == cellular.CELLS
+    assert len(STATES) == cellular._STATES and STATES[cellular._MAX] == "max" and BELOW_ALL == cellular._BELOW_ALL
+
+
+def test_the_files_of_the_cells_are_found_with_their_weights(folder: Path) -> None:
+    assert cell_files(folder, CELLS) == [folder / name for name in (*CELLS.values(), WEIGHTS)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"front": "missing.onnx"}, "has no file 'missing.onnx' beside its model, which is its cell front"),
+        ({"front": "../front.onnx"}, "has no file '../front.onnx' beside its model"),
+        ({"front": 3}, "has no file 3"),
+        ({"other": "front.onnx"}, "its cells are front, head, other, step; expected front, step, head"),
+        ({"step": "front.onnx"}, r"front\.onnx: is no cell: expected states of 3 dimensions"),
+        ({"head": "model.onnx"}, r"model\.onnx: has inputs input_ids, attention_mask, expected count, states, sums"),
+    ],
+)
+def test_cells_that_are_none_are_named(folder: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(EncoderError, match=message):
+        open_cells(folder, {**CELLS, **change}, open_session)
+
+
+def test_cells_of_another_size_are_named(folder: Path, tmp_path: Path) -> None:
+    from tiny_cnn_lstm import cnn_lstm_weights
+
+    from index_builders.cnn_lstm_graph import write_cnn_lstm
+
+    write_cnn_lstm(tmp_path, cnn_lstm_weights(100, 16, 12, 6, 20, directions=2))
+    names = json.loads((tmp_path / "encoder.json").read_text())["cells"]
+    (tmp_path / "front.onnx").write_bytes((folder / "front.onnx").read_bytes())
+    (tmp_path / "head.onnx").write_bytes((folder / "head.onnx").read_bytes())
+    (tmp_path / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes() + bytes(9999))
+    with pytest.raises(EncoderError, match=r"head\.onnx: states is .*, but axis . must be"):
+        open_cells(tmp_path, names, open_session)
