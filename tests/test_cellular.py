@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_cnn_lstm import write_tiny_cnn_lstm
+from tiny_cnn_lstm import cnn_lstm_weights, write_tiny_cnn_lstm
 
-from index_builders.cnn_lstm_graph import BELOW_ALL, CELLS, STATES, WEIGHTS
+from index_builders.cnn_lstm_graph import BELOW_ALL, CELLS, MODEL, STATES, WEIGHTS, write_cnn_lstm
 from vecsvc.encoders import cellular
+from vecsvc.encoders import folder as folder_module
 from vecsvc.encoders.base import StepEncoder
-from vecsvc.encoders.cellular import CellularEncoder, cell_files, open_cells
+from vecsvc.encoders.cellular import CellularEncoder, open_cells, with_cells
+from vecsvc.encoders.folder import cell_files, encoder_files
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import EncoderError, InvalidParameter
-from vecsvc.onnx_session import OnnxSession, SessionSettings
+from vecsvc.onnx_session import SessionSettings
 from vecsvc.tokenizer import Tokens
 
 MAX_TOKENS = 24
-open_session = functools.partial(OnnxSession, settings=SessionSettings(num_threads=1))
+SETTINGS = SessionSettings(num_threads=1)
 
 
 @pytest.fixture(scope="module", params=[2, 1], ids=["two-directions", "one-direction"])
@@ -36,7 +38,8 @@ def encoder(folder: Path) -> Iterator[CellularEncoder]:
 
 def opened(folder: Path, *, slots: int = 8, steps: int = 4) -> Iterator[CellularEncoder]:
     plain = open_encoder(folder, num_threads=1)
-    encoder = CellularEncoder(plain, open_cells(folder, CELLS, open_session), slots=slots, steps=steps)
+    encoder = with_cells(plain, folder, SETTINGS, slots=slots, steps=steps)
+    assert isinstance(encoder, CellularEncoder)
     yield encoder
     encoder.close()
 
@@ -218,39 +221,55 @@ def test_slots_and_steps_have_bounds(folder: Path, slots: int, steps: int) -> No
 
 
 def test_the_writer_and_the_reader_of_cells_agree() -> None:
-    assert tuple(CELLS) == cellular.CELLS
+    assert tuple(CELLS) == folder_module.CELLS
     assert len(STATES) == cellular._STATES and STATES[cellular._MAX] == "max" and BELOW_ALL == cellular._BELOW_ALL
 
 
-def test_the_files_of_the_cells_are_found_with_their_weights(folder: Path) -> None:
-    assert cell_files(folder, CELLS) == [folder / name for name in (*CELLS.values(), WEIGHTS)]
+def test_the_cells_belong_to_the_encoder_and_to_its_fingerprint(folder: Path, tmp_path: Path) -> None:
+    names = [MODEL, *CELLS.values(), WEIGHTS, "tokenizer.json", "sentence_bert_config.json"]
+    assert encoder_files(folder) == [folder / name for name in names]
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    before = open_encoder(copy).spec.fingerprint
+    assert before == open_encoder(folder).spec.fingerprint
+    (copy / "step.onnx").write_bytes((copy / "step.onnx").read_bytes().replace(b"cnn_lstm_step", b"cnn_lstm_stop"))
+    assert open_encoder(copy).spec.fingerprint != before
+
+
+def test_a_folder_without_cells_gives_its_encoder_as_it_is(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "encoder.json").unlink()
+    encoder = open_encoder(copy)
+    assert with_cells(encoder, copy) is encoder
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"front": "missing.onnx"}, "has no file 'missing.onnx' beside its model, which is its cell front"),
-        ({"front": "../front.onnx"}, "has no file '../front.onnx' beside its model"),
-        ({"front": 3}, "has no file 3"),
-        ({"other": "front.onnx"}, "its cells are front, head, other, step; expected front, step, head"),
+        ({"front": "missing.onnx"}, "there is no file 'missing.onnx' beside it, the cell front"),
+        ({"front": "../front.onnx"}, "there is no file '../front.onnx' beside it"),
+        ({"front": 3}, r"encoder\.json: Expected `str`, got `int`"),
+        ({"other": "front.onnx"}, "cells are front, head, other, step, not front, step, head"),
         ({"step": "front.onnx"}, r"front\.onnx: is no cell: expected states of 3 dimensions"),
-        ({"head": "model.onnx"}, r"model\.onnx: has inputs input_ids, attention_mask, expected count, states, sums"),
+        ({"head": "model.onnx"}, r"model\.onnx: is no cell: its inputs are input_ids, attention_mask; expected count"),
     ],
 )
-def test_cells_that_are_none_are_named(folder: Path, change: dict[str, object], message: str) -> None:
+def test_cells_that_are_none_are_named(folder: Path, tmp_path: Path, change: dict[str, object], message: str) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "encoder.json").write_text(json.dumps({"cells": {**CELLS, **change}}))
     with pytest.raises(EncoderError, match=message):
-        open_cells(folder, {**CELLS, **change}, open_session)
+        with_cells(open_encoder(folder), copy)
 
 
 def test_cells_of_another_size_are_named(folder: Path, tmp_path: Path) -> None:
-    from tiny_cnn_lstm import cnn_lstm_weights
+    write_cnn_lstm(tmp_path, cnn_lstm_weights(100, 16, 12, 6, 20))
+    files = {**cell_files(folder), "step": tmp_path / CELLS["step"]}
+    with pytest.raises(EncoderError, match=r"head\.onnx: states is .*, axis . must be"):
+        open_cells(files)
 
-    from index_builders.cnn_lstm_graph import write_cnn_lstm
 
-    write_cnn_lstm(tmp_path, cnn_lstm_weights(100, 16, 12, 6, 20, directions=2))
-    names = json.loads((tmp_path / "encoder.json").read_text())["cells"]
-    (tmp_path / "front.onnx").write_bytes((folder / "front.onnx").read_bytes())
-    (tmp_path / "head.onnx").write_bytes((folder / "head.onnx").read_bytes())
-    (tmp_path / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes() + bytes(9999))
-    with pytest.raises(EncoderError, match=r"head\.onnx: states is .*, but axis . must be"):
-        open_cells(tmp_path, names, open_session)
+def test_weights_outside_the_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    step = (copy / "step.onnx").read_bytes()
+    (copy / "step.onnx").write_bytes(step.replace(b"weights.bin", b"../some.bin"))
+    with pytest.raises(EncoderError, match="must lie in a file beside the model"):
+        encoder_files(copy)

@@ -14,7 +14,7 @@ run of the step cell does both, and a text has one position. A text is in a slot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,13 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vecsvc.encoders.base import Encoder, EncoderSpec, Role
+from vecsvc.encoders.folder import CELLS, cell_files
 from vecsvc.encoders.onnx import unit_length
 from vecsvc.errors import EncoderError, InvalidParameter
-from vecsvc.onnx_session import OnnxSession, Port, external_files
+from vecsvc.onnx_session import OnnxSession, Port, SessionSettings
 from vecsvc.tokenizer import Tokens
 from vecsvc.types import Vectors
-
-CELLS: Final = ("front", "step", "head")
 
 DEFAULT_SLOTS: Final = 32  # more texts share a run: cheaper steps up to a point, but each run takes longer
 MAX_SLOTS: Final = 1024
@@ -249,12 +248,27 @@ class CnnLstmStepper:
         return unit_length(vectors) if spec.normalize else vectors
 
 
-def open_cells(folder: Path, names: Mapping[str, Any], open_session: Callable[[Path], OnnxSession]) -> Cells:
-    """Open the cells of the encoder in `folder`: `names` is what its encoder.json calls "cells", cell -> file.
+def with_cells(
+    encoder: Encoder,
+    folder: Path,
+    settings: SessionSettings | None = None,
+    *,
+    slots: int = DEFAULT_SLOTS,
+    steps: int = DEFAULT_STEPS,
+) -> Encoder:
+    """The encoder of this folder as a `StepEncoder`, or as it is where the folder has no cells.
 
-    Raises EncoderError, naming the file, where one is missing or its inputs are no cell's.
+    Raises EncoderError, naming the file, where a cell is missing or is none.
     """
-    front, step, head = (open_session(path) for path in cell_files(folder, names)[: len(CELLS)])
+    files = cell_files(folder)
+    if not files:
+        return encoder
+    return CellularEncoder(encoder, open_cells(files, settings), slots=slots, steps=steps)
+
+
+def open_cells(files: Mapping[str, Path], settings: SessionSettings | None = None) -> Cells:
+    """Open the cells, each by its name. Raises EncoderError, naming the file, where one is no cell."""
+    front, step, head = (OnnxSession(files[cell], settings) for cell in CELLS)
     states, features = _port(step, "states", 3), _port(front, "features", 2)
     cells = Cells(
         front=front,
@@ -273,37 +287,18 @@ def open_cells(folder: Path, names: Mapping[str, Any], open_session: Callable[[P
     }
     for session, inputs in expected.items():
         if set(session.inputs) != inputs:
-            raise EncoderError(
-                f"{session.path}: has inputs {', '.join(session.inputs)}, expected {', '.join(sorted(inputs))}"
-            )
-    found = {
-        step: [("x_forward", 2, cells.channels)],
-        head: [("sums", 1, cells.table), ("states", 0, _STATES * cells.directions), ("states", 2, cells.hidden)],
-    }
-    for session, sizes in found.items():
-        for name, axis, size in sizes:
-            if _size(session, session.inputs[name], axis) != size:
-                raise EncoderError(
-                    f"{session.path}: {name} is {session.inputs[name].shape}, axis {axis} must be {size}"
-                )
+            given, needed = ", ".join(session.inputs), ", ".join(sorted(inputs))
+            raise EncoderError(f"{session.path}: is no cell: its inputs are {given}; expected {needed}")
+    found = (
+        (step, "x_forward", 2, cells.channels),
+        (head, "sums", 1, cells.table),
+        (head, "states", 0, _STATES * cells.directions),
+        (head, "states", 2, cells.hidden),
+    )
+    for session, name, axis, size in found:
+        if _size(session, session.inputs[name], axis) != size:
+            raise EncoderError(f"{session.path}: {name} is {session.inputs[name].shape}, axis {axis} must be {size}")
     return cells
-
-
-def cell_files(folder: Path, names: Mapping[str, Any]) -> list[Path]:
-    """The files of the cells in the order of CELLS, then those with their weights: all belong to the encoder.
-
-    Raises EncoderError where the names are not those of the cells, or a file is missing or lies elsewhere.
-    """
-    if set(names) != set(CELLS):
-        raise EncoderError(f"{folder}: its cells are {', '.join(sorted(names)) or 'none'}; expected {', '.join(CELLS)}")
-    files = []
-    for cell in CELLS:
-        name = names[cell]
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise EncoderError(f"{folder}: has no file {name!r} beside its model, which is its cell {cell}")
-        files.append(folder / name)
-    weights = dict.fromkeys(weight for file in files for weight in external_files(file))
-    return [*files, *weights]
 
 
 def _port(session: OnnxSession, name: str, rank: int) -> Port:

@@ -6,6 +6,7 @@ modules.json                        which steps follow the network (optional)
 1_Pooling/config.json               how the vectors of the tokens become one (optional: mean)
 sentence_bert_config.json           where texts are cut (optional: as tokenizer.json says, else at 256 tokens)
 config_sentence_transformers.json   what is put before queries and passages (optional: nothing)
+encoder.json                        our own: "cells", which models beside it run a CNN-LSTM step by step (optional)
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ MODULES: Final = "modules.json"
 POOLING: Final = "1_Pooling/config.json"
 LENGTH: Final = "sentence_bert_config.json"
 PROMPTS: Final = "config_sentence_transformers.json"
+ENCODER: Final = "encoder.json"
 CONFIGS: Final = (MODULES, POOLING, LENGTH, PROMPTS)
+CELLS: Final = ("front", "step", "head")  # what they do is said in cellular.py
 
 MAX_CONFIG_BYTES: Final = 1 << 20
 MAX_ENCODER_BYTES: Final = 4 << 30
@@ -63,7 +66,10 @@ def encoder_files(folder: Path) -> list[Path]:
         raise EncoderError(f"{folder}: has no {' or '.join(MODELS)}; make it with vecsvc encoder import")
     if not (folder / TOKENIZER).is_file():
         raise EncoderError(f"{folder / TOKENIZER}: missing; it is what tokenizers' Tokenizer.save writes")
-    files = [model, *external_files(model), folder / TOKENIZER]
+    models = (model, *cell_files(folder).values())
+    # Models of one folder may share a file of weights.
+    weights = dict.fromkeys(file for one in models for file in external_files(one))
+    files = [*models, *weights, folder / TOKENIZER]
     files += [folder / config for config in CONFIGS if (folder / config).is_file()]
     size = sum(file.stat().st_size for file in files)
     if size > MAX_ENCODER_BYTES:
@@ -78,12 +84,35 @@ def find_model(folder: Path) -> Path | None:
     return next((folder / model for model in MODELS if (folder / model).is_file()), None)
 
 
+def cell_files(folder: Path) -> dict[str, Path]:
+    """The models that run the encoder's cells, in the order of CELLS; empty where encoder.json names none.
+
+    Raises EncoderError where it does not name just these, or a file is not beside the model.
+    """
+    config = read_json(folder / ENCODER, _Encoder)
+    if config is None or config.cells is None:
+        return {}
+    if set(config.cells) != set(CELLS):
+        raise EncoderError(f"{folder / ENCODER}: cells are {', '.join(sorted(config.cells))}, not {', '.join(CELLS)}")
+    files = {}
+    for cell in CELLS:
+        name = config.cells[cell]
+        if Path(name).name != name or not (folder / name).is_file():
+            raise EncoderError(f"{folder / ENCODER}: there is no file {name!r} beside it, the cell {cell}")
+        files[cell] = folder / name
+    return files
+
+
 def hash_files(folder: Path) -> dict[str, str]:
     """The sha256 of each of the encoder's files, by its place in the folder. Raises as `encoder_files` does."""
     return {file.relative_to(folder).as_posix(): sha256(file) for file in encoder_files(folder)}
 
 
 # ---------------------------------------------------------------------------------------------- settings
+
+
+class _Encoder(msgspec.Struct):
+    cells: dict[str, str] | None = None
 
 
 class _Module(msgspec.Struct):
