@@ -27,7 +27,7 @@ MIN_REST = 60  # characters after the first sentence, for it to be asked for by 
 MAX_TITLE = 200
 
 
-def from_docstrings(path: Path, seed: int) -> list[Row]:
+def from_docstrings(path: Path, rng: np.random.Generator) -> list[Row]:
     """The first sentence asks for the rest; where there is no rest, the name's words ask for the sentence."""
     rows: list[Row] = []
     seen = set()
@@ -46,7 +46,7 @@ def from_docstrings(path: Path, seed: int) -> list[Row]:
             name = entry["id"].rpartition(".")[2]
             words = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).replace("_", " ").strip()
             rows.append((f"{entry['id']}: {title}"[:MAX_CHARS], words if " " in words else None))
-    order = np.random.default_rng(seed).permutation(len(rows))
+    rng.shuffle(order := list(range(len(rows))))
     return [rows[i] for i in order[:MAX_DOCSTRINGS]]
 
 
@@ -63,11 +63,10 @@ def from_tldr(folder: Path) -> list[Row]:
     return rows + [(text, None) for text in pq.read_table(folder / "peps.parquet")["text"].to_pylist()]
 
 
-def from_glosses(path: Path, seed: int) -> list[Row]:
+def from_glosses(path: Path, rng: np.random.Generator) -> list[Row]:
     """Words and what they mean, `lemma, synonyms: gloss`: general English."""
     glosses = pq.read_table(path)["text"].to_pylist()
-    order = np.random.default_rng(seed).permutation(len(glosses))
-    return [(glosses[i], None) for i in order[:MAX_GLOSSES]]
+    return [(glosses[i], None) for i in rng.permutation(len(glosses))[:MAX_GLOSSES]]
 
 
 def main() -> None:
@@ -76,8 +75,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
-    rows = from_docstrings(options.docstrings, options.seed)
-    rows += from_tldr(options.tldr) + from_glosses(options.glosses, options.seed)
+    rng = np.random.default_rng(options.seed)
+    glosses = from_glosses(options.glosses, rng)
+    rows = from_docstrings(options.docstrings, rng) + from_tldr(options.tldr) + glosses
     pq.write_table(pa.table({"text": [text for text, _ in rows], "query": [query for _, query in rows]}), options.out)
     print(f"{options.out}: {len(rows):,} texts, {sum(query is not None for _, query in rows):,} with a query")
 
