@@ -609,7 +609,7 @@ def test_runs_of_one_size_give_a_rate() -> None:
         times.learn(4, 100, 0.002)
     assert 490 <= times.budget(0.01) <= 510
     times.learn(1, 12, 0.001)
-    assert times.single(15) == 0.001 and times.single(16) is None
+    assert times.single(15) == times.single(3) == 0.001 and times.single(16) is None
 
 
 def test_an_encoder_is_an_encoder() -> None:

@@ -6,6 +6,8 @@ import base64
 import datetime as dt
 import json
 import struct
+import textwrap
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -632,6 +634,7 @@ def test_a_wedged_encoder_turns_readyz_red_until_it_is_replaced() -> None:
     """)
     with service.running(service.index("texts"), prelude, encoder_stall_s=0.5, inline_ms=0) as running:
         assert len(running.search(text="river")["results"]) == 10
+        running.expected.append("failed")
         reply = running.post("/search", {"text": "river " * 20, "timeout_ms": 20_000})
         assert reply.status == 500 and "took longer than encoder_stall_s, 0.5 s" in reply.message
         reply = running.get("/readyz")

@@ -42,8 +42,10 @@ class Plan:
 class Served:
     """One opened version. It stays open until it is retired and its last user has let go."""
 
-    def __init__(self, folder: IndexFolder, version: str, settings: ServeSettings, encoders: EncoderPool) -> None:
-        """Verify and open a version, and answer one query with it.
+    def __init__(
+        self, folder: IndexFolder, version: str, settings: ServeSettings, encoders: EncoderPool | None = None
+    ) -> None:
+        """Verify and open a version, and answer one query with it. Without a pool its encoder is its own.
 
         Raises ArtifactDamaged, ArtifactUnfit or EncoderMismatch; nothing stays open then.
         """
@@ -60,7 +62,7 @@ class Served:
         self._lock = threading.Lock()
         self.shards: list[Shard] = []
         self.encoder: PooledEncoder | None = None
-        self._encoders = encoders
+        self._encoders = encoders if encoders is not None else EncoderPool(settings, Metrics())
         self._encoder_folder = Path(settings.encoder) if settings.encoder else path / ENCODER_FOLDER
         try:
             self.manifest = read_manifest(path)

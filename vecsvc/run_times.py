@@ -7,6 +7,7 @@ from typing import Final
 MIN_RUN_TOKENS: Final = 64  # a run may have so many tokens, however slow the model is
 MAX_RUN_TOKENS: Final = 16_384  # and no more than so many, however fast: padding and memory grow with it
 FIRST_RUN_TOKENS: Final = 256  # before anything was measured
+MAX_LENGTH: Final = 32  # binary digits of a number of tokens
 _KEEP: Final = 0.95  # weight of what was known beside a new measurement: the last 20 runs count
 _KEEP_SINGLE: Final = 0.8
 
@@ -31,8 +32,10 @@ class RunTimes:
             self._single[length] = _KEEP_SINGLE * before + (1 - _KEEP_SINGLE) * seconds
 
     def single(self, tokens: int) -> float | None:
-        """Seconds that a run of one text of about so many tokens takes; None before one was seen."""
-        return self._single.get(tokens.bit_length())
+        """Seconds that a run of one text of about so many tokens takes, at most; None before such a one was seen."""
+        length = tokens.bit_length()
+        # A longer text that was measured tells as well: a shorter one takes no longer.
+        return next((self._single[n] for n in range(length, MAX_LENGTH) if n in self._single), None)
 
     def budget(self, run_s: float) -> int:
         """Tokens, padding included, of a run that takes about `run_s`."""
