@@ -18,7 +18,7 @@ from vecsvc.encoder_workers import start_worker
 from vecsvc.encoders.base import Encoder, EncoderSpec, Role, StepEncoder
 from vecsvc.errors import DeadlineExceeded, EncoderError, NotReady, Overloaded
 from vecsvc.lanes import NEAR_TOKENS, OVERTAKING_RUNS, Lane, Lanes, Request
-from vecsvc.run_times import FIRST_RUN_TOKENS, MAX_RUN_TOKENS, MIN_RUN_TOKENS, RunTimes
+from vecsvc.run_times import FIRST_RUN_TOKENS, GROWTH, MAX_RUN_TOKENS, MIN_RUN_TOKENS, RunTimes
 from vecsvc.tokenizer import Tokens
 from vecsvc.types import Vectors
 
@@ -204,7 +204,7 @@ def test_what_waits_goes_in_one_run_when_the_model_is_free() -> None:
 def test_texts_of_unlike_length_do_not_share_a_run() -> None:
     async def scene(world: World) -> None:
         first = await world.held()
-        tasks = [world.ask([text(number, length)]) for number, length in ((2, 5), (3, 200), (4, 6), (5, 210))]
+        tasks = [world.ask([text(number, length)]) for number, length in ((2, 5), (3, 100), (4, 6), (5, 105))]
         await world.release()
         await asyncio.gather(first, *tasks)
         assert [sorted(run) for run in world.encoder.runs] == [[1], [2, 4], [3, 5]]
@@ -600,14 +600,17 @@ def test_the_budget_follows_what_runs_take() -> None:
     for tokens in [16, 500, 64, 1000, 256] * 12:
         times.learn(2, tokens, 0.001 + 1e-4 * tokens)  # another process takes half of the machine
     assert 85 <= times.budget(0.01) <= 95
-    assert times.budget(1e-9) == MIN_RUN_TOKENS and times.budget(1e9) == MAX_RUN_TOKENS
+    assert times.budget(1e-9) == MIN_RUN_TOKENS and times.budget(1e9) == GROWTH * 1000
+    times.learn(2, MAX_RUN_TOKENS, 1.0)
+    assert times.budget(1e9) == MAX_RUN_TOKENS
 
 
 def test_runs_of_one_size_give_a_rate() -> None:
     times = RunTimes()
     for _ in range(5):
-        times.learn(4, 100, 0.002)
-    assert 490 <= times.budget(0.01) <= 510
+        times.learn(4, 100, 0.004)
+    assert 245 <= times.budget(0.01) <= 255
+    assert times.budget(1.0) == GROWTH * 100
     times.learn(1, 12, 0.001)
     assert times.single(15) == times.single(3) == 0.001 and times.single(16) is None
 

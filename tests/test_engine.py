@@ -634,17 +634,18 @@ def test_a_caller_who_is_cancelled_while_his_text_waits_gives_everything_back() 
         encoder = engine.catalog.get(None).encoder
         assert encoder is not None
         gate, model = threading.Event(), encoder.batcher.encoder
-        original = model.run
+        original, entered = model.run, []
 
         def held(tokens: Any) -> Any:
+            entered.append(tokens)
             assert gate.wait(20)
             return original(tokens)
 
         model.run = held  # type: ignore[method-assign]
-        first, second = (
-            asyncio.create_task(engine.search(None, TextQuery([text]), SearchSettings(timeout_ms=20_000)))
-            for text in ("river", "cat")
-        )
+        settings = SearchSettings(timeout_ms=20_000)
+        first = asyncio.create_task(engine.search(None, TextQuery(["river"]), settings))
+        await until(lambda: bool(entered))
+        second = asyncio.create_task(engine.search(None, TextQuery(["cat"]), settings))
         await until(lambda: encoder.batcher.waiting_tokens > 0)
         second.cancel()
         with pytest.raises(asyncio.CancelledError):

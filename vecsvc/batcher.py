@@ -40,8 +40,9 @@ class RunFacts(msgspec.Struct, frozen=True):
     """What one run of the model was, for metrics."""
 
     lane: LaneName
-    texts: int
-    tokens: int  # without padding
+    size: int  # texts in it
+    texts: int  # of them, those that came new: in a batch that goes by steps most are old
+    tokens: int  # of the new ones, without padding
     seconds: float
     waited_s: tuple[float, ...]  # of each request whose first text was in it
     failed: bool
@@ -160,7 +161,7 @@ class Batcher:
             seconds = time.perf_counter() - started
             self.times.learn(1, cost(tokens[0]), seconds)
             self.failures = self.failures + 1 if vectors is None else 0
-            self._observe(RunFacts("interactive", 1, len(tokens[0]), seconds, (0.0,), vectors is None))
+            self._observe(RunFacts("interactive", 1, 1, len(tokens[0]), seconds, (0.0,), vectors is None))
         return Done(vectors, seconds, 0.0)
 
     def _submit(self, request: Request, lane: LaneName) -> None:

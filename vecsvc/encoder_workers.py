@@ -95,7 +95,7 @@ class _Worker:
         seconds: float,
     ) -> None:
         tokens = sum(len(request.tokens[at]) for request, at in counted)
-        facts = RunFacts(run.lane, len(counted), tokens, seconds, run.waited_s, bool(failed))
+        facts = RunFacts(run.lane, len(run.places), len(counted), tokens, seconds, run.waited_s, bool(failed))
         self.batcher.finish(self.number, run, found, failed, seconds, facts)
 
 
@@ -133,7 +133,7 @@ class _StepWorker(_Worker):
         spare = (room + len(self._inside)) // SPARE_PART
         joining = lanes.take_any(room, spare if self._inside else min(spare, room - 1))
         places = [*self._inside.values(), *joining]
-        return Run("interactive", places) if places else None
+        return Run((joining or places)[0][0].lane, places) if places else None
 
     def _advance(self, run: Run, new: Sequence[Place]) -> None:
         started = time.perf_counter()

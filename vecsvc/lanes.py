@@ -29,6 +29,7 @@ class Request:
         "deadline",
         "failed",
         "gone",
+        "lane",
         "left",
         "lengths",
         "missing",
@@ -43,6 +44,7 @@ class Request:
         self.tokens = tokens
         self.deadline = deadline
         self.gone = gone
+        self.lane: LaneName = "interactive"  # where it waits
         lengths = [cost(one) for one in tokens]
         # Texts that no run has taken yet, the shortest first.
         self.left = sorted(range(len(tokens)), key=lengths.__getitem__)
@@ -158,6 +160,7 @@ class Lanes:
         return self._lanes[name].tokens
 
     def add(self, request: Request, name: LaneName) -> None:
+        request.lane = name
         self._lanes[name].add(request)
 
     def sweep(self, now: float) -> list[Request]:

@@ -56,7 +56,10 @@ class QueryEncoder:
         """Encode the canary texts, learn what runs cost, and return their vectors (n, dim). For opening threads."""
         encoder, times = self.batcher.encoder, self.batcher.times
         tokens = encoder.split(CANARY_TEXTS)
-        encoder.run(tokens)
+        for _ in range(2):
+            started = time.perf_counter()
+            encoder.run(tokens)
+        times.learn(len(tokens), len(tokens) * max(len(one) or 1 for one in tokens), time.perf_counter() - started)
         for one in tokens * WARM_UP_RUNS:
             started = time.perf_counter()
             encoder.run([one])
@@ -143,7 +146,7 @@ class QueryEncoder:
     def _observe(self, facts: RunFacts) -> None:
         metrics, name = self._metrics, self.spec.name
         metrics.encoder_run(name, facts.lane).observe(facts.seconds)
-        metrics.encoder_batch(name, facts.lane).observe(facts.texts)
+        metrics.encoder_batch(name, facts.lane).observe(facts.size)
         metrics.encoder_tokens(name, facts.lane).inc(facts.tokens)
         for seconds in facts.waited_s:
             metrics.encoder_queue(name, facts.lane).observe(seconds)

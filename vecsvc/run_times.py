@@ -7,6 +7,7 @@ from typing import Final
 MIN_RUN_TOKENS: Final = 64  # a run may have so many tokens, however slow the model is
 MAX_RUN_TOKENS: Final = 16_384  # and no more than so many, however fast: padding and memory grow with it
 FIRST_RUN_TOKENS: Final = 256  # before anything was measured
+GROWTH: Final = 4  # no run is planned to be so many times larger than any that was measured
 MAX_LENGTH: Final = 32  # binary digits of a number of tokens
 _KEEP: Final = 0.95  # weight of what was known beside a new measurement: the last 20 runs count
 _KEEP_SINGLE: Final = 0.8
@@ -20,12 +21,14 @@ class RunTimes:
 
     def __init__(self) -> None:
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # weights, tokens, seconds, tokens squared, tokens times seconds
+        self._largest = 0  # tokens of the largest run so far
         self._single: dict[int, float] = {}  # by the binary length of the number of tokens
 
     def learn(self, texts: int, tokens: int, seconds: float) -> None:
         """A run of so many texts and tokens, padding included, took so long."""
         n, x, y, xx, xy = (_KEEP * value for value in self._sums)
         self._sums = (n + 1, x + tokens, y + seconds, xx + tokens * tokens, xy + tokens * seconds)
+        self._largest = max(self._largest, tokens)
         if texts == 1:
             length = tokens.bit_length()
             before = self._single.get(length, seconds)
@@ -49,4 +52,6 @@ class RunTimes:
             start = (y - slope * x) / n
             if slope > 0 and start >= 0:
                 fixed, each = start, slope
-        return int(min(max((run_s - fixed) / each, MIN_RUN_TOKENS), MAX_RUN_TOKENS))
+        # A line through small runs says little about large ones, so runs grow by steps that are measured.
+        most = min(MAX_RUN_TOKENS, max(FIRST_RUN_TOKENS, GROWTH * self._largest))
+        return int(min(max((run_s - fixed) / each, MIN_RUN_TOKENS), most))
