@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,9 +204,9 @@ def test_a_version_that_failed_is_not_tried_again_until_current_changes_or_someb
     tried: list[str] = []
     served = catalog_module.Served
 
-    def counted(folder: IndexFolder, version: str, settings: ServeSettings) -> Served:
+    def counted(folder: IndexFolder, version: str, *others: Any) -> Served:
         tried.append(version)
-        return served(folder, version, settings)
+        return served(folder, version, *others)
 
     monkeypatch.setattr(catalog_module, "Served", counted)
     with caplog.at_level(logging.ERROR):

@@ -30,7 +30,8 @@ _ERRORS: Final = {
     413: "the body has more than {max_query_bytes} bytes, that of a batch more than {max_body_bytes}",
     415: "the body has another type, or is compressed",
     422: "well-formed, but wrong: the message names the value and what would be right",
-    429: "{max_in_flight} requests are in flight, or {max_buffered_bytes} bytes of bodies; see Retry-After",
+    429: "{max_in_flight} requests are in flight, or {max_buffered_bytes} bytes of bodies, "
+    "or {max_waiting_tokens} tokens wait for an encoder; see Retry-After",
     500: "the service failed",
     503: "not ready; the message says why",
     504: "the deadline timeout_ms passed",
