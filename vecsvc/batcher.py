@@ -1,7 +1,374 @@
-"""Gathers waiting texts into one run of the encoder.
+"""Gathers waiting texts into one run of the encoder, with two lanes, a deadline for each caller, and no timer.
+
+What waits goes as soon as the model is free. Interactive requests overtake bulk ones, and no run of either lane is
+planned to hold the model longer than `run_s`; so a query that comes while a large job is under way waits for the end
+of one short run.
 
 The seam to encoders is `encoders/base.py`: an `Encoder` has `run(tokens)`, one run of its model over a batch that is
 chosen here. A `StepEncoder` brings a `Stepper` besides, and its texts join and leave the running batch between
-steps. In both cases queues, lanes, deadlines, cancellations, errors and delivery are this module's, so a scheduler of
-cells is a plain object that one thread uses: `room`, `join`, `drop`, `step`, `len`.
+steps. In both cases queues, lanes, deadlines, cancellations, errors and delivery are kept here, so a scheduler of
+cells is a plain object that one thread uses: `room`, `join`, `drop`, `step`, `len`. The threads that run either kind
+are in `encoder_workers.py`.
 """
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from vecsvc.encoders.base import Encoder
+from vecsvc.errors import DeadlineExceeded, EncoderError, NotReady, Overloaded, VecsvcError
+from vecsvc.lanes import LaneName, Lanes, Place, Request, cost
+from vecsvc.run_times import RunTimes
+from vecsvc.tokenizer import Tokens
+from vecsvc.types import Vectors
+
+CLOSE_S: Final = 1.0  # how long `close` waits for a run under way
+
+
+class RunFacts(msgspec.Struct, frozen=True):
+    """What one run of the model was, for metrics."""
+
+    lane: LaneName
+    texts: int
+    tokens: int  # without padding
+    seconds: float
+    waited_s: tuple[float, ...]  # of each request whose first text was in it
+    failed: bool
+
+
+class Done(msgspec.Struct, frozen=True):
+    """What became of the texts of one request, and where the time went."""
+
+    vectors: Vectors  # (n, dim)
+    run_s: float  # in runs of the model
+    queue_s: float  # waiting for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSettings:
+    run_s: float = 0.01  # no run is planned to be longer: more is better for throughput, worse for who comes meanwhile
+    inline_s: float = 0.0005  # a lone text whose like took less is run in its caller's thread
+    max_waiting_tokens: int = 1 << 20  # in each lane
+    workers: int = 1  # runs at the same time
+
+
+class Waiting(Request):
+    """A request of the event loop that `future` belongs to; the future is done when its caller has gone, too."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, tokens: Sequence[Tokens], dim: int, deadline: float, future: asyncio.Future[None]) -> None:
+        super().__init__(tokens, dim, deadline, future.done)
+        self.future = future
+
+
+class Run:
+    """Texts that are in the model now."""
+
+    __slots__ = ("lane", "places", "started", "waited_s")
+
+    def __init__(self, lane: LaneName, places: Sequence[Place]) -> None:
+        self.lane = lane
+        self.places = places
+        self.started = time.perf_counter()
+        self.waited_s: tuple[float, ...] = ()
+
+
+class Batcher:
+    """The queue of one encoder, for callers in event loops and for the workers that run it."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        settings: BatchSettings,
+        start_worker: Callable[[Batcher, Encoder, int], threading.Thread],
+        observe: Callable[[RunFacts], None] = lambda facts: None,
+    ) -> None:
+        """`observe` is called once for each run, in the event loop of one of its callers."""
+        self.encoder = encoder
+        self.settings = settings
+        self.times = RunTimes()
+        self.failures = 0  # runs in a row that gave nothing
+        self.problem = ""  # why nothing is taken in; empty where it is
+        self._start_worker = start_worker
+        self._observe = observe
+        # What follows is changed by whoever holds `_changed`; workers wait for it.
+        self._changed = threading.Condition()
+        self._lanes = Lanes()
+        self._runs: dict[int, Run] = {}  # by worker
+        self._workers: dict[int, threading.Thread] = {}
+        self._numbers = itertools.count()
+        self._closed = False
+        with self._changed:
+            self._start()
+
+    # ------------------------------------------------------------------------------------------- for callers
+
+    async def encode(self, tokens: Sequence[Tokens], deadline: float, lane: LaneName | None = None) -> Done:
+        """The vectors of the texts. Without a lane, what one run can do is interactive, and more than that bulk.
+
+        Raises Overloaded at once where too much waits, NotReady while the encoder is being replaced,
+        DeadlineExceeded when `deadline` (seconds of time.monotonic()) passes, EncoderError where the model fails.
+        """
+        if not tokens:
+            return Done(np.empty((0, self.encoder.spec.dim), dtype=np.float32), 0.0, 0.0)
+        if len(tokens) == 1 and lane != "bulk":
+            found = self._run_here(tokens)
+            if found is not None:
+                return found
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        request = Waiting(tokens, self.encoder.spec.dim, deadline, future)
+        self._submit(request, lane if lane is not None else self._lane(tokens))
+        timer = loop.call_later(max(0.0, deadline - time.monotonic()), _expire, future)
+        try:
+            # Where the caller is cancelled so is the future, and the workers drop what is left of the request.
+            await future
+        finally:
+            timer.cancel()
+        return Done(request.vectors, request.run_s, max(0.0, time.perf_counter() - request.queued - request.run_s))
+
+    def _lane(self, tokens: Sequence[Tokens]) -> LaneName:
+        """A request that one run can do delays nobody for longer than any other, so it may overtake."""
+        padded = max(map(cost, tokens)) * len(tokens)
+        return "interactive" if len(tokens) == 1 or padded <= self.times.budget(self.settings.run_s) else "bulk"
+
+    def _run_here(self, tokens: Sequence[Tokens]) -> Done | None:
+        """Run a short text in the caller's thread while the model is free: to wake a worker would cost more."""
+        expected = self.times.single(cost(tokens[0]))
+        if expected is None or expected > self.settings.inline_s:
+            return None
+        with self._changed:
+            if self._lanes or self._runs or self.problem or self._closed:
+                return None
+        started = time.perf_counter()
+        vectors: Vectors | None = None
+        try:
+            vectors = run_checked(self.encoder, tokens)
+        finally:
+            seconds = time.perf_counter() - started
+            self.times.learn(1, cost(tokens[0]), seconds)
+            self.failures = self.failures + 1 if vectors is None else 0
+            self._observe(RunFacts("interactive", 1, len(tokens[0]), seconds, (0.0,), vectors is None))
+        return Done(vectors, seconds, 0.0)
+
+    def _submit(self, request: Request, lane: LaneName) -> None:
+        with self._changed:
+            self._check_open()
+            waiting = self._lanes.tokens(lane)
+            # A request that is larger than the bound may come when nobody else waits.
+            if waiting and waiting + request.waiting_tokens > self.settings.max_waiting_tokens:
+                raise Overloaded(
+                    f"{waiting} tokens wait for the encoder and {request.waiting_tokens} came, "
+                    f"the limit max_waiting_tokens is {self.settings.max_waiting_tokens}"
+                )
+            request.queued = time.perf_counter()
+            self._lanes.add(request, lane)
+            self._changed.notify()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise NotReady(f"encoder {self.encoder.spec.name!r} was closed")
+        if self.problem:
+            raise NotReady(self.problem)
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self._lanes.tokens("interactive") + self._lanes.tokens("bulk")
+
+    def close(self) -> None:
+        """Runs under way end, and their callers get what they gave; who still waits is told. May be called twice."""
+        with self._changed:
+            self._closed = True
+            waiting = self._lanes.clear()
+            workers = list(self._workers.values())
+            self._changed.notify_all()
+        self._tell(waiting, NotReady(f"encoder {self.encoder.spec.name!r} was closed"))
+        for worker in workers:
+            if worker is not threading.current_thread():
+                worker.join(CLOSE_S)
+        self.encoder.close()
+
+    # ---------------------------------------------------------------------------------------- for the keeper
+
+    def longest_run_s(self) -> float:
+        """How long the oldest run under way has been going; 0 where there is none."""
+        now = time.perf_counter()
+        with self._changed:
+            return max((now - run.started for run in self._runs.values()), default=0.0)
+
+    def suspend(self, problem: str) -> None:
+        """Take in nothing more, tell the callers of the runs under way, and forget these runs. Others go on waiting."""
+        with self._changed:
+            self.problem = problem
+            told = [request for run in self._runs.values() for request in fail(run.places)]
+            self._runs.clear()
+            self._workers.clear()  # they notice when their runs end, if ever
+            self._changed.notify_all()
+        self._tell(told, EncoderError(problem))
+
+    def resume(self, encoder: Encoder) -> None:
+        """Go on with another session of the same encoder."""
+        with self._changed:
+            if not self._closed:
+                self.encoder = encoder
+                self.failures = 0
+                self.problem = ""
+                self._start()
+                return
+        encoder.close()
+
+    def _start(self) -> None:
+        for _ in range(self.settings.workers):
+            number = next(self._numbers)
+            self._workers[number] = self._start_worker(self, self.encoder, number)
+
+    # ----------------------------------------------------------------------------------------- for the workers
+
+    def wait(self, number: int, choose: Callable[[Lanes], Run | None], inside: bool = False) -> Run | None:
+        """What `choose` picks once something waits, or at once for a worker with texts inside; None: it must end.
+
+        Called with nothing waiting, `choose` may return None, and is called again when there is news.
+        """
+        while True:
+            late: list[Request] = []
+            with self._changed:
+                while True:
+                    if (self._closed and not inside) or number not in self._workers:
+                        return None
+                    late = self._lanes.sweep(time.monotonic())
+                    run = choose(self._lanes) if inside or self._lanes else None
+                    if run is not None:
+                        run.waited_s = _begin(run.places)
+                        self._runs[number] = run
+                    if run is not None or late:
+                        break
+                    self._changed.wait()
+            if late:
+                self._tell(late, DeadlineExceeded("the deadline passed before the encoder was free"))
+            if run is not None:
+                return run
+
+    def retry(self, number: int, run: Run) -> bool:
+        """Note that a worker begins a part of its run anew; False where it is no longer wanted."""
+        with self._changed:
+            run.started = time.perf_counter()
+            return number in self._workers
+
+    def finish(
+        self,
+        number: int,
+        run: Run,
+        vectors: Iterable[tuple[Place, NDArray[np.float32]]],
+        failed: Sequence[tuple[Sequence[Place], Exception]],
+        seconds: float,
+        facts: RunFacts | None,
+    ) -> None:
+        """Take what a run gave; the callers of requests that are whole, or failed, are told."""
+        ready: list[Request] = []
+        errors: list[tuple[list[Request], Exception]] = []
+        with self._changed:
+            if self._runs.pop(number, None) is None:
+                return  # it took too long, and its callers were told so
+            for request in {id(request): request for request, _ in run.places}.values():
+                request.run_s += seconds
+            gave = False
+            for (request, at), vector in vectors:
+                gave = True
+                request.vectors[at] = vector
+                request.missing -= 1
+                if not request.missing and not request.failed:
+                    ready.append(request)
+            for places, error in failed:
+                errors.append((fail(places), error))
+            if gave or failed:
+                self.failures = 0 if gave else self.failures + 1
+        loop = run.places[0][0].future.get_loop() if run.places and isinstance(run.places[0][0], Waiting) else None
+        if facts is not None and loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody is left to be told
+                loop.call_soon_threadsafe(self._observe, facts)
+        self._tell(ready, None)
+        for requests, error in errors:
+            self._tell(requests, error)
+
+    def give_up(self, places: Iterable[Place]) -> None:
+        """Tell the callers of texts that were inside an encoder that is no longer wanted."""
+        with self._changed:
+            told = fail(places)
+        self._tell(told, EncoderError(self.problem or f"encoder {self.encoder.spec.name!r} was closed"))
+
+    def fail_all(self, number: int, error: Exception) -> None:
+        """After a bug of ours in a worker: tell everybody, so that nobody waits for ever, and begin anew."""
+        with self._changed:
+            run = self._runs.pop(number, None)
+            told = (fail(run.places) if run is not None else []) + self._lanes.clear()
+        self._tell(told, EncoderError(f"the batcher failed: {type(error).__name__}: {error}"))
+
+    def _tell(self, requests: Sequence[Request], error: Exception | None) -> None:
+        loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        for request in requests:
+            if isinstance(request, Waiting):
+                loops.setdefault(request.future.get_loop(), []).append(request.future)
+        for loop, futures in loops.items():
+            with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody is left to be told
+                loop.call_soon_threadsafe(_resolve, futures, error)
+
+
+def run_checked(encoder: Encoder, tokens: Sequence[Tokens]) -> Vectors:
+    """One run, whose errors are EncoderErrors whatever the encoder is made of."""
+    try:
+        vectors = encoder.run(tokens)
+    except VecsvcError:
+        raise
+    except Exception as error:
+        raise EncoderError(f"encoder {encoder.spec.name!r} failed: {type(error).__name__}: {error}") from error
+    if vectors.shape != (len(tokens), encoder.spec.dim):
+        raise EncoderError(
+            f"encoder {encoder.spec.name!r} gave {vectors.shape}, expected {(len(tokens), encoder.spec.dim)}"
+        )
+    return vectors
+
+
+def fail(places: Iterable[Place]) -> list[Request]:
+    """Mark the requests of these texts as failed, and return those that were not before."""
+    found = {id(request): request for request, _ in places if not request.failed}
+    for request in found.values():
+        request.failed = True
+    return list(found.values())
+
+
+def _begin(places: Sequence[Place]) -> tuple[float, ...]:
+    """Note that the requests' first texts are taken; the seconds that each has waited for that."""
+    now = time.perf_counter()
+    waited = []
+    for request, _ in places:
+        if not request.begun:
+            request.begun = True
+            waited.append(now - request.queued)
+    return tuple(waited)
+
+
+def _resolve(futures: Sequence[asyncio.Future[None]], error: Exception | None) -> None:
+    for future in futures:
+        if future.done():
+            continue
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+
+def _expire(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_exception(DeadlineExceeded("no vectors within timeout_ms; ask for less, or allow more time"))

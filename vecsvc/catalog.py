@@ -11,12 +11,13 @@ import numpy as np
 
 from vecsvc import indexes
 from vecsvc.config import ServeSettings
-from vecsvc.encoders.base import Encoder, check_canaries
-from vecsvc.encoders.onnx import open_encoder
+from vecsvc.encoder_pool import EncoderPool, PooledEncoder
+from vecsvc.encoders.base import check_canaries
 from vecsvc.errors import ArtifactDamaged, ArtifactUnfit, EncoderMismatch, NotReady, UnknownIndex, VecsvcError
 from vecsvc.manifest import Manifest, check_files, read_manifest
 from vecsvc.shard import Shard
 from vecsvc.storage import MANIFEST, IndexFolder, Lease, index_folders
+from vecsvc.telemetry import Metrics
 from vecsvc.types import SearchSettings, ServedIndex
 
 log: Final = logging.getLogger("vecsvc.catalog")
@@ -41,7 +42,7 @@ class Plan:
 class Served:
     """One opened version. It stays open until it is retired and its last user has let go."""
 
-    def __init__(self, folder: IndexFolder, version: str, settings: ServeSettings) -> None:
+    def __init__(self, folder: IndexFolder, version: str, settings: ServeSettings, encoders: EncoderPool) -> None:
         """Verify and open a version, and answer one query with it.
 
         Raises ArtifactDamaged, ArtifactUnfit or EncoderMismatch; nothing stays open then.
@@ -58,7 +59,9 @@ class Served:
         self._retired = False
         self._lock = threading.Lock()
         self.shards: list[Shard] = []
-        self.encoder: Encoder | None = None
+        self.encoder: PooledEncoder | None = None
+        self._encoders = encoders
+        self._encoder_folder = Path(settings.encoder) if settings.encoder else path / ENCODER_FOLDER
         try:
             self.manifest = read_manifest(path)
             check_files(path, self.manifest.files(), hashes=settings.verify == "hash")
@@ -85,13 +88,31 @@ class Served:
             self.params: Any = indexes.search_params(manifest.spec.kind, **manifest.search)
         except VecsvcError as error:
             raise ArtifactUnfit(f"{path / MANIFEST}: search: {error}") from error
-        self.encoder = _open_encoder(path, manifest, settings)
+        self._open_encoder(path, manifest, settings)
         # The first query pays for page faults and lazy set-up, so it is ours and not a user's.
         for shard in self.shards:
             if shard.size:
                 query = np.asarray(shard.vectors[:1], dtype=np.float32)
                 if manifest.metric != "cosine" or query.any():
                     shard.search(query, min(10, shard.size), self.params)
+
+    def _open_encoder(self, path: Path, manifest: Manifest, settings: ServeSettings) -> None:
+        built, folder = manifest.encoder, self._encoder_folder
+        if not settings.encoder:
+            if built is None:
+                return
+            _refuse_unlisted(path, folder, manifest)
+        name = folder.name if settings.encoder or built is None else built.name
+        self.encoder = self._encoders.take(folder, name)
+        spec = self.encoder.spec
+        if spec.dim != manifest.spec.dim:
+            raise EncoderMismatch(
+                f"encoder {spec.name!r} gives dim {spec.dim}, index {manifest.name!r} has dim {manifest.spec.dim}"
+            )
+        if built is not None:
+            found = self.encoder.encode_now([c.text for c in built.canaries])
+            expected = np.array([c.vector for c in built.canaries], dtype=np.float32)
+            check_canaries(spec.name, found, built.name, expected)
 
     def plan(self, settings: SearchSettings) -> Plan:
         """What these settings mean for this version, and what a question with them costs.
@@ -145,36 +166,9 @@ class Served:
         for shard in self.shards:
             shard.close()
         if self.encoder is not None:
-            self.encoder.close()
+            self._encoders.release(self.encoder, self._encoder_folder)
             self.encoder = None
         self._lease.release()
-
-
-def _open_encoder(path: Path, manifest: Manifest, settings: ServeSettings) -> Encoder | None:
-    built = manifest.encoder
-    if settings.encoder:
-        folder = Path(settings.encoder)
-        encoder = open_encoder(folder, name=folder.name, device=settings.device)
-    elif built is not None:
-        folder = path / ENCODER_FOLDER
-        _refuse_unlisted(path, folder, manifest)
-        encoder = open_encoder(folder, name=built.name, device=settings.device)
-    else:
-        return None
-    try:
-        if encoder.spec.dim != manifest.spec.dim:
-            raise EncoderMismatch(
-                f"encoder {encoder.spec.name!r} gives dim {encoder.spec.dim}, "
-                f"index {manifest.name!r} has dim {manifest.spec.dim}"
-            )
-        if built is not None:
-            found = encoder.encode([c.text for c in built.canaries], "query")
-            expected = np.array([c.vector for c in built.canaries], dtype=np.float32)
-            check_canaries(encoder.spec.name, found, built.name, expected)
-    except BaseException:
-        encoder.close()
-        raise
-    return encoder
 
 
 def _refuse_unlisted(path: Path, folder: Path, manifest: Manifest) -> None:
@@ -188,8 +182,9 @@ def _refuse_unlisted(path: Path, folder: Path, manifest: Manifest) -> None:
 class Catalog:
     """Which version of which index serves. One thread refreshes; any number look up."""
 
-    def __init__(self, directory: Path, settings: ServeSettings) -> None:
+    def __init__(self, directory: Path, settings: ServeSettings, metrics: Metrics | None = None) -> None:
         self._directory = directory
+        self.encoders = EncoderPool(settings, metrics if metrics is not None else Metrics())
         self._settings = settings
         self._served: dict[str, Served] = {}
         self._failed: dict[str, tuple[str, str]] = {}  # index -> version that could not be opened, and why
@@ -218,7 +213,8 @@ class Catalog:
 
     def problem(self) -> str:
         """Why the service is not ready; empty where it is."""
-        return "; ".join(f"{name}: {problem}" for name, problem in self.problems.items())
+        problems = {one.spec.name: one.problem for one in self.encoders.encoders() if one.problem}
+        return "; ".join(f"{name}: {problem}" for name, problem in (*self.problems.items(), *problems.items()))
 
     def refresh(self, *, again: bool = False) -> list[tuple[str, str]]:
         """Open what CURRENT names and swap it in. Returns (index, version) of what is new.
@@ -256,7 +252,7 @@ class Catalog:
         if failed == version and not again:
             raise ArtifactUnfit(why)
         try:
-            served = Served(folder, version, self._settings)
+            served = Served(folder, version, self._settings, self.encoders)
         except NotReady:
             raise  # that passes: the next look may go better
         except VecsvcError as error:

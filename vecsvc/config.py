@@ -46,6 +46,37 @@ class ServeSettings:
         8081, "port of /metrics, probes, reload and rollback; 0 lets the system choose", low=0, high=65_535
     )
     encoder: str = option("", "folder of the encoder for queries; empty for the one inside the artifact")
+    encoder_provider: str = option(
+        "", "what encoders run on, by onnxruntime's name: cpu, cuda, openvino, ...; empty for `device`"
+    )
+    encoder_threads: int = option(
+        0, "threads of one run of an encoder; 0 for what a short measurement finds to be best", low=0, high=1024
+    )
+    encoder_instances: int = option(
+        1, "runs of an encoder at the same time: more for throughput where there are cores to spare", low=1, high=64
+    )
+    encoder_memory_mb: int = option(
+        0,
+        "most memory that an encoder's runs may take beside its weights; a run that needs more fails; 0 for no limit",
+        low=0,
+        high=1 << 20,
+    )
+    encoder_stall_s: float = option(
+        10.0, "an encoder whose run takes longer is taken for wedged, and opened anew", low=0.1, high=3600
+    )
+    encoder_cache: int = option(4096, "vectors of query texts that are remembered; 0 for none", low=0, high=10_000_000)
+    bulk_run_ms: float = option(
+        10.0,
+        "longest run of an encoder that is planned: so long may a query wait for a bulk request",
+        low=0.1,
+        high=1e4,
+    )
+    max_waiting_tokens: int = option(
+        1 << 20,
+        "tokens that wait for an encoder, of queries and of bulk requests each; more is refused with 429",
+        low=1024,
+        high=1 << 30,
+    )
     device: str = option("cpu", "where indexes and encoders that can run on a GPU run", choices=("cpu", "cuda"))
     memory: str = option(
         "ram",
@@ -84,7 +115,12 @@ class ServeSettings:
     max_k: int = option(1000, "largest k", low=1, high=100_000)
     max_depth: int = option(10_000, "largest rerank depth", low=1, high=1_000_000)
     max_batch: int = option(1024, "most queries in one batch", low=1, high=100_000)
-    max_text_chars: int = option(8192, "longest query text", low=1, high=1_000_000)
+    max_text_chars: int = option(
+        1_000_000,
+        "longest query text; what the encoder does not read of it is cut, and the answer says so",
+        low=1,
+        high=1 << 30,
+    )
     max_id_bytes: int = option(512, "longest id in UTF-8 bytes", low=1, high=65_536)
     max_filter_nodes: int = option(64, "most conditions in one filter", low=1, high=10_000)
     max_filter_values: int = option(1024, "most values of one $in", low=1, high=1_000_000)

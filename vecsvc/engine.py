@@ -16,16 +16,17 @@ from vecsvc import indexes
 from vecsvc.catalog import Catalog, Plan, Served
 from vecsvc.config import ServeSettings
 from vecsvc.distance import check_vector, score
+from vecsvc.encoders.base import Role
 from vecsvc.errors import (
     DeadlineExceeded,
     DimensionMismatch,
     InvalidParameter,
     InvalidRequest,
-    NotReady,
     Overloaded,
     UnknownId,
     UnknownParameter,
 )
+from vecsvc.query_encoder import QueryEncoder
 from vecsvc.ranking import merge_top_k
 from vecsvc.shard import Found
 from vecsvc.telemetry import Metrics
@@ -33,6 +34,7 @@ from vecsvc.types import (
     BatchAnswer,
     Condition,
     Coverage,
+    Embedded,
     Hit,
     IdQuery,
     Limit,
@@ -57,6 +59,7 @@ _HIT_BYTES: Final = 256
 _FIELD_BYTES: Final = 256
 _VALUE_BYTES: Final = 32
 SLICE: Final = 64  # queries of a batch between two looks at the deadline
+MAX_NAMED: Final = 10  # texts that an answer names one by one
 MAX_CANDIDATES: Final = 100_000  # of one query: k or rerank.depth, times k_factor
 
 
@@ -105,6 +108,8 @@ class Engine:
         work = _Work(self, served)
         try:
             search = _Search(served, query, settings, clock, self._threads)
+            if isinstance(query, TextQuery):
+                await search.encode(query.texts)
             measurable, seconds = search.measurable, search.plan.seconds
             # A hop to a thread and back costs more than a search of a graph; a long search in the event loop
             # costs everybody. So a question goes to a thread until its like was measured to be short.
@@ -121,6 +126,20 @@ class Engine:
         if stats.shortfall:
             self._metrics.shortfall(served.name).inc(stats.shortfall)
         return answer
+
+    async def embed(self, name: str | None, texts: list[str], *, role: Role, timeout_ms: float) -> Embedded:
+        """The vectors that the encoder of an index makes of the texts."""
+        if self._in_flight >= self._settings.max_in_flight:
+            raise Overloaded(f"{self._settings.max_in_flight} requests are in flight, the limit max_in_flight")
+        served = self.retained(name)
+        self._in_flight += 1
+        try:
+            encoder = _encoder(served)
+            encoded = await encoder.encode(texts, role, deadline=time.monotonic() + timeout_ms / 1e3)
+        finally:
+            self._in_flight -= 1
+            served.release()
+        return Embedded(encoded.vectors, encoded.tokens, encoded.truncated, encoder.spec.name)
 
     def retained(self, name: str | None) -> Served:
         """The version of `name` that serves, kept open until the caller releases it.
@@ -193,30 +212,28 @@ class _Search:
     def __init__(self, served: Served, query: Query, settings: SearchSettings, clock: Clock, num_threads: int) -> None:
         self.served, self.query, self.settings, self.clock = served, query, settings, clock
         self.num_threads = num_threads
+        self.vectors: Vectors | None = query.vectors if isinstance(query, VectorQuery) else None
+        self.cut: list[int] = []  # texts that were longer than the encoder reads
         self.plan = _plan(served, settings)
         _check_fields(settings.conditions, served)
         _check_size(query, settings, served)
         if isinstance(query, VectorQuery):
             _check_vectors(query.vectors, served)
-        elif isinstance(query, TextQuery) and served.encoder is None:
-            raise InvalidRequest(
-                f"index {served.name!r} has no encoder, so it takes a vector or an id, no text: "
-                "build it with --encoder, or serve with --encoder"
-            )
+        elif isinstance(query, TextQuery):
+            _encoder(served)
 
     @property
     def measurable(self) -> bool:
         """True for questions that cost about the same as others with their settings."""
-        return isinstance(self.query, VectorQuery) and len(self.query.vectors) == 1
+        return self.vectors is not None and len(self.vectors) == 1
 
     def run(self) -> BatchAnswer:
         served, clock = self.served, self.clock
         own: tuple[int, int] | None = None  # shard and label of the row that a query by id leaves out
-        if isinstance(self.query, VectorQuery):
-            queries = self.query.vectors
-        elif isinstance(self.query, TextQuery):
-            queries = self._encode(self.query.texts)
+        if self.vectors is not None:
+            queries = self.vectors
         else:
+            assert isinstance(self.query, IdQuery)
             own = self._find(self.query)
             queries = np.asarray(served.shards[own[0]].vectors[own[1] : own[1] + 1], dtype=np.float32)
         if time.monotonic() >= clock.deadline:
@@ -253,18 +270,13 @@ class _Search:
             for shard in self.served.shards
         ]
 
-    def _encode(self, texts: list[str]) -> Vectors:
-        started = time.perf_counter()
-        encoder = self.served.encoder
-        if encoder is None:
-            raise NotReady(f"the encoder of {self.served.name!r} was closed")
-        parts = []
-        for start in range(0, len(texts), SLICE):
-            if time.monotonic() >= self.clock.deadline:
-                raise DeadlineExceeded(f"the deadline passed after {start} of {len(texts)} texts were encoded")
-            parts.append(encoder.encode(texts[start : start + SLICE], "query"))
-        self.clock.encode = time.perf_counter() - started
-        return np.concatenate(parts)
+    async def encode(self, texts: list[str]) -> None:
+        """From here on the question is one by vectors."""
+        encoded = await _encoder(self.served).encode(texts, "query", deadline=self.clock.deadline)
+        self.vectors = encoded.vectors
+        self.clock.queue += encoded.queue_s
+        self.clock.encode = encoded.encode_s
+        self.cut = [at for at, cut in enumerate(encoded.truncated) if cut]
 
     def _find(self, query: IdQuery) -> tuple[int, int]:
         for shard in self.served.shards:
@@ -315,6 +327,8 @@ class _Search:
     def _answer(self, found: list[Found], hits: list[list[Hit]]) -> BatchAnswer:
         served, settings = self.served, self.settings
         degraded = []
+        if self.cut:
+            degraded.append(_cut_note(self.cut, len(hits), _encoder(served).spec.max_tokens))
         if any(part.stopped for part in found):
             degraded.append("the search was cut short")
             if not settings.partial and time.monotonic() >= self.clock.deadline:
@@ -359,6 +373,22 @@ def _sum(a: Found, b: Found) -> Found:
         took_s=a.took_s + b.took_s,
         rerank_s=a.rerank_s + b.rerank_s,
     )
+
+
+def _encoder(served: Served) -> QueryEncoder:
+    if served.encoder is None:
+        raise InvalidRequest(
+            f"index {served.name!r} has no encoder, so it takes a vector or an id, no text: "
+            "build it with --encoder, or serve with --encoder"
+        )
+    return served.encoder
+
+
+def _cut_note(cut: list[int], texts: int, max_tokens: int) -> str:
+    if texts == 1:
+        return f"the text was cut at {max_tokens} tokens"
+    more = f" and {len(cut) - MAX_NAMED} more" if len(cut) > MAX_NAMED else ""
+    return f"cut at {max_tokens} tokens: texts {', '.join(map(str, cut[:MAX_NAMED]))}{more}"
 
 
 def _ms(seconds: float) -> float:

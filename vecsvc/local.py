@@ -11,6 +11,7 @@ from vecsvc.catalog import Catalog
 from vecsvc.config import ServeSettings
 from vecsvc.engine import Engine
 from vecsvc.errors import ConfigError, InvalidRequest, NotReady
+from vecsvc.onnx_session import usable_cores
 from vecsvc.storage import index_folders
 from vecsvc.telemetry import Metrics
 from vecsvc.types import IdQuery, Query, SearchAnswer, SearchSettings, TextQuery, VectorQuery
@@ -27,7 +28,11 @@ def ask(
     encoder: str | None,
 ) -> SearchAnswer:
     """Open, ask, close. Files are checked as a service checks them."""
-    settings = ServeSettings(encoder=encoder or "", memory="mapped")
+    settings = ServeSettings(
+        encoder=encoder or "",
+        memory="mapped",
+        encoder_threads=usable_cores(),  # for a single question, finding out what is best takes longer than it saves
+    )
     if not 1 <= k <= settings.max_k:
         raise InvalidRequest(f"k must be between 1 and {settings.max_k}, got {k}")
     index_folders(directory)  # a folder without an index is the user's mistake, no service that is not ready

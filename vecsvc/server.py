@@ -77,7 +77,7 @@ class Service:
         threads = settings.search_threads or os.cpu_count() or 1
         self.settings = settings
         self.metrics = Metrics()
-        self.catalog = Catalog(directory, settings)
+        self.catalog = Catalog(directory, settings, self.metrics)
         self.engine = Engine(self.catalog, settings, self.metrics, threads)
         self.reaper = Reaper(settings)
         self.draining = False
@@ -298,6 +298,9 @@ class Service:
     async def _metrics(self, request: web.Request) -> web.Response:
         self.metrics.in_flight.set(self.engine.in_flight)
         self.metrics.ready.set(0 if self.draining or self.catalog.problem() else 1)
+        self.metrics.encoder_waiting.clear()
+        for encoder in self.catalog.encoders.encoders():
+            self.metrics.encoder_waiting.labels(encoder.spec.name).inc(encoder.batcher.waiting_tokens)
         self.metrics.version_info.clear()
         for name in self.catalog.names():
             self.metrics.version_info.labels(name, self.catalog.get(name).version).set(1)

@@ -9,7 +9,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
@@ -20,6 +20,7 @@ METRICS_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0,
 )  # fmt: skip
+_SIZES: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0)
 
 
 class Count:
@@ -38,17 +39,25 @@ class Spread:
     """A histogram of seconds, in the same way."""
 
     __slots__ = ("counts", "total")
+    bounds: tuple[float, ...] = _SECONDS
 
     def __init__(self) -> None:
-        self.counts = [0] * (len(_SECONDS) + 1)
+        self.counts = [0] * (len(self.bounds) + 1)
         self.total = 0.0
 
-    def observe(self, seconds: float) -> None:
-        self.counts[bisect_left(_SECONDS, seconds)] += 1
-        self.total += seconds
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
 
 
-C = TypeVar("C", Count, Spread)
+class Sizes(Spread):
+    """A histogram of how many."""
+
+    __slots__ = ()
+    bounds = _SIZES
+
+
+C = TypeVar("C", bound=Count | Spread)
 
 
 class Family(Generic[C]):
@@ -67,7 +76,8 @@ class Family(Generic[C]):
 
 
 class Metrics:
-    """Every metric of one service, in a registry of its own. What is counted is counted in the event loop."""
+    """Every metric of one service, in a registry of its own. What is counted is counted in the event loop,
+    but for replaced encoders, each in its keeper's thread."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -80,6 +90,27 @@ class Metrics:
         )
         self.shortfall = Family(Count, "vecsvc_shortfall_places", "Places of k that stayed empty", ("index",))
         self.swaps = Family(Count, "vecsvc_version_swaps", "Versions opened and put to serve", ("index",))
+        by_lane = ("encoder", "lane")
+        self.encoder_run = Family(Spread, "vecsvc_encoder_run_seconds", "Seconds of a run of the encoder", by_lane)
+        self.encoder_queue = Family(
+            Spread, "vecsvc_encoder_queue_seconds", "Seconds that a request waited for its first run", by_lane
+        )
+        self.encoder_batch = Family(Sizes, "vecsvc_encoder_batch_texts", "Texts in a run of the encoder", by_lane)
+        self.encoder_tokens = Family(Count, "vecsvc_encoder_tokens", "Tokens that were encoded", by_lane)
+        self.encoder_failed = Family(
+            Count, "vecsvc_encoder_failed_runs", "Runs that failed, at least in part", by_lane[:1]
+        )
+        self.cache_hits = Family(Count, "vecsvc_encoder_cache_hits", "Texts whose vector was remembered", by_lane[:1])
+        self.cache_misses = Family(Count, "vecsvc_encoder_cache_misses", "Texts whose vector was not", by_lane[:1])
+        self.encoder_replaced = Family(
+            Count,
+            "vecsvc_encoder_replacements",
+            "Sessions that were wedged or failing, and were opened anew",
+            by_lane[:1],
+        )
+        self.encoder_waiting = Gauge(
+            "vecsvc_encoder_waiting_tokens", "Tokens that wait for the encoder", ["encoder"], registry=self.registry
+        )
         self.in_flight = Gauge("vecsvc_in_flight", "Requests that search or wait to", registry=self.registry)
         self.ready = Gauge("vecsvc_ready", "1 where /readyz is green", registry=self.registry)
         self.version_info = Gauge(
@@ -89,15 +120,26 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus_client asks a collector for."""
-        for counter in (self.requests, self.shortfall, self.swaps):
+        for counter in (
+            self.requests,
+            self.shortfall,
+            self.swaps,
+            self.encoder_tokens,
+            self.encoder_failed,
+            self.cache_hits,
+            self.cache_misses,
+            self.encoder_replaced,
+        ):
             counted = CounterMetricFamily(counter.name, counter.help, labels=counter.labels)
-            for labels, count in counter.children.items():
+            for labels, count in list(counter.children.items()):
                 counted.add_metric(labels, count.value)
             yield counted
-        bounds = [*map(floatToGoString, _SECONDS), "+Inf"]
-        for histogram in (self.latency, self.search):
+        timed = (self.latency, self.search, self.encoder_run, self.encoder_queue)
+        histograms: list[Family[Spread]] = [*timed, cast("Family[Spread]", self.encoder_batch)]
+        for histogram in histograms:
             spread_out = HistogramMetricFamily(histogram.name, histogram.help, labels=histogram.labels)
-            for labels, spread in histogram.children.items():
+            for labels, spread in list(histogram.children.items()):
+                bounds = [*map(floatToGoString, spread.bounds), "+Inf"]
                 buckets = list(zip(bounds, accumulate(spread.counts), strict=True))
                 spread_out.add_metric(labels, buckets, spread.total)
             yield spread_out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Final, Literal, TypeAlias, get_args
 
 import msgspec
 import numpy as np
@@ -106,6 +106,15 @@ class IdQuery(msgspec.Struct, frozen=True):
 Query: TypeAlias = VectorQuery | TextQuery | IdQuery
 
 
+class Embedded(msgspec.Struct, frozen=True):
+    """What an encoder made of n texts, in their order."""
+
+    vectors: Vectors  # (n, dim)
+    tokens: list[int]  # of each text: what the model read, prompt and special tokens included
+    truncated: list[bool]  # True where a text had more than the encoder reads
+    encoder: str
+
+
 # Answers are msgspec structs whose fields are the JSON's: they are made and encoded in C, once per hit.
 
 
@@ -119,7 +128,7 @@ class Hit(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 class TookMs(msgspec.Struct, frozen=True, gc=False):
     total: float
-    queue: float  # waiting for a thread
+    queue: float  # waiting for a thread, or for the encoder
     encode: float
     search: float
     rerank: float
@@ -128,7 +137,10 @@ class TookMs(msgspec.Struct, frozen=True, gc=False):
 class Coverage(msgspec.Struct, frozen=True):
     shards_ok: int
     shards_total: int
-    degraded: list[str]  # why something is missing or was cut short
+    degraded: Annotated[
+        list[str],
+        msgspec.Meta(description="what was missing or cut short: a search, or a text longer than its encoder reads"),
+    ]
 
 
 class Stats(msgspec.Struct, frozen=True, gc=False):

@@ -1,0 +1,129 @@
+"""The encoders that serve: each opened once, however many indexes and versions use it, and closed after the last."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from vecsvc.batcher import BatchSettings
+from vecsvc.config import ServeSettings
+from vecsvc.encoder_keeper import EncoderKeeper
+from vecsvc.encoders.base import Encoder
+from vecsvc.encoders.folder import hash_files
+from vecsvc.encoders.measure import open_fastest
+from vecsvc.encoders.onnx import open_encoder
+from vecsvc.errors import ArtifactDamaged, EncoderError
+from vecsvc.query_encoder import QueryEncoder
+from vecsvc.telemetry import Metrics
+from vecsvc.types import Vectors
+
+_Key: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]  # name, and the files with their hashes
+
+INLINE_DEVICE: Final = "cpu"  # a run on another device waits for it, which the event loop must not
+
+
+class PooledEncoder(QueryEncoder):
+    """An encoder that several indexes may share. Each user lets go of it with `release`."""
+
+    def __init__(self, encoder: Encoder, settings: ServeSettings, metrics: Metrics, hashes: Mapping[str, str]) -> None:
+        device = encoder_device(settings)
+        batches = BatchSettings(
+            run_s=settings.bulk_run_ms / 1e3,
+            inline_s=settings.inline_ms / 1e3 if device == INLINE_DEVICE else 0.0,
+            max_waiting_tokens=settings.max_waiting_tokens,
+            workers=settings.encoder_instances,
+        )
+        super().__init__(encoder, batches, settings.encoder_cache, metrics)
+        self.hashes = hashes
+        self.folders: list[Path] = []  # one for each user; any of them holds the encoder's files
+        self._settings = settings
+        self._device = device
+        try:
+            golden = self.warm_up()
+            if not np.isfinite(golden).all():
+                raise EncoderError(f"encoder {self.spec.name!r} gives no finite vectors for the canary texts")
+        except BaseException:
+            self.close()
+            raise
+        self.golden: Vectors = golden
+        replaced = metrics.encoder_replaced(self.spec.name)
+        self.keeper = EncoderKeeper(self.batcher, self._reopen, golden, settings.encoder_stall_s, replaced.inc)
+
+    def close(self) -> None:
+        if hasattr(self, "keeper"):
+            self.keeper.close()
+        super().close()
+
+    def _reopen(self) -> Encoder:
+        """The same encoder once more; its files are hashed before a native library sees them."""
+        folder = self.folders[-1]
+        found = hash_files(folder)
+        for name in sorted(self.hashes.keys() | found.keys()):
+            if found.get(name) != self.hashes.get(name):
+                raise ArtifactDamaged(f"{folder / name}: is not the file that the encoder was opened with")
+        return _open(folder, self.spec.name, self._settings, self.hashes)
+
+
+class EncoderPool:
+    """Which encoders are open. One thread takes, any may release."""
+
+    def __init__(self, settings: ServeSettings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._open: dict[_Key, PooledEncoder] = {}
+        self._lock = threading.Lock()
+
+    def take(self, folder: Path, name: str) -> PooledEncoder:
+        """The encoder in `folder`, opened unless one of the same files and name is. Raises as open_encoder does."""
+        hashes = hash_files(folder)
+        key = (name, tuple(sorted(hashes.items())))
+        with self._lock:
+            found = self._open.get(key)
+            if found is not None:
+                found.folders.append(folder)
+                return found
+        opened = PooledEncoder(_open(folder, name, self._settings, hashes), self._settings, self._metrics, hashes)
+        with self._lock:
+            opened.folders.append(folder)
+            self._open[key] = opened
+        return opened
+
+    def release(self, encoder: PooledEncoder, folder: Path) -> None:
+        """One user of `folder` needs the encoder no more."""
+        with self._lock:
+            encoder.folders.remove(folder)
+            if encoder.folders:
+                return
+            self._open = {key: one for key, one in self._open.items() if one is not encoder}
+        encoder.close()
+
+    def encoders(self) -> list[PooledEncoder]:
+        with self._lock:
+            return list(self._open.values())
+
+
+def encoder_device(settings: ServeSettings) -> str:
+    """Where encoders run: a provider of their own, or the device of the service."""
+    return settings.encoder_provider if settings.encoder_provider else settings.device
+
+
+def _open(folder: Path, name: str, settings: ServeSettings, hashes: Mapping[str, str]) -> Encoder:
+    device = encoder_device(settings)
+
+    def open_with(threads: int) -> Encoder:
+        return open_encoder(
+            folder,
+            name=name,
+            device=device,
+            num_threads=threads,
+            memory_mb=settings.encoder_memory_mb,
+            hashes=hashes,
+        )
+
+    if settings.encoder_threads or device != INLINE_DEVICE:
+        return open_with(settings.encoder_threads)
+    return open_fastest(open_with)
