@@ -355,3 +355,65 @@ def encoder_import(source: Path, out: Path, max_tokens: int) -> None:
         f"{out}: dim {spec.dim}, {spec.pooling} pooling, {'unit length' if spec.normalize else 'not normalised'}, "
         f"at most {spec.max_tokens} tokens, fingerprint {spec.fingerprint[:16]}"
     )
+
+
+@encoder.command("distill")
+@click.option("--teacher", required=True, type=click.Path(path_type=Path), help="folder of the encoder to learn from")
+@click.option("--texts", required=True, type=click.Path(path_type=Path), help="Parquet file of texts to learn with")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="the new folder")
+@click.option("--text-column", default="text", help="column of the texts")
+@click.option("--query-column", default="query", help="column of what would be asked for the text; may be missing")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="folder that keeps the teacher's vectors for another try"
+)
+@click.option("--vocabulary", default=30_000, type=click.IntRange(100, 200_000), help="word pieces that it knows")
+@click.option("--width", default=256, type=click.IntRange(8, 1024), help="numbers that it keeps of each, a byte each")
+@click.option("--max-tokens", default=256, type=click.IntRange(1, 8192), help="texts are cut there")
+@click.option("--table-rounds", default=8, type=click.IntRange(0, 1000), help="rounds over the texts, the table alone")
+@click.option("--rounds", default=3, type=click.IntRange(0, 1000), help="rounds over the texts, the whole network")
+@click.option("--seed", default=7, type=click.IntRange(0, 2**31 - 1), help="seed of everything random")
+@_json_option
+def encoder_distill(
+    teacher: Path,
+    texts: Path,
+    out: Path,
+    text_column: str,
+    query_column: str,
+    cache: Path | None,
+    vocabulary: int,
+    width: int,
+    max_tokens: int,
+    table_rounds: int,
+    rounds: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Teach a small and fast encoder what another one knows: a CNN-LSTM learns the teacher's vectors."""
+    from index_builders.cnn_lstm_train import Training
+    from index_builders.encoder_distill import Student, distill
+
+    student = Student(
+        vocabulary=vocabulary,
+        width=width,
+        max_tokens=max_tokens,
+        training=Training(bag_epochs=table_rounds, epochs=rounds, seed=seed),
+    )
+    spec, measured = distill(
+        teacher,
+        texts,
+        out,
+        student,
+        text_column=text_column,
+        query_column=query_column,
+        cache=cache,
+        tell=lambda line: click.echo(line, err=True),
+    )
+    if as_json:
+        click.echo(msgspec.json.encode(measured))
+        return
+    click.echo(
+        f"{out}: dim {spec.dim}, {measured.size_bytes / 1e6:.1f} MB, at most {spec.max_tokens} tokens; "
+        f"cosine to {measured.teacher} {measured.cosine:.3f} on {measured.held_out} rows that it did not learn from"
+    )
+    if measured.recall is not None:
+        click.echo(f"recall@10 of their queries {measured.recall:.3f}, the teacher's {measured.teacher_recall:.3f}")
