@@ -36,6 +36,8 @@ DEFAULT_STEPS: Final = 8  # of the LSTM in one run: more costs fewer runs, but w
 MAX_STEPS: Final = 64
 # Fewer steps than this would cost more to call than to compute.
 MIN_STEPS: Final = 4
+# Steps of all texts together that one run may do in any case: few texts take more steps each, for fewer runs.
+FEW_STEPS: Final = 32
 # Tokens in one run of the front cell, so that it does not hold up the steps of the texts inside.
 FRONT_TOKENS: Final = 512
 # Multiplications in one run of the step cell, some milliseconds of one core: large models take fewer steps at a time.
@@ -78,7 +80,7 @@ class CellularEncoder:
     def __init__(
         self, encoder: Encoder, cells: Cells, *, slots: int = DEFAULT_SLOTS, steps: int = DEFAULT_STEPS
     ) -> None:
-        """`slots` texts at most are inside a running batch; one run does `steps` steps of each at most."""
+        """At most `slots` texts are inside a running batch; one run does at most `steps` steps of each of many."""
         if not 1 <= slots <= MAX_SLOTS:
             raise InvalidParameter(f"slots must be between 1 and {MAX_SLOTS}, got {slots}")
         if not 1 <= steps <= MAX_STEPS:
@@ -233,7 +235,8 @@ class CnnLstmStepper:
 
     def _choose_steps(self, left: NDArray[np.intp]) -> int:
         """Steps of the next run, of texts that have `left` (n,) to go: until the first of them is ready."""
-        steps = min(max(int(left.min()), MIN_STEPS), int(left.max()), self._steps)
+        most = max(self._steps, FEW_STEPS // len(left))
+        steps = min(max(int(left.min()), MIN_STEPS), int(left.max()), most)
         return max(1, min(steps, STEP_WORK // (self._work * len(left))))
 
     def _finish(self, slots: NDArray[np.intp]) -> Vectors:
