@@ -145,10 +145,10 @@ def test_nothing_runs_in_the_event_loop_where_inline_ms_is_0() -> None:
 
 @pytest.mark.parametrize(
     "query",
-    [VectorQuery(service.vectors(3, seed=52)), TextQuery(["river"]), IdQuery("t-1")],
-    ids=["batch", "text", "id"],
+    [VectorQuery(service.vectors(3, seed=52)), TextQuery(["river", "cat"]), IdQuery("t-1")],
+    ids=["batch", "texts", "id"],
 )
-def test_batches_texts_and_ids_always_go_to_a_thread(query: Query) -> None:
+def test_batches_and_ids_always_go_to_a_thread(query: Query) -> None:
     async def ask(engine: Engine, spy: Spy) -> None:
         for _ in range(4):
             await engine.search_batch(None, query, SearchSettings())
@@ -156,6 +156,46 @@ def test_batches_texts_and_ids_always_go_to_a_thread(query: Query) -> None:
 
     with opened(service.index("texts"), inline_ms=100) as engine:
         run(ask(engine, Spy(engine)))
+
+
+def test_a_text_is_searched_like_its_vector_and_encoded_in_the_event_loop_where_that_is_short() -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        for _ in range(3):
+            await engine.search(None, TextQuery(["river"]), SearchSettings())
+        assert spy.threads == ["thread", "event loop", "event loop"]
+        assert set(threads) == {"MainThread"}
+
+    with opened(service.index("texts"), inline_ms=100, encoder_cache=0) as engine:
+        threads = watch_runs(engine)
+        run(ask(engine, Spy(engine)))
+        assert len(threads) == 3
+
+
+def watch_runs(engine: Engine) -> list[str]:
+    """The names of the threads that run the encoder from now on."""
+    encoder = engine.catalog.get(None).encoder
+    assert encoder is not None
+    threads: list[str] = []
+    model = encoder.batcher.encoder
+    original = model.run
+
+    def noted(tokens: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return original(tokens)
+
+    model.run = noted  # type: ignore[method-assign]
+    return threads
+
+
+def test_a_text_is_encoded_by_a_worker_where_runs_are_long() -> None:
+    async def ask(engine: Engine) -> None:
+        for _ in range(3):
+            await engine.search(None, TextQuery(["river"]), SearchSettings())
+
+    with opened(service.index("texts"), inline_ms=0, encoder_cache=0) as engine:
+        threads = watch_runs(engine)
+        run(ask(engine))
+        assert len(threads) == 3 and all(name.startswith("vecsvc-encoder-") for name in threads)
 
 
 def test_filters_always_go_to_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,6 +566,96 @@ def test_where_the_time_went_adds_up_to_no_more_than_the_total() -> None:
         took = run(engine.search(None, TextQuery(["river"]), SearchSettings(rerank_depth=20))).took_ms
     assert took.encode > 0 and took.search > 0 and took.rerank > 0
     assert took.queue + took.encode + took.search + took.rerank <= took.total + 0.01
+
+
+@pytest.mark.parametrize("inline_ms", [0, 100])
+def test_texts_in_any_number_get_the_answers_of_their_vectors(inline_ms: float) -> None:
+    texts = ["river cloud", "music", "cat " * 3, "river cloud", "bread fire stone water"]
+
+    async def ask(engine: Engine) -> None:
+        vectors = (await engine.embed(None, texts, role="query", timeout_ms=20_000)).vectors
+        expected = await engine.search_batch(None, VectorQuery(vectors), SearchSettings(k=5))
+        for _ in range(2):
+            batch = await engine.search_batch(None, TextQuery(texts), SearchSettings(k=5))
+            singles = [await engine.search(None, TextQuery([text]), SearchSettings(k=5)) for text in texts]
+            for found, single, wanted in zip(batch.results, singles, expected.results, strict=True):
+                assert [hit.id for hit in found] == [hit.id for hit in single.results] == [hit.id for hit in wanted]
+            assert batch.encoder == "tiny"
+
+    with opened(service.index("texts"), inline_ms=inline_ms) as engine:
+        run(ask(engine))
+
+
+def test_an_answer_says_which_texts_were_cut() -> None:
+    long, short = "river " * 100, "river"
+
+    async def ask(engine: Engine) -> None:
+        for _ in range(2):  # the second time a short one may come from the cache
+            one = await engine.search(None, TextQuery([long]), SearchSettings(k=3))
+            assert one.coverage.degraded == ["the text was cut at 24 tokens"]
+            assert (await engine.search(None, TextQuery([short]), SearchSettings(k=3))).coverage.degraded == []
+            some = await engine.search_batch(None, TextQuery([short, long, short, long]), SearchSettings(k=3))
+            assert some.coverage.degraded == ["cut at 24 tokens: texts 1, 3"]
+            many = await engine.search_batch(None, TextQuery([long] * 12), SearchSettings(k=3))
+            assert many.coverage.degraded == ["cut at 24 tokens: texts 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"]
+
+    with opened(service.index("texts")) as engine:
+        run(ask(engine))
+
+
+def test_texts_are_embedded_with_their_tokens_and_whether_they_were_cut() -> None:
+    async def ask(engine: Engine) -> None:
+        texts = ["river", "", "cat " * 500, "\x00\x07 😀"]
+        found = await engine.embed("texts", texts, role="passage", timeout_ms=20_000)
+        assert found.vectors.shape == (4, DIM) and found.encoder == "tiny"
+        assert found.tokens[:3] == [3, 2, 24] and found.truncated == [False, False, True, False]
+        np.testing.assert_allclose(found.vectors[0], corpus_vector(engine, "river"), atol=1e-5)
+        assert (await engine.embed("texts", [], role="query", timeout_ms=100)).vectors.shape[0] == 0
+        with pytest.raises(InvalidRequest, match="text 1 has a lone surrogate"):
+            await engine.embed("texts", ["a", "\ud800"], role="query", timeout_ms=20_000)
+        with pytest.raises(DeadlineExceeded):
+            await engine.embed("texts", ["river"] * 100, role="passage", timeout_ms=0.0)
+        assert engine.in_flight == 0
+
+    with opened(service.index("texts")) as engine:
+        run(ask(engine))
+    with opened(service.index("products")) as engine, pytest.raises(InvalidRequest, match="has no encoder"):
+        run(engine.embed(None, ["a"], role="query", timeout_ms=1000))
+
+
+def corpus_vector(engine: Engine, text: str) -> Any:
+    encoder = engine.catalog.get(None).encoder
+    assert encoder is not None
+    return encoder.encode_now([text])[0]
+
+
+def test_a_caller_who_is_cancelled_while_his_text_waits_gives_everything_back() -> None:
+    async def ask(engine: Engine) -> None:
+        encoder = engine.catalog.get(None).encoder
+        assert encoder is not None
+        gate, model = threading.Event(), encoder.batcher.encoder
+        original = model.run
+
+        def held(tokens: Any) -> Any:
+            assert gate.wait(20)
+            return original(tokens)
+
+        model.run = held  # type: ignore[method-assign]
+        first, second = (
+            asyncio.create_task(engine.search(None, TextQuery([text]), SearchSettings(timeout_ms=20_000)))
+            for text in ("river", "cat")
+        )
+        await until(lambda: encoder.batcher.waiting_tokens > 0)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert engine.in_flight == 1
+        gate.set()
+        assert len((await first).results) == 10
+        assert engine.in_flight == 0
+
+    with opened(service.index("texts"), inline_ms=0, encoder_cache=0) as engine:
+        run(ask(engine))
 
 
 def test_shortfall_counts_the_places_that_stayed_empty() -> None:

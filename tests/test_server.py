@@ -594,6 +594,59 @@ def test_a_wrong_get_is_422_and_says_what_would_be_right(texts: Service, path: s
     assert reply.status == 422 and message in reply.message
 
 
+@pytest.mark.parametrize(
+    "text", ["\x00", "\x01\x1b[31m\x7f", "😀🎉👩‍👩‍👧", "\u202e\ufeff fox", "river\x00cat"], ids=repr
+)
+def test_any_text_is_answered_and_nobody_beside_it_is_harmed(texts: Service, text: str) -> None:
+    assert len(texts.search(text=text)["results"]) == 10
+    batch = texts.post("/search/batch", {"texts": ["river", text, "cat"]}).json()["results"]
+    assert [ids({"results": found}) for found in batch[::2]] == [ids(texts.search(text=t)) for t in ("river", "cat")]
+
+
+def test_a_megabyte_of_text_is_cut_and_the_answer_says_so(texts: Service) -> None:
+    long = ("river cat " * 100_000)[:1_000_000]
+    answer = texts.search(text=long)
+    assert len(answer["results"]) == 10 and answer["coverage"]["degraded"] == ["the text was cut at 24 tokens"]
+    assert texts.search(text="river")["coverage"]["degraded"] == []
+    reply = texts.post("/search/batch", {"texts": ["river", long, "cat"]}).json()
+    assert reply["coverage"]["degraded"] == ["cut at 24 tokens: texts 1"]
+    reply = texts.post("/search", rb'{"text": "half a pair: \ud83d"}')
+    assert reply.status == 400
+
+
+def test_a_wedged_encoder_turns_readyz_red_until_it_is_replaced() -> None:
+    prelude = textwrap.dedent("""
+        import threading
+        from vecsvc.encoders.onnx import OnnxEncoder
+        run, hung = OnnxEncoder.run, []
+        def hang(self, tokens):
+            if not hung and threading.current_thread().name.startswith("vecsvc-encoder-") and len(tokens[0]) > 15:
+                hung.append(1)
+                threading.Event().wait()
+            return run(self, tokens)
+        OnnxEncoder.run = hang
+        from vecsvc.encoder_pool import PooledEncoder
+        import time
+        reopen = PooledEncoder._reopen
+        PooledEncoder._reopen = lambda self: (time.sleep(1.5), reopen(self))[1]
+    """)
+    with service.running(service.index("texts"), prelude, encoder_stall_s=0.5, inline_ms=0) as running:
+        assert len(running.search(text="river")["results"]) == 10
+        reply = running.post("/search", {"text": "river " * 20, "timeout_ms": 20_000})
+        assert reply.status == 500 and "took longer than encoder_stall_s, 0.5 s" in reply.message
+        reply = running.get("/readyz")
+        assert reply.status == 503 and "a run of encoder 'tiny' took longer than" in reply.message
+        reply = running.post("/search", {"text": "cat"})
+        assert reply.status == 503 and "encoder_stall_s" in reply.message
+        assert len(running.search(id="t-1")["results"]) == 10, "what needs no encoder goes on"
+        end = time.monotonic() + 20
+        while running.get("/readyz").status != 200:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert len(running.search(text="river " * 20)["results"]) == 10
+        assert running.metric("vecsvc_encoder_replacements_total", encoder="tiny") == 1
+
+
 def test_the_longest_text_fits_into_a_url_however_it_is_written(texts: Service) -> None:
     for letter in ("a", "é", "日", "\U0001d518"):
         assert len(texts.get(f"/search?q={urllib.parse.quote(letter * 2000)}&k=1").results) == 1
