@@ -16,6 +16,8 @@ from tiny_cnn_lstm import cnn_lstm_weights, write_tiny_cnn_lstm
 
 from index_builders.cnn_lstm_graph import BELOW_ALL, CELLS, MODEL, STATES, WEIGHTS, write_cnn_lstm
 from vecsvc.batcher import Batcher, BatchSettings
+from vecsvc.config import ServeSettings
+from vecsvc.encoder_pool import EncoderPool
 from vecsvc.encoder_workers import start_worker
 from vecsvc.encoders import cellular
 from vecsvc.encoders import folder as folder_module
@@ -26,6 +28,7 @@ from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import EncoderError, InvalidParameter
 from vecsvc.lanes import LaneName
 from vecsvc.onnx_session import SessionSettings
+from vecsvc.telemetry import Metrics
 from vecsvc.tokenizer import Tokens
 
 MAX_TOKENS = 24
@@ -257,6 +260,17 @@ def test_through_the_batcher_only_guilty_and_cancelled_requests_get_no_vectors(f
 
     for encoder in opened(folder):
         asyncio.run(run(encoder))
+
+
+@pytest.mark.parametrize("batching", ["padded", "cellular"])
+def test_the_setting_chooses_how_the_service_runs_the_encoder(folder: Path, batching: str) -> None:
+    pool = EncoderPool(ServeSettings(encoder_batching=batching, encoder_threads=1, inline_ms=0), Metrics())
+    encoder = pool.take(folder, "tiny")
+    assert isinstance(encoder.batcher.encoder, CellularEncoder) is (batching == "cellular")
+    words = ["find text", "the quick brown fox jumps over the lazy dog", "", "list files"]
+    found = asyncio.run(encoder.encode(words, deadline=time.monotonic() + 60))
+    np.testing.assert_allclose(found.vectors, open_encoder(folder).encode(words), atol=1e-5)
+    pool.release(encoder, folder)
 
 
 def test_it_is_a_step_encoder_that_encodes_like_the_one_inside(encoder: CellularEncoder) -> None:
