@@ -64,6 +64,12 @@ class ServeSettings:
     encoder_stall_s: float = option(
         10.0, "an encoder whose run takes longer is taken for wedged, and opened anew", low=0.1, high=3600
     )
+    encoder_batching: str = option(
+        "padded",
+        "how waiting texts share runs of a CNN-LSTM: padded to texts of like length, or cellular, where they join and "
+        "leave between steps; other encoders are always padded",
+        choices=("padded", "cellular"),
+    )
     encoder_cache: int = option(4096, "vectors of query texts that are remembered; 0 for none", low=0, high=10_000_000)
     bulk_run_ms: float = option(
         10.0,

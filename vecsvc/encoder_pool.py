@@ -13,10 +13,12 @@ from vecsvc.batcher import BatchSettings
 from vecsvc.config import ServeSettings
 from vecsvc.encoder_keeper import EncoderKeeper
 from vecsvc.encoders.base import Encoder
+from vecsvc.encoders.cellular import with_cells
 from vecsvc.encoders.folder import hash_files
 from vecsvc.encoders.measure import open_fastest
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import ArtifactDamaged, EncoderError
+from vecsvc.onnx_session import SessionSettings
 from vecsvc.query_encoder import QueryEncoder
 from vecsvc.telemetry import Metrics
 from vecsvc.types import Vectors
@@ -115,7 +117,7 @@ def _open(folder: Path, name: str, settings: ServeSettings, hashes: Mapping[str,
     device = encoder_device(settings)
 
     def open_with(threads: int) -> Encoder:
-        return open_encoder(
+        encoder = open_encoder(
             folder,
             name=name,
             device=device,
@@ -123,6 +125,10 @@ def _open(folder: Path, name: str, settings: ServeSettings, hashes: Mapping[str,
             memory_mb=settings.encoder_memory_mb,
             hashes=hashes,
         )
+        if settings.encoder_batching != "cellular":
+            return encoder
+        cells = SessionSettings(device=device, num_threads=threads, memory_mb=settings.encoder_memory_mb)
+        return with_cells(encoder, folder, cells)
 
     if settings.encoder_threads or device != INLINE_DEVICE:
         return open_with(settings.encoder_threads)

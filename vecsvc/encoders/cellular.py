@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vecsvc.encoders.base import Encoder, EncoderSpec, Role
+from vecsvc.encoders.base import CANARY_TEXTS, Encoder, EncoderSpec, Role, Stepper
 from vecsvc.encoders.folder import CELLS, cell_files
 from vecsvc.encoders.onnx import unit_length
 from vecsvc.errors import EncoderError, InvalidParameter
@@ -36,12 +36,17 @@ DEFAULT_STEPS: Final = 8  # of the LSTM in one run: more costs fewer runs, but w
 MAX_STEPS: Final = 64
 # Fewer steps than this would cost more to call than to compute.
 MIN_STEPS: Final = 4
+# Steps of all texts together that one run may do in any case: few texts take more steps each, for fewer runs.
+FEW_STEPS: Final = 32
 # Tokens in one run of the front cell, so that it does not hold up the steps of the texts inside.
 FRONT_TOKENS: Final = 512
 # Multiplications in one run of the step cell, some milliseconds of one core: large models take fewer steps at a time.
 STEP_WORK: Final = 100_000_000
 # What the texts inside keep of the front cell; models for long texts have fewer slots.
 MAX_FEATURE_BYTES: Final = 64 << 20
+
+# Largest difference to the model's vectors, of unit length, that the order of summation may make.
+CELLS_TOLERANCE: Final = 1e-3
 
 # Of each direction a slot keeps h and c of the last step, and the sum and the maximum of h so far, in this order.
 _STATES: Final = 4
@@ -75,7 +80,7 @@ class CellularEncoder:
     def __init__(
         self, encoder: Encoder, cells: Cells, *, slots: int = DEFAULT_SLOTS, steps: int = DEFAULT_STEPS
     ) -> None:
-        """`slots` texts at most are inside a running batch; one run does `steps` steps of each at most."""
+        """At most `slots` texts are inside a running batch; one run does at most `steps` steps of each of many."""
         if not 1 <= slots <= MAX_SLOTS:
             raise InvalidParameter(f"slots must be between 1 and {MAX_SLOTS}, got {slots}")
         if not 1 <= steps <= MAX_STEPS:
@@ -230,7 +235,8 @@ class CnnLstmStepper:
 
     def _choose_steps(self, left: NDArray[np.intp]) -> int:
         """Steps of the next run, of texts that have `left` (n,) to go: until the first of them is ready."""
-        steps = min(max(int(left.min()), MIN_STEPS), int(left.max()), self._steps)
+        most = max(self._steps, FEW_STEPS // len(left))
+        steps = min(max(int(left.min()), MIN_STEPS), int(left.max()), most)
         return max(1, min(steps, STEP_WORK // (self._work * len(left))))
 
     def _finish(self, slots: NDArray[np.intp]) -> Vectors:
@@ -258,12 +264,33 @@ def with_cells(
 ) -> Encoder:
     """The encoder of this folder as a `StepEncoder`, or as it is where the folder has no cells.
 
-    Raises EncoderError, naming the file, where a cell is missing or is none.
+    Raises EncoderError, naming the file, where a cell is missing or is none, and where the cells give other vectors
+    than the model: canary texts go through both.
     """
     files = cell_files(folder)
     if not files:
         return encoder
-    return CellularEncoder(encoder, open_cells(files, settings), slots=slots, steps=steps)
+    cellular = CellularEncoder(encoder, open_cells(files, settings), slots=slots, steps=steps)
+    canaries = encoder.split(CANARY_TEXTS)
+    worst = float(np.abs(run_by_steps(cellular.stepper(), canaries) - encoder.run(canaries)).max())
+    if not worst <= CELLS_TOLERANCE:
+        raise EncoderError(
+            f"{folder}: its cells give other vectors than its model, by {worst:.1e}; at most {CELLS_TOLERANCE:.0e} "
+            "is rounding: write all of them anew from the same weights"
+        )
+    return cellular
+
+
+def run_by_steps(stepper: Stepper, tokens: Sequence[Tokens]) -> Vectors:
+    """The vectors (n, dim) of at least one text, in order, by a running batch that nobody else uses."""
+    found: dict[int, NDArray[np.float32]] = {}
+    come = 0
+    while len(found) < len(tokens):
+        joining = range(come, min(len(tokens), come + stepper.room()))
+        stepper.join([(key, tokens[key]) for key in joining])
+        come += len(joining)
+        found |= dict(stepper.step())
+    return np.stack([found[key] for key in range(len(tokens))])
 
 
 def open_cells(files: Mapping[str, Path], settings: SessionSettings | None = None) -> Cells:

@@ -32,7 +32,7 @@ MODULES: Final = "modules.json"
 POOLING: Final = "1_Pooling/config.json"
 LENGTH: Final = "sentence_bert_config.json"
 PROMPTS: Final = "config_sentence_transformers.json"
-ENCODER: Final = "encoder.json"
+OWN: Final = "encoder.json"
 CONFIGS: Final = (MODULES, POOLING, LENGTH, PROMPTS)
 CELLS: Final = ("front", "step", "head")  # what they do is said in cellular.py
 
@@ -89,16 +89,16 @@ def cell_files(folder: Path) -> dict[str, Path]:
 
     Raises EncoderError where it does not name just these, or a file is not beside the model.
     """
-    config = read_json(folder / ENCODER, _Encoder)
+    config = read_json(folder / OWN, _Encoder)
     if config is None or config.cells is None:
         return {}
     if set(config.cells) != set(CELLS):
-        raise EncoderError(f"{folder / ENCODER}: cells are {', '.join(sorted(config.cells))}, not {', '.join(CELLS)}")
+        raise EncoderError(f"{folder / OWN}: cells are {', '.join(sorted(config.cells))}, not {', '.join(CELLS)}")
     files = {}
     for cell in CELLS:
         name = config.cells[cell]
-        if Path(name).name != name or not (folder / name).is_file():
-            raise EncoderError(f"{folder / ENCODER}: there is no file {name!r} beside it, the cell {cell}")
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise EncoderError(f"{folder / OWN}: there is no file {name!r} beside it, the cell {cell}")
         files[cell] = folder / name
     return files
 
@@ -112,7 +112,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 class _Encoder(msgspec.Struct):
-    cells: dict[str, str] | None = None
+    cells: dict[str, Any] | None = None
 
 
 class _Module(msgspec.Struct):
