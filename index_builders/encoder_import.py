@@ -11,7 +11,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from index_builders.bert_graph import MAX_GRAPH_BYTES, bert_graph, import_onnx, read_config
+from index_builders.bert_config import read_config
+from index_builders.bert_graph import bert_graph
+from index_builders.onnx_graph import MAX_GRAPH_BYTES, import_onnx
 from vecsvc.encoders.base import CANARY_TEXTS, EncoderSpec
 from vecsvc.encoders.onnx import (
     CONFIGS,

@@ -24,7 +24,8 @@ from tiny_bert import (
     write_tiny_source,
 )
 
-from index_builders.bert_graph import IR_VERSION, OPSET, bert_graph
+from index_builders.bert_graph import bert_graph
+from index_builders.onnx_graph import IR_VERSION, OPSET
 from index_builders.encoder_import import import_encoder, read_safetensors
 from vecsvc import storage
 from vecsvc.encoders.onnx import CONFIGS, encoder_files, open_encoder
