@@ -15,17 +15,17 @@ from index_builders.bert_config import read_config
 from index_builders.bert_graph import bert_graph
 from index_builders.onnx_graph import MAX_GRAPH_BYTES, import_onnx
 from vecsvc.encoders.base import CANARY_TEXTS, EncoderSpec
-from vecsvc.encoders.onnx import (
+from vecsvc.encoders.folder import (
     CONFIGS,
     LENGTH,
     MODELS,
     TOKENIZER,
     encoder_files,
     find_model,
-    open_encoder,
     read_json,
     read_settings,
 )
+from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import BackendMissing, ConfigError, EncoderError, InvalidParameter, StorageError
 from vecsvc.storage import (
     STAGING,

@@ -30,7 +30,8 @@ from index_builders.shard_writer import ShardWriter, stored_schema
 from vecsvc.config import BuildSettings
 from vecsvc.distance import check_vector
 from vecsvc.encoders.base import CANARY_TEXTS, Encoder
-from vecsvc.encoders.onnx import encoder_files, open_encoder
+from vecsvc.encoders.folder import encoder_files
+from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import (
     ArtifactError,
     BadRow,

@@ -19,9 +19,11 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_bert import MAX_TOKENS, tiny_config, tiny_tokenizer, tiny_weights, vocabulary, write_json, write_tiny_bert
 
 from index_builders.bert_graph import bert_graph
+from vecsvc.encoders import folder as files
 from vecsvc.encoders import onnx as module
 from vecsvc.encoders.base import CANARY_TEXTS, check_canaries
-from vecsvc.encoders.onnx import OnnxEncoder, encoder_files, open_encoder
+from vecsvc.encoders.folder import encoder_files
+from vecsvc.encoders.onnx import OnnxEncoder, open_encoder
 from vecsvc.errors import (
     BackendMissing,
     ConfigError,
@@ -30,7 +32,7 @@ from vecsvc.errors import (
     InvalidParameter,
     InvalidRequest,
 )
-from vecsvc.onnx_session import OnnxSession
+from vecsvc.onnx_session import OnnxSession, SessionSettings
 from vecsvc.tokenizer import TextTokenizer
 
 DIM = 32
@@ -119,7 +121,7 @@ def test_vectors_agree_with_a_bert_written_in_numpy(copy: Path, pooling: str, no
 
 
 def test_without_settings_the_mean_is_taken_at_unit_length_and_the_tokenizer_cuts(copy: Path) -> None:
-    for name in module.CONFIGS:
+    for name in files.CONFIGS:
         (copy / name).unlink()
     spec = open_encoder(copy, num_threads=1).spec
     assert (spec.pooling, spec.normalize, spec.max_tokens, spec.prompts) == ("mean", True, 12, {})
@@ -177,7 +179,7 @@ def test_vectors_have_unit_length_and_none_is_missing(encoder: OnnxEncoder) -> N
 
 
 def test_prompts_are_put_before_the_texts_of_their_role(copy: Path, encoder: OnnxEncoder) -> None:
-    write_json(copy / module.PROMPTS, {"prompts": {"query": "query: ", "document": "passage ", "other": "no "}})
+    write_json(copy / files.PROMPTS, {"prompts": {"query": "query: ", "document": "passage ", "other": "no "}})
     prompted = open_encoder(copy, num_threads=1)
     assert prompted.spec.prompts == {"query": "query: ", "passage": "passage "}
     np.testing.assert_allclose(prompted.encode(["fox"], "query"), encoder.encode(["query: fox"]), atol=1e-6)
@@ -197,7 +199,7 @@ def test_prompts_are_put_before_the_texts_of_their_role(copy: Path, encoder: Onn
 def test_prompt_names_are_those_of_sentence_transformers(
     copy: Path, config: dict[str, Any], expected: dict[str, str]
 ) -> None:
-    write_json(copy / module.PROMPTS, config)
+    write_json(copy / files.PROMPTS, config)
     assert open_encoder(copy, num_threads=1).spec.prompts == expected
 
 
@@ -248,7 +250,7 @@ def test_fingerprint_is_that_of_the_files_wherever_they_lie(folder: Path, tmp_pa
     assert open_encoder(again).spec.fingerprint == first.fingerprint
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", *module.CONFIGS])
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", *files.CONFIGS])
 def test_one_changed_byte_in_any_file_changes_the_fingerprint(folder: Path, copy: Path, name: str) -> None:
     assert copy / name in encoder_files(copy)
     data = bytearray((copy / name).read_bytes())
@@ -319,18 +321,18 @@ def test_no_folder_is_the_users_mistake(tmp_path: Path) -> None:
 
 
 def test_excluded_prompts_are_refused(copy: Path) -> None:
-    write_json(copy / module.PROMPTS, {"prompts": {"query": "q "}})
-    write_json(copy / module.POOLING, {"pooling_mode_mean_tokens": True, "include_prompt": False})
+    write_json(copy / files.PROMPTS, {"prompts": {"query": "q "}})
+    write_json(copy / files.POOLING, {"pooling_mode_mean_tokens": True, "include_prompt": False})
     with pytest.raises(EncoderError, match="include_prompt false is not supported"):
         open_encoder(copy)
 
 
 def test_files_have_size_limits(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(module, "MAX_ENCODER_BYTES", 1000)
+        patch.setattr(files, "MAX_ENCODER_BYTES", 1000)
         with pytest.raises(EncoderError, match="at most 1000 are read"):
             encoder_files(copy)
-    monkeypatch.setattr(module, "MAX_CONFIG_BYTES", 10)
+    monkeypatch.setattr(files, "MAX_CONFIG_BYTES", 10)
     with pytest.raises(EncoderError, match=r"modules\.json: larger than 10 bytes"):
         open_encoder(copy)
 
@@ -400,8 +402,8 @@ def test_a_model_in_its_own_folder_is_found_with_its_weights(copy: Path, tmp_pat
     model, table = pooled_model(external="model.onnx_data")
     (copy / "onnx/model.onnx").write_bytes(model.SerializeToString())
     (copy / "onnx/model.onnx_data").write_bytes(table.tobytes())
-    files = [file.relative_to(copy).as_posix() for file in encoder_files(copy)]
-    assert files == ["onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json", *module.CONFIGS]
+    found = [file.relative_to(copy).as_posix() for file in encoder_files(copy)]
+    assert found == ["onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json", *files.CONFIGS]
     before = open_encoder(copy).spec.fingerprint
     (copy / "onnx/model.onnx_data").write_bytes((table + 1).tobytes())
     assert open_encoder(copy).spec.fingerprint != before
@@ -454,11 +456,11 @@ def test_missing_onnxruntime_names_the_remedy(folder: Path, monkeypatch: pytest.
 def test_a_device_that_is_not_there_names_the_remedy(folder: Path) -> None:
     import onnxruntime
 
-    with pytest.raises(InvalidParameter, match="device must be one of cpu, cuda, got 'tpu'"):
+    with pytest.raises(BackendMissing, match=r"device 'tpu' is not in this onnxruntime, which has .*cpu: name one"):
         open_encoder(folder, device="tpu")
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
-    with pytest.raises(BackendMissing, match=r"device 'cuda' needs CUDAExecutionProvider.*pip install 'vecsvc\[gpu\]'"):
+    with pytest.raises(BackendMissing, match=r"device 'cuda' is not in .*pip install 'vecsvc\[gpu\]'"):
         open_encoder(folder, device="cuda")
 
 
@@ -488,7 +490,7 @@ def test_the_session_keeps_nothing_per_shape_and_never_spins(folder: Path, monke
         return original(path, options, **kwargs)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", watch)
-    OnnxSession(folder / "model.onnx", num_threads=3)
+    OnnxSession(folder / "model.onnx", SessionSettings(num_threads=3))
     [options] = seen
     assert options.intra_op_num_threads == 3
     assert not options.enable_mem_pattern

@@ -28,7 +28,8 @@ from index_builders.bert_graph import bert_graph
 from index_builders.onnx_graph import IR_VERSION, OPSET
 from index_builders.encoder_import import import_encoder, read_safetensors
 from vecsvc import storage
-from vecsvc.encoders.onnx import CONFIGS, encoder_files, open_encoder
+from vecsvc.encoders.folder import CONFIGS, encoder_files
+from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import BackendMissing, ConfigError, EncoderError, InvalidParameter, StorageError
 from vecsvc.tokenizer import TextTokenizer
 

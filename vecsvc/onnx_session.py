@@ -7,7 +7,8 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 
 from vecsvc.errors import BackendMissing, EncoderError, InvalidParameter
 
-DEVICES: Final = ("cpu", "cuda")
 MAX_THREADS: Final = 1024
+MIN_MEMORY_MB: Final = 8  # below this not even small models can run
+MAX_MEMORY_MB: Final = 1 << 20
 
-_CPU: Final = "CPUExecutionProvider"
-_CUDA: Final = "CUDAExecutionProvider"
+_SUFFIX: Final = "ExecutionProvider"
+_CPU: Final = "CPU"
+_CUDA: Final = "CUDA"
 _DTYPES: Final = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32}
 # Levels of onnxruntime's log: what a session logs it also raises, but why CUDA did not load is only logged.
 _ERRORS: Final = 3
@@ -42,44 +45,60 @@ class Port:
     shape: tuple[int | str | None, ...]  # a name or None where the size is free
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSettings:
+    """How a model runs; none of it changes a result by more than rounding."""
+
+    # cpu, cuda, or what else this onnxruntime has, by its own name: openvino, CoreMLExecutionProvider, ...
+    device: str = "cpu"
+    num_threads: int = 0  # of one run; more shorten long runs, and take cores from others; 0 is one a core
+    # Waiting threads burn their core for some microseconds less a run: for a machine that does nothing else.
+    spinning: bool = False
+    # Most memory that runs may take at once beside the weights; a run that needs more fails alone. 0 is no ceiling.
+    memory_mb: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_threads <= MAX_THREADS:
+            raise InvalidParameter(f"num_threads must be between 0 and {MAX_THREADS}, got {self.num_threads}")
+        if self.memory_mb and not MIN_MEMORY_MB <= self.memory_mb <= MAX_MEMORY_MB:
+            raise InvalidParameter(
+                f"memory_mb must be 0 or between {MIN_MEMORY_MB} and {MAX_MEMORY_MB}, got {self.memory_mb}"
+            )
+
+
 class OnnxSession:
     """One opened model. Any number of threads may run it at once."""
 
     inputs: Mapping[str, Port]
     outputs: Mapping[str, Port]
 
-    def __init__(self, path: Path, *, device: str = "cpu", num_threads: int = 0) -> None:
-        """Open the model file on `device` (cpu or cuda); `num_threads` 0 means one a core.
+    def __init__(self, path: Path, settings: SessionSettings | None = None) -> None:
+        """Open the model file as the settings say; without any, on the CPU with a thread a core.
 
         Raises EncoderError, naming the file, where onnxruntime refuses it: damaged, an unknown operator,
-        weights outside the model's folder. Raises BackendMissing where onnxruntime, or its CUDA, is not there.
+        weights outside the model's folder. Raises BackendMissing where onnxruntime, or the device, is not there.
         """
-        if not 0 <= num_threads <= MAX_THREADS:
-            raise InvalidParameter(f"num_threads must be between 0 and {MAX_THREADS}, got {num_threads}")
+        settings = settings if settings is not None else SessionSettings()
         onnxruntime = _import_onnxruntime()
-        provider = _provider(onnxruntime, device)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _FATAL
-        # Left to itself onnxruntime counts the machine's cores, also those that this process may not use.
-        options.intra_op_num_threads = num_threads or usable_cores()
-        options.inter_op_num_threads = 1
-        # A thread that spins while it waits takes its core from the search that comes next.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        # A pattern is kept for every shape of input ever seen, and texts come in hundreds of them.
-        options.enable_mem_pattern = False
+        provider = find_provider(settings.device, onnxruntime)
+        options = _options(onnxruntime, settings)
         try:
-            # Its fallback would go on with the CPU when CUDA fails, and say so only on stdout.
-            session = onnxruntime.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
+            with _ceiling(onnxruntime, settings, provider, options):
+                # Its fallback would go on with the CPU when the device fails, and say so only on stdout.
+                session = onnxruntime.InferenceSession(
+                    str(path), options, providers=[(provider, _provider_options(settings, provider))], enable_fallback=0
+                )
         except Exception as error:  # onnxruntime's errors share no base of their own
             raise EncoderError(f"{path}: onnxruntime cannot open it: {_one_line(error)}") from error
         if provider not in session.get_providers():
-            raise BackendMissing(
-                "onnxruntime could not start CUDA: look for the driver with nvidia-smi, "
-                "and for CUDA and cuDNN with pip install 'vecsvc[gpu]'"
+            remedy = (
+                "look for the driver with nvidia-smi, and for CUDA and cuDNN with pip install 'vecsvc[gpu]'"
+                if provider == _CUDA + _SUFFIX
+                else f"its libraries are missing, or there is no such device; {_CPU.lower()} works everywhere"
             )
+            raise BackendMissing(f"onnxruntime could not start {provider.removesuffix(_SUFFIX)}: {remedy}")
         self.path = path
-        self.device = device
+        self.settings = settings
         self.inputs = {p.name: Port(p.name, p.type, tuple(p.shape)) for p in session.get_inputs()}
         self.outputs = {p.name: Port(p.name, p.type, tuple(p.shape)) for p in session.get_outputs()}
         self._session: Any = session
@@ -148,22 +167,66 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _provider(onnxruntime: Any, device: str) -> str:
-    if device not in DEVICES:
-        raise InvalidParameter(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
-    if device == "cpu":
-        return _CPU
+def find_provider(device: str, onnxruntime: Any = None) -> str:
+    """onnxruntime's full name of the device. Raises BackendMissing where this onnxruntime does not have it."""
+    onnxruntime = onnxruntime if onnxruntime is not None else _import_onnxruntime()
     available = onnxruntime.get_available_providers()
-    if _CUDA not in available:
-        raise BackendMissing(
-            f"device 'cuda' needs {_CUDA}, this onnxruntime has {', '.join(available)}: "
-            "pip uninstall onnxruntime && pip install 'vecsvc[gpu]'"
-        )
-    if hasattr(onnxruntime, "preload_dlls"):
+    wanted = device.lower().removesuffix(_SUFFIX.lower())
+    found = next((name for name in available if name.lower() == wanted + _SUFFIX.lower()), None)
+    if found is None:
+        names = ", ".join(name.removesuffix(_SUFFIX).lower() for name in available)
+        remedy = "pip uninstall onnxruntime && pip install 'vecsvc[gpu]'" if wanted == "cuda" else "name one of these"
+        raise BackendMissing(f"device {device[:80]!r} is not in this onnxruntime, which has {names}: {remedy}")
+    if found == _CUDA + _SUFFIX and hasattr(onnxruntime, "preload_dlls"):
         # It finds the CUDA libraries that pip installed, and prints what it misses where --json is written.
         with contextlib.redirect_stdout(sys.stderr):
             onnxruntime.preload_dlls()
-    return _CUDA
+    return str(found)
+
+
+def _options(onnxruntime: Any, settings: SessionSettings) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL
+    # Left to itself onnxruntime counts the machine's cores, also those that this process may not use.
+    options.intra_op_num_threads = settings.num_threads or usable_cores()
+    options.inter_op_num_threads = 1
+    # A thread that spins while it waits takes its core from the search that comes next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    # A pattern is kept for every shape of input ever seen, and texts come in hundreds of them.
+    options.enable_mem_pattern = False
+    return options
+
+
+_environment: Final = threading.Lock()  # held while the process' allocator is one session's, until that has taken it
+
+
+@contextlib.contextmanager
+def _ceiling(onnxruntime: Any, settings: SessionSettings, provider: str, options: Any) -> Iterator[None]:
+    """Give the session that is opened inside an arena of its own with a ceiling.
+
+    A session's own arena has none. One that is registered with the process may have one; a session keeps what it
+    found there, and the next registration replaces it for later sessions only.
+    """
+    if not settings.memory_mb or provider == _CUDA + _SUFFIX:
+        yield
+        return
+    with _environment:
+        where = onnxruntime.OrtMemoryInfo(
+            "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+        )
+        # Grown by what is asked for, not by powers of two, which would reach the ceiling half empty.
+        arena = {"max_mem": settings.memory_mb << 20, "arena_extend_strategy": 1}
+        arena |= {"initial_chunk_size_bytes": -1, "max_dead_bytes_per_chunk": -1}
+        onnxruntime.create_and_register_allocator(where, onnxruntime.OrtArenaCfg(arena))
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        yield
+
+
+def _provider_options(settings: SessionSettings, provider: str) -> dict[str, str]:
+    if provider == _CUDA + _SUFFIX and settings.memory_mb:
+        return {"gpu_mem_limit": str(settings.memory_mb << 20), "arena_extend_strategy": "kSameAsRequested"}
+    return {}
 
 
 def _one_line(error: Exception) -> str:

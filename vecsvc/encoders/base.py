@@ -1,14 +1,21 @@
-"""What every encoder promises: texts in, vectors out, and a fingerprint that says which encoder it was."""
+"""What every encoder promises: texts in, vectors out, and a fingerprint that says which encoder it was.
+
+`Encoder` is enough for the batcher: it gathers waiting texts into runs of the model, one after the other. A recurrent
+encoder may also be a `StepEncoder`: then texts join and leave its running batch between steps. Either way the batcher
+keeps the queues, lanes, deadlines, cancellations and errors; an encoder knows nothing of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vecsvc.errors import EncoderMismatch
+from vecsvc.tokenizer import Tokens
 from vecsvc.types import Vectors
 
 Role: TypeAlias = Literal["query", "passage"]
@@ -38,15 +45,75 @@ class EncoderSpec:
 
 
 class Encoder(Protocol):
-    """Any number of threads may encode at once."""
+    """Any number of threads may use one at once."""
 
     spec: EncoderSpec
 
-    def encode(self, texts: Sequence[str], role: Role = "query") -> Vectors:
-        """Vectors (n, dim) of the texts, each cut at `max_tokens`. An empty text has a vector too."""
+    def split(self, texts: Sequence[str], role: Role = "query") -> list[Tokens]:
+        """The tokens of each text: checked, with the role's prompt before it, cut at `max_tokens`.
+
+        Raises InvalidRequest, naming the text by its position, where one is no valid Unicode.
+        """
         ...
 
-    def close(self) -> None: ...
+    def run(self, tokens: Sequence[Tokens]) -> Vectors:
+        """Vectors (n, dim), in order, by one run of the model; the caller bounds and sorts what goes into it.
+
+        Raises EncoderError where the model fails or was closed.
+        """
+        ...
+
+    def encode(self, texts: Sequence[str], role: Role = "query") -> Vectors:
+        """Vectors (n, dim) of any number of texts, in order, by as many runs as it takes: the way of a build.
+
+        An empty text has a vector too.
+        """
+        ...
+
+    def close(self) -> None:
+        """Runs under way end well, later ones raise EncoderError. May be called twice."""
+        ...
+
+
+class Stepper(Protocol):
+    """A running batch that texts join and leave between steps. It belongs to one thread.
+
+    The batcher calls it in this order, again and again: `drop` for texts whose callers went away, `join` for waiting
+    texts while `room` allows, `step`. Keys are the batcher's, and mean nothing here. After an error of `join` or
+    `step` the batcher throws the stepper away, asks the encoder for a fresh one, and runs the texts again elsewhere.
+    """
+
+    def room(self) -> int:
+        """How many texts may join now; with none inside it is at least 1."""
+        ...
+
+    def join(self, texts: Sequence[tuple[int, Tokens]]) -> None:
+        """Take in texts, at most `room()` of them, each under a key that no text inside has."""
+        ...
+
+    def drop(self, keys: Sequence[int]) -> None:
+        """Let texts go whose vectors nobody waits for any more."""
+        ...
+
+    def step(self) -> list[tuple[int, NDArray[np.float32]]]:
+        """Do some milliseconds of work at most; the key and the vector (dim,) of each text that got ready.
+
+        With texts inside, a bounded number of steps makes each of them ready.
+        """
+        ...
+
+    def __len__(self) -> int:
+        """How many texts are inside."""
+        ...
+
+
+@runtime_checkable
+class StepEncoder(Encoder, Protocol):
+    """An encoder whose batch runs step by step. Its `run` is used where there is but one text, and gives the same."""
+
+    def stepper(self) -> Stepper:
+        """A new, empty running batch; several may be in use at once, each by a thread of its own."""
+        ...
 
 
 def check_canaries(name: str, found: Vectors, built_name: str, expected: Vectors) -> None:
