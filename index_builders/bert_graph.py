@@ -159,7 +159,11 @@ def _layer(graph: Graph, bert: BertConfig, number: int, x: str, mask: str) -> st
         y = graph.linear(x, prefix + name, hidden, hidden)
         return graph.op("Transpose", graph.op("Reshape", y, graph.value([0, 0, heads, size])), perm=order)
 
-    query, key, value = split(names.query, [0, 2, 1, 3]), split(names.key, [0, 2, 3, 1]), split(names.value, [0, 2, 1, 3])
+    query, key, value = (
+        split(names.query, [0, 2, 1, 3]),
+        split(names.key, [0, 2, 3, 1]),
+        split(names.value, [0, 2, 1, 3]),
+    )
     scores = graph.op("Div", graph.op("MatMul", query, key), graph.value(float(np.sqrt(size))))
     shares = graph.op("Softmax", graph.op("Add", scores, mask), axis=-1)
     y = graph.op("Transpose", graph.op("MatMul", shares, value), perm=[0, 2, 1, 3])

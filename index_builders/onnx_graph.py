@@ -1,4 +1,4 @@
-"""Collects the nodes and weights of an ONNX model that is built in Python, and checks every weight by name and shape."""
+"""Collects the nodes and weights of an ONNX model made in Python; every weight is checked by name and shape."""
 
 from __future__ import annotations
 

@@ -346,11 +346,21 @@ def encoder() -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="the new folder")
 @click.option("--max-tokens", default=256, type=click.IntRange(1, 8192), help="texts are cut there")
-def encoder_import(source: Path, out: Path, max_tokens: int) -> None:
+@click.option("--layers", type=click.IntRange(1), help="only the first layers, of safetensors: faster, less exact")
+@click.option("--dim", type=click.IntRange(1, 16_384), help="only the first values, of a Matryoshka model")
+@click.option("--pooling", type=click.Choice(["mean", "cls", "max"]), help="of tokens; as the source says otherwise")
+@click.option("--normalize/--no-normalize", default=None, help="unit length or not; as the source says otherwise")
+@click.option("--query-prompt", help="put before every query, as in 'query: ' of E5")
+@click.option("--passage-prompt", help="put before every text of a corpus, as in 'passage: ' of E5")
+def encoder_import(
+    source: Path, out: Path, query_prompt: str | None, passage_prompt: str | None, **settings: Any
+) -> None:
     """Make an encoder folder of a Hugging Face folder: its ONNX model, or a BERT's safetensors converted."""
-    from index_builders.encoder_import import import_encoder
+    from index_builders.encoder_import import ImportSettings, import_encoder
 
-    spec = import_encoder(source, out, max_tokens=max_tokens)
+    prompts = {"query": query_prompt, "passage": passage_prompt}
+    settings["prompts"] = {role: prompt for role, prompt in prompts.items() if prompt is not None}
+    spec = import_encoder(source, out, ImportSettings(**settings))
     click.echo(
         f"{out}: dim {spec.dim}, {spec.pooling} pooling, {'unit length' if spec.normalize else 'not normalised'}, "
         f"at most {spec.max_tokens} tokens, fingerprint {spec.fingerprint[:16]}"
