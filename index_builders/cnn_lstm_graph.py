@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from index_builders.bert_graph import IR_VERSION, OPSET, import_onnx
+from index_builders.onnx_graph import IR_VERSION, OPSET, import_onnx
 from vecsvc.errors import EncoderError
 
 if TYPE_CHECKING:

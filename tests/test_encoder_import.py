@@ -24,10 +24,11 @@ from tiny_bert import (
     write_tiny_source,
 )
 
-from index_builders.bert_graph import IR_VERSION, OPSET, bert_graph
-from index_builders.encoder_import import import_encoder, read_safetensors
+from index_builders.bert_graph import bert_graph
+from index_builders.encoder_import import ImportSettings, import_encoder, read_safetensors
+from index_builders.onnx_graph import IR_VERSION, OPSET
 from vecsvc import storage
-from vecsvc.encoders.folder import CONFIGS, encoder_files
+from vecsvc.encoders.folder import CONFIGS, OWN, encoder_files
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import BackendMissing, ConfigError, EncoderError, InvalidParameter, StorageError
 from vecsvc.tokenizer import TextTokenizer
@@ -68,7 +69,7 @@ def write_safetensors(file: Path, arrays: dict[str, tuple[str, NDArray[Any]]]) -
 @pytest.mark.parametrize("prefix", ["", "bert."])
 def test_converted_bert_agrees_with_one_written_in_numpy(tmp_path: Path, prefix: str) -> None:
     source, out = write_tiny_source(tmp_path / "source", prefix=prefix), tmp_path / "deep" / "out"
-    spec = import_encoder(source, out, max_tokens=MAX_TOKENS)
+    spec = import_encoder(source, out, ImportSettings(max_tokens=MAX_TOKENS))
     assert (spec.name, spec.dim, spec.pooling, spec.normalize, spec.max_tokens) == ("out", 32, "mean", True, MAX_TOKENS)
     encoder = open_encoder(out)
     assert encoder.spec == spec
@@ -148,7 +149,7 @@ def test_an_onnx_model_is_copied_with_its_files_and_nothing_else(tmp_path: Path,
     (source / "onnx/model_quantized.onnx").write_bytes(b"another one")
     spec = import_encoder(source, tmp_path / "out")
     copied = sorted(f.relative_to(tmp_path / "out").as_posix() for f in (tmp_path / "out").rglob("*") if f.is_file())
-    assert copied == sorted([place, "tokenizer.json", *CONFIGS])
+    assert copied == sorted([place, "tokenizer.json", *(name for name in CONFIGS if name != OWN)])
     assert (tmp_path / "out" / place).read_bytes() == (source / place).read_bytes()
     np.testing.assert_array_equal(open_encoder(tmp_path / "out").encode(TEXTS), open_encoder(source).encode(TEXTS))
     assert open_encoder(tmp_path / "out").spec == spec
@@ -173,7 +174,7 @@ def test_the_smallest_length_wins_and_is_written_down(
     (source / "sentence_bert_config.json").unlink()
     if stated is not None:
         write_json(source / "sentence_bert_config.json", {"max_seq_length": stated, "do_lower_case": True})
-    assert import_encoder(source, tmp_path / "out", max_tokens=asked).max_tokens == settled
+    assert import_encoder(source, tmp_path / "out", ImportSettings(max_tokens=asked)).max_tokens == settled
     written = json.loads((tmp_path / "out/sentence_bert_config.json").read_text())
     assert written["max_seq_length"] == settled
     assert written.get("do_lower_case") == (None if stated is None else True)
@@ -185,7 +186,7 @@ def test_a_length_that_the_model_cannot_take_is_found_at_import(tmp_path: Path) 
     with pytest.raises(
         EncoderError, match=rf"max_tokens {POSITIONS + 1} is too long for the model: .*source/model\.onnx"
     ):
-        import_encoder(source, tmp_path / "out", max_tokens=POSITIONS + 1)
+        import_encoder(source, tmp_path / "out", ImportSettings(max_tokens=POSITIONS + 1))
     assert not (tmp_path / "out").exists()
 
 
@@ -195,7 +196,7 @@ def test_a_length_that_the_model_cannot_take_is_found_at_import(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "roberta"}, r"model_type is 'roberta'; bert can be converted, others need an onnx/model\.onnx"),
+        ({"model_type": "gpt2"}, r"model_type is 'gpt2'; bert, .* can be converted, others need an onnx/model\.onnx"),
         ({"model_type": None}, r"model_type is None"),
         ({"hidden_act": "silu"}, r"hidden_act must be one of gelu, .* got 'silu'"),
         ({"hidden_size": 48}, r"weight embeddings\.\S+ has shape \(.*\), the config says \(.*48\)"),
@@ -250,7 +251,7 @@ def test_existing_out_missing_source_and_bad_length_are_the_users_mistakes(sourc
         import_encoder(tmp_path / "nowhere", tmp_path / "new")
     for bad in (0, 8193):
         with pytest.raises(InvalidParameter, match=f"max_tokens must be between 1 and 8192, got {bad}"):
-            import_encoder(source, tmp_path / "new", max_tokens=bad)
+            import_encoder(source, tmp_path / "new", ImportSettings(max_tokens=bad))
 
 
 def test_a_tokenizer_for_another_vocabulary_is_found_at_import(source: Path, tmp_path: Path) -> None:
@@ -299,10 +300,10 @@ def test_an_import_that_dies_anywhere_leaves_no_encoder(
 
 
 def test_weights_beyond_the_limit_are_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import index_builders.bert_graph
     import index_builders.encoder_import
+    import index_builders.onnx_graph
 
-    for module in (index_builders.bert_graph, index_builders.encoder_import):
+    for module in (index_builders.onnx_graph, index_builders.encoder_import):
         monkeypatch.setattr(module, "MAX_GRAPH_BYTES", 1000)
     with pytest.raises(EncoderError, match=r"model\.safetensors: has \d+ bytes, at most 1000 can be converted"):
         read_safetensors(source / "model.safetensors")

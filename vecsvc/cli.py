@@ -346,11 +346,21 @@ def encoder() -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="the new folder")
 @click.option("--max-tokens", default=256, type=click.IntRange(1, 8192), help="texts are cut there")
-def encoder_import(source: Path, out: Path, max_tokens: int) -> None:
+@click.option("--layers", type=click.IntRange(1), help="only the first layers, of safetensors: faster, less exact")
+@click.option("--dim", type=click.IntRange(1, 16_384), help="only the first values, of a Matryoshka model")
+@click.option("--pooling", type=click.Choice(["mean", "cls", "max"]), help="of tokens; as the source says otherwise")
+@click.option("--normalize/--no-normalize", default=None, help="unit length or not; as the source says otherwise")
+@click.option("--query-prompt", help="put before every query, as in 'query: ' of E5")
+@click.option("--passage-prompt", help="put before every text of a corpus, as in 'passage: ' of E5")
+def encoder_import(
+    source: Path, out: Path, query_prompt: str | None, passage_prompt: str | None, **settings: Any
+) -> None:
     """Make an encoder folder of a Hugging Face folder: its ONNX model, or a BERT's safetensors converted."""
-    from index_builders.encoder_import import import_encoder
+    from index_builders.encoder_import import ImportSettings, import_encoder
 
-    spec = import_encoder(source, out, max_tokens=max_tokens)
+    prompts = {"query": query_prompt, "passage": passage_prompt}
+    settings["prompts"] = {role: prompt for role, prompt in prompts.items() if prompt is not None}
+    spec = import_encoder(source, out, ImportSettings(**settings))
     click.echo(
         f"{out}: dim {spec.dim}, {spec.pooling} pooling, {'unit length' if spec.normalize else 'not normalised'}, "
         f"at most {spec.max_tokens} tokens, fingerprint {spec.fingerprint[:16]}"
@@ -417,3 +427,46 @@ def encoder_distill(
     )
     if measured.recall is not None:
         click.echo(f"recall@10 of their queries {measured.recall:.3f}, the teacher's {measured.teacher_recall:.3f}")
+
+
+@encoder.command("optimize")
+@click.argument("source", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="the new folder")
+@click.option("--precision", default="int8", type=click.Choice(["int8", "fp16", "fp32"]), help="fp16 is for GPUs")
+@click.option("--max-loss", default=0.005, type=click.FloatRange(0, 1), help="of recall@10 on the sample")
+@click.option("--min-cosine", default=0.99, type=click.FloatRange(0, 1), help="mean cosine to the original's vectors")
+@click.option("--texts", help="Parquet corpus of texts like yours to measure with; Python's docstrings otherwise")
+@click.option("--text-column", default="text", help="its column")
+@click.option("--device", default="cpu", help="where it is measured, and will run: cpu, cuda")
+@click.option("--threads", "num_threads", default=0, type=click.IntRange(0, 1024), help="of a run; 0 for one a core")
+@_json_option
+def encoder_optimize(
+    source: Path, out: Path, texts: str | None, text_column: str, as_json: bool, **settings: Any
+) -> None:
+    """Make a faster copy of the encoder in DIR, and keep it only where it loses little. Exit code 1 otherwise."""
+    from index_builders.encoder_optimize import OptimizeSettings, corpus_texts, optimize_encoder, table
+
+    asked = OptimizeSettings(**settings)
+    given = None if texts is None else corpus_texts(texts, text_column)
+    done = optimize_encoder(source, out, asked, texts=given, say=lambda line: click.echo(line, err=True))
+    if as_json:
+        click.echo(msgspec.json.encode(done.figures))
+        return
+    for line in table(done.figures):
+        click.echo(line)
+    click.echo(f"{out}: fingerprint {done.spec.fingerprint[:16]}")
+
+
+@encoder.command("info")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@_json_option
+def encoder_info(directory: Path, as_json: bool) -> None:
+    """Show what the encoder in DIR is, and what was measured of it."""
+    from index_builders.encoder_info import describe, lines
+
+    facts = describe(directory)
+    if as_json:
+        click.echo(msgspec.json.encode(facts))
+        return
+    for line in lines(facts):
+        click.echo(line)

@@ -129,6 +129,11 @@ class OnnxSession:
         return value if dtype is None else np.ascontiguousarray(value, dtype=dtype)
 
 
+def runtime_version() -> str:
+    """onnxruntime's version. Raises BackendMissing where it is not there."""
+    return str(_import_onnxruntime().__version__)
+
+
 def external_files(path: Path) -> list[Path]:
     """The files beside a model that hold weights it does not hold itself; most models have none.
 

@@ -6,7 +6,7 @@ modules.json                        which steps follow the network (optional)
 1_Pooling/config.json               how the vectors of the tokens become one (optional: mean)
 sentence_bert_config.json           where texts are cut (optional: as tokenizer.json says, else at 256 tokens)
 config_sentence_transformers.json   what is put before queries and passages (optional: nothing)
-encoder.json                        our own: "cells", which models beside it run a CNN-LSTM step by step (optional)
+encoder.json                        what only vecsvc knows: dim, cells, measured (optional)
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vecsvc.errors import ConfigError, EncoderError
 from vecsvc.onnx_session import external_files
 from vecsvc.storage import sha256
 from vecsvc.tokenizer import MAX_TOKENS
+from vecsvc.types import MAX_DIM
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ POOLING: Final = "1_Pooling/config.json"
 LENGTH: Final = "sentence_bert_config.json"
 PROMPTS: Final = "config_sentence_transformers.json"
 OWN: Final = "encoder.json"
-CONFIGS: Final = (MODULES, POOLING, LENGTH, PROMPTS)
+CONFIGS: Final = (MODULES, POOLING, LENGTH, PROMPTS, OWN)
 CELLS: Final = ("front", "step", "head")  # what they do is said in cellular.py
 
 MAX_CONFIG_BYTES: Final = 1 << 20
@@ -54,6 +55,9 @@ class EncoderSettings:
     lower_case: bool = False
     prompts: Mapping[str, str]  # role -> text, only where there is one
     extra_modules: tuple[str, ...] = ()  # steps that only the model itself could have done
+    dim: int | None = None  # vectors are cut to so many values (Matryoshka), None leaves the model's
+    cells: Mapping[str, Any] | None = None  # how a recurrent model is run step by step
+    measured: Mapping[str, Any] | None = None  # figures for people; no part of what the encoder is
 
 
 def encoder_files(folder: Path) -> list[Path]:
@@ -89,7 +93,7 @@ def cell_files(folder: Path) -> dict[str, Path]:
 
     Raises EncoderError where it does not name just these, or a file is not beside the model.
     """
-    config = read_json(folder / OWN, _Encoder)
+    config = read_json(folder / OWN, OwnConfig)
     if config is None or config.cells is None:
         return {}
     if set(config.cells) != set(CELLS):
@@ -111,10 +115,6 @@ def hash_files(folder: Path) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- settings
 
 
-class _Encoder(msgspec.Struct):
-    cells: dict[str, Any] | None = None
-
-
 class _Module(msgspec.Struct):
     type: str
     path: str = ""
@@ -130,6 +130,14 @@ class _Prompts(msgspec.Struct):
     default_prompt_name: str | None = None
 
 
+class OwnConfig(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """encoder.json, the only file here whose shape is ours."""
+
+    dim: Annotated[int, msgspec.Meta(ge=1, le=MAX_DIM)] | None = None
+    cells: dict[str, Any] | None = None
+    measured: dict[str, Any] | None = None
+
+
 def read_settings(folder: Path) -> EncoderSettings:
     """What the folder's JSON files say. Raises EncoderError that names the file and what is wrong with it."""
     modules = read_json(folder / MODULES, list[_Module])
@@ -137,6 +145,7 @@ def read_settings(folder: Path) -> EncoderSettings:
     steps = {module.type.rpartition(".")[2]: module.path for module in modules or ()}
     length = read_json(folder / LENGTH, _Length) or _Length()
     prompts = read_json(folder / PROMPTS, _Prompts) or _Prompts()
+    own = read_json(folder / OWN, OwnConfig) or OwnConfig()
     found = {
         role: next((prompts.prompts[n] for n in (*names, prompts.default_prompt_name) if n in prompts.prompts), None)
         for role, names in _PROMPT_NAMES.items()
@@ -148,6 +157,9 @@ def read_settings(folder: Path) -> EncoderSettings:
         lower_case=length.do_lower_case,
         prompts={role: text for role, text in found.items() if text},
         extra_modules=tuple(step for step in steps if step not in ("Transformer", "Pooling", "Normalize")),
+        dim=own.dim,
+        cells=own.cells,
+        measured=own.measured,
     )
 
 

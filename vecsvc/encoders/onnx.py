@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vecsvc.encoders.base import EncoderSpec, Role
-from vecsvc.encoders.folder import MODULES, TOKENIZER, EncoderSettings, encoder_files, hash_files, read_settings
+from vecsvc.encoders.folder import MODULES, OWN, TOKENIZER, EncoderSettings, encoder_files, hash_files, read_settings
 from vecsvc.errors import EncoderError, InvalidParameter, InvalidRequest
 from vecsvc.onnx_session import OnnxSession, SessionSettings
 from vecsvc.tokenizer import TextTokenizer, TokenBatch, Tokens
@@ -50,7 +50,8 @@ class OnnxEncoder:
             return np.empty((0, self.spec.dim), dtype=np.float32)
         batch = self._tokenizer.pad(tokens)
         [output] = self._session.run(_feed(self._session, batch), [self._output])
-        vectors = pool(output, batch.mask, self.spec.pooling)
+        # Models trained so that the first values say the most (Kusupati et al. 2022, Matryoshka) may be cut to them.
+        vectors = np.ascontiguousarray(pool(output, batch.mask, self.spec.pooling)[:, : self.spec.dim])
         if vectors.shape != (len(tokens), self.spec.dim) or not np.isfinite(vectors).all():
             raise EncoderError(
                 f"encoder {self.spec.name!r}: the model gave {vectors.shape} for {len(tokens)} texts, "
@@ -115,7 +116,10 @@ def open_encoder(
             f"{folder / MODULES}: {', '.join(settings.extra_modules)} is not supported; vecsvc knows Transformer, "
             "Pooling and Normalize: export the model with all its steps and the output sentence_embedding"
         )
-    dim = int(output.shape[-1])
+    width = int(output.shape[-1])
+    dim = width if settings.dim is None else settings.dim
+    if dim > width:
+        raise EncoderError(f"{folder / OWN}: dim {dim} is more than the {width} values that the model gives")
     spec = EncoderSpec(
         name=name if name is not None else folder.resolve().name,
         fingerprint=_fingerprint(hashes, settings, pooling, tokenizer.max_tokens, dim),
@@ -129,10 +133,13 @@ def open_encoder(
 
 
 def _fingerprint(hashes: Mapping[str, str], settings: EncoderSettings, pooling: str, max_tokens: int, dim: int) -> str:
-    facts = {
-        "files": dict(hashes),
+    facts: dict[str, Any] = {
+        # Of encoder.json only what changes how texts are encoded counts: figures may be measured anew.
+        "files": {name: found for name, found in hashes.items() if name != OWN},
         "settings": [dim, pooling, settings.normalize, max_tokens, settings.lower_case, dict(settings.prompts)],
     }
+    if settings.cells is not None:
+        facts["cells"] = settings.cells
     return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
 
 

@@ -1,0 +1,107 @@
+"""Makes a new encoder folder whole or not at all: staged beside its place, checked, renamed into it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from index_builders.onnx_graph import import_onnx
+from vecsvc.encoders.base import CANARY_TEXTS, EncoderSpec
+from vecsvc.encoders.folder import find_model
+from vecsvc.encoders.onnx import open_encoder
+from vecsvc.errors import ConfigError, EncoderError, StorageError
+from vecsvc.storage import STAGING, Lease, copy_file, delete_folder, make_folder, rename, sync_folder, write_file
+
+
+@contextlib.contextmanager
+def new_encoder_folder(out: Path) -> Iterator[Path]:
+    """A staging folder to write into; it becomes `out` when the block ends well, and is deleted otherwise.
+
+    What an earlier attempt at the same `out` left when it was killed goes first; a living one is left alone.
+    Raises ConfigError where `out` exists.
+    """
+    refuse_existing(out)
+    make_folder(out.parent)
+    sweep(out)
+    staging = out.with_name(f"{STAGING}{out.name}-{os.getpid()}")
+    lease = None
+    try:
+        make_folder(staging)
+        lease = Lease.take(staging, exclusive=True)
+        if lease is None:
+            raise StorageError(f"{staging}: another process took it; try again")
+        yield staging
+        for folder in sorted((f for f in staging.rglob("*") if f.is_dir()), reverse=True):
+            sync_folder(folder)
+        sync_folder(staging)
+        refuse_existing(out)
+        rename(staging, out)
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            delete_folder(staging)
+        raise
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+def refuse_existing(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} exists, and an encoder is never overwritten: choose another folder")
+
+
+def sweep(out: Path) -> None:
+    """Delete the staging folders of attempts at `out` that died; the kernel dropped their locks with them."""
+    dead = re.compile(re.escape(f"{STAGING}{out.name}-") + "[0-9]+")
+    for folder in sorted(out.parent.iterdir()):
+        if not dead.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+            continue
+        lease = Lease.take(folder, exclusive=True)
+        if lease is not None:
+            try:
+                delete_folder(folder)
+            finally:
+                lease.release()
+
+
+def copy_files(files: list[Path], source: Path, target: Path) -> None:
+    """Copy each file to the same place in `target` that it has in `source`."""
+    for file in files:
+        place = target / file.relative_to(source)
+        make_folder(place.parent)
+        copy_file(file, place)
+
+
+def write_json(file: Path, content: Any) -> None:
+    make_folder(file.parent)
+    write_file(file, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
+
+
+def check_encoder(folder: Path, name: str, *, full: bool) -> EncoderSpec:
+    """Refuse what onnx calls wrong, or what cannot encode a text as long as its settings allow.
+
+    The full check infers every shape, which it cannot where others put operators of their own.
+    """
+    model = find_model(folder)
+    checker = import_onnx().checker
+    try:
+        # By its path, so that files of weights beside the model are looked at, too.
+        checker.check_model(str(model), full_check=full)
+    except Exception as error:
+        raise EncoderError(f"{model}: the model is not valid ONNX: {' '.join(str(error).split())[:400]}") from error
+    encoder = open_encoder(folder, name=name)
+    try:
+        encoder.encode([*CANARY_TEXTS, ""])
+        try:
+            encoder.encode(["a b " * encoder.spec.max_tokens])
+        except EncoderError as error:
+            raise EncoderError(f"max_tokens {encoder.spec.max_tokens} is too long for the model: {error}") from error
+    finally:
+        encoder.close()
+    return encoder.spec

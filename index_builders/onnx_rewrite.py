@@ -1,0 +1,202 @@
+"""Rewrites ONNX models to do the same in less time: nodes fused, matrices in 8 bits, or all in float16."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from index_builders.onnx_graph import MAX_GRAPH_BYTES, import_onnx
+from vecsvc.errors import BackendMissing, EncoderError
+from vecsvc.storage import native_file, write_file
+
+if TYPE_CHECKING:
+    import onnx
+
+BLOCK: Final = 32  # weights that share a scale where they are quantised by blocks
+MIN_TABLE_BYTES: Final = 1 << 16  # smaller tables of embeddings stay float32: nothing would be saved
+
+_CONTRIB: Final = "com.microsoft"
+_QUANTISED: Final = ("DynamicQuantizeLinear", "MatMulInteger", "QAttention", "MatMulNBits", "DequantizeLinear")
+_MATRICES: Final = ("MatMul", "Attention")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One way to put a model's matrices into 8 bits, from the fastest to the most exact."""
+
+    name: str
+    # 7 bits of 8 for weights: without VNNI, sums of two products of 8 bits saturate.
+    reduce_range: bool = False
+    narrow: bool = True  # whether matrices that narrow are quantised, too: what GELU gives them has outliers
+    blocks: bool = False  # weights in blocks with scales of their own, activations by rows: exact, but not faster
+
+
+def load_model(path: Path) -> onnx.ModelProto:
+    """The model with its weights, wherever they lie. Raises EncoderError where it is damaged or too large."""
+    onnx = import_onnx()
+    try:
+        model = onnx.load(str(path))
+    except Exception as error:
+        raise EncoderError(f"{path}: the model is not valid ONNX: {_one_line(error)}") from error
+    if model.ByteSize() > MAX_GRAPH_BYTES:
+        raise EncoderError(f"{path}: has {model.ByteSize()} bytes, at most {MAX_GRAPH_BYTES} can be rewritten")
+    return model
+
+
+def is_quantised(model: onnx.ModelProto) -> bool:
+    return any(node.op_type in _QUANTISED for node in model.graph.node)
+
+
+def fuse(model: onnx.ModelProto, *, attention: bool = True) -> Any:
+    """onnxruntime's OnnxModel of the same network: attention, normalisation and GELU are one node each where found.
+
+    Quantising by blocks wants the matrices of attention by themselves. The given model is used up.
+    """
+    with _translated("fuse"):
+        from onnxruntime.transformers.fusion_options import FusionOptions
+        from onnxruntime.transformers.optimizer import optimize_model
+
+        options = FusionOptions("bert")
+        options.enable_attention = attention
+        options.enable_embed_layer_norm = False  # its table of words could not be quantised by rows
+        # Level 0 is the fusions alone: what onnxruntime itself would change depends on this machine.
+        fused = optimize_model(model, model_type="bert", optimization_options=options, opt_level=0)
+        fused.topological_sort()
+    opsets = {entry.domain for entry in fused.model.opset_import}
+    if _CONTRIB not in opsets:
+        fused.model.opset_import.append(import_onnx().helper.make_opsetid(_CONTRIB, 1))
+    return fused
+
+
+def write_model(model: onnx.ModelProto, file: Path) -> None:
+    write_file(file, model.SerializeToString())
+
+
+def write_float16(fused: Any, file: Path) -> None:
+    """Weights and sums in float16, inputs and outputs as they were."""
+    with _translated("convert"):
+        fused.convert_float_to_float16(keep_io_types=True, use_symbolic_shape_infer=True)
+    write_model(fused.model, file)
+
+
+def write_int8(model: onnx.ModelProto, recipe: Recipe, file: Path) -> None:
+    """Every matrix that is a weight in 8 bits by the recipe, and the tables of embeddings in 8 bits by rows."""
+    _quantise_tables(model)
+    if recipe.blocks:
+        _quantise_blocks(model)
+        write_model(model, file)
+        return
+    with _translated("quantise"), native_file(file):
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        quantize_dynamic(
+            model,
+            file,
+            op_types_to_quantize=list(_MATRICES),
+            per_channel=True,
+            reduce_range=recipe.reduce_range,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=[] if recipe.narrow else _narrow(model),
+            # Fused operators have no inference of types of their own; what flows between them is float32.
+            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": 1},
+        )
+
+
+def _narrow(model: onnx.ModelProto) -> list[str]:
+    """The names of the products whose weight has fewer columns than rows."""
+    shapes = {weight.name: tuple(weight.dims) for weight in model.graph.initializer}
+    products = [(node.name, shapes.get(node.input[1], ())) for node in model.graph.node if node.op_type == "MatMul"]
+    return [name for name, shape in products if len(shape) == 2 and shape[1] < shape[0]]
+
+
+def _quantise_tables(model: onnx.ModelProto) -> None:
+    """Rows of embeddings become int8 with a scale each, which loses less than one scale for all."""
+    onnx = import_onnx()
+    graph = model.graph
+    weights = {weight.name: weight for weight in graph.initializer}
+    nodes = list(graph.node)
+    users: dict[str, int] = {}
+    for node in nodes:
+        for name in node.input:
+            users[name] = users.get(name, 0) + 1
+    del graph.node[:]
+    for node in nodes:
+        weight = weights.get(node.input[0]) if node.op_type == "Gather" else None
+        by_rows = weight is not None and len(weight.dims) == 2 and weight.data_type == onnx.TensorProto.FLOAT
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        if weight is None or not by_rows or axis != 0 or users[weight.name] > 1:
+            graph.node.append(node)
+            continue
+        table = onnx.numpy_helper.to_array(weight)
+        if table.nbytes < MIN_TABLE_BYTES:
+            graph.node.append(node)
+            continue
+        scale = np.abs(table).max(axis=1, keepdims=True) / np.float32(127)
+        codes = np.rint(np.divide(table, scale, out=np.zeros_like(table), where=scale > 0)).astype(np.int8)
+        name = weight.name
+        graph.initializer.remove(weight)
+        graph.initializer.append(onnx.numpy_helper.from_array(codes, f"{name}_codes"))
+        graph.initializer.append(onnx.numpy_helper.from_array(scale.astype(np.float32), f"{name}_scale"))
+        for kind, inputs, output, attributes in (
+            ("Gather", [f"{name}_codes", node.input[1]], "rows", {}),
+            ("Cast", [f"{name}_rows"], "floats", {"to": onnx.TensorProto.FLOAT}),
+            ("Gather", [f"{name}_scale", node.input[1]], "scales", {}),
+        ):
+            made = onnx.helper.make_node(kind, inputs, [f"{name}_{output}"], name=f"{name}_{output}", **attributes)
+            graph.node.append(made)
+        product = [f"{name}_floats", f"{name}_scales"]
+        graph.node.append(onnx.helper.make_node("Mul", product, list(node.output), name=node.name))
+
+
+def _quantise_blocks(model: onnx.ModelProto) -> None:
+    """MatMul with a weight becomes MatMulNBits: 8 bits, 32 weights of a column share a scale, activations by rows."""
+    onnx = import_onnx()
+    graph = model.graph
+    weights = {weight.name: weight for weight in graph.initializer}
+    for node in graph.node:
+        weight = weights.get(node.input[1]) if node.op_type == "MatMul" else None
+        if weight is None or len(weight.dims) != 2 or weight.dims[0] % BLOCK:
+            continue
+        matrix = onnx.numpy_helper.to_array(weight).astype(np.float32)
+        inner, outer = matrix.shape
+        blocks = matrix.T.reshape(outer, inner // BLOCK, BLOCK)
+        scale = np.abs(blocks).max(axis=-1) / np.float32(127)
+        scaled = np.divide(blocks, scale[..., None], out=np.zeros_like(blocks), where=scale[..., None] > 0)
+        codes = (np.rint(scaled) + 128).astype(np.uint8)  # 128 stands for 0
+        graph.initializer.remove(weights.pop(node.input[1]))
+        graph.initializer.append(onnx.numpy_helper.from_array(codes, f"{node.name}_codes"))
+        graph.initializer.append(onnx.numpy_helper.from_array(scale, f"{node.name}_scale"))
+        node.op_type, node.domain = "MatMulNBits", _CONTRIB
+        given = node.input[0]
+        del node.input[:]
+        node.input.extend([given, f"{node.name}_codes", f"{node.name}_scale"])
+        # Level 4 lets the sums be of 8-bit integers, too.
+        for key, value in (("K", inner), ("N", outer), ("bits", 8), ("block_size", BLOCK), ("accuracy_level", 4)):
+            node.attribute.append(onnx.helper.make_attribute(key, value))
+
+
+@contextlib.contextmanager
+def _translated(verb: str) -> Iterator[None]:
+    """The border where onnxruntime's tools keep their warnings to themselves, and their errors become ours."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    except ImportError as error:
+        raise BackendMissing(f"optimizing an encoder needs {error.name}: pip install 'vecsvc[models]'") from error
+    except EncoderError:
+        raise
+    except Exception as error:  # they share no base
+        raise EncoderError(f"onnxruntime cannot {verb} the model: {_one_line(error)}") from error
+    finally:
+        logging.disable(before)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
