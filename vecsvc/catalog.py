@@ -11,9 +11,18 @@ import numpy as np
 
 from vecsvc import indexes
 from vecsvc.config import ServeSettings
+from vecsvc.encoders import DEFAULT, encoder_path
 from vecsvc.encoders.base import Encoder, check_canaries
 from vecsvc.encoders.onnx import open_encoder
-from vecsvc.errors import ArtifactDamaged, ArtifactUnfit, EncoderMismatch, NotReady, UnknownIndex, VecsvcError
+from vecsvc.errors import (
+    ArtifactDamaged,
+    ArtifactUnfit,
+    EncoderMismatch,
+    NotReady,
+    UnknownIndex,
+    UnknownModel,
+    VecsvcError,
+)
 from vecsvc.manifest import Manifest, check_files, read_manifest
 from vecsvc.shard import Shard
 from vecsvc.storage import MANIFEST, IndexFolder, Lease, index_folders
@@ -153,7 +162,7 @@ class Served:
 def _open_encoder(path: Path, manifest: Manifest, settings: ServeSettings) -> Encoder | None:
     built = manifest.encoder
     if settings.encoder:
-        folder = Path(settings.encoder)
+        folder = encoder_path(settings.encoder)
         encoder = open_encoder(folder, name=folder.name, device=settings.device)
     elif built is not None:
         folder = path / ENCODER_FOLDER
@@ -215,6 +224,29 @@ class Catalog:
         if name in self.problems:
             raise NotReady(f"index {name!r} is not ready: {self.problems[name]}")
         raise UnknownIndex(f"no index {name[:80]!r}; served are: {', '.join(self.names()) or 'none'}")
+
+    def with_encoder(self, model: str | None) -> Served:
+        """The index whose encoder `model` means; None means the only encoder that is served.
+
+        A model is named by an index, by its encoder's name where that means one encoder, or `default` where only
+        one encoder is served. Raises UnknownModel, naming what there is, or NotReady.
+        """
+        served = self._served
+        if not served or (model is not None and model not in served and model in self.problems):
+            raise NotReady(f"no encoder is ready: {self.problem()}")
+        having = {name: one.encoder.spec for name, one in sorted(served.items()) if one.encoder is not None}
+        if not having:
+            raise UnknownModel("no index that is served has an encoder: build one with --encoder")
+        found = [name for name in having if model == name]
+        found = found or [name for name, spec in having.items() if model == spec.name]
+        if not found and model in (None, DEFAULT):
+            found = list(having)
+        if len({having[name].fingerprint for name in found}) == 1:
+            return served[found[0]]
+        names = ", ".join(dict.fromkeys([*having, *(spec.name for spec in having.values())]))
+        if found:
+            raise UnknownModel(f"{len(found)} encoders are served, name the index of one: {', '.join(found)}")
+        raise UnknownModel(f"no model {(model or '')[:80]!r}; there are: {names}")
 
     def problem(self) -> str:
         """Why the service is not ready; empty where it is."""

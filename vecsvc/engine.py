@@ -16,6 +16,7 @@ from vecsvc import indexes
 from vecsvc.catalog import Catalog, Plan, Served
 from vecsvc.config import ServeSettings
 from vecsvc.distance import check_vector, score
+from vecsvc.encoders.base import Role
 from vecsvc.errors import (
     DeadlineExceeded,
     DimensionMismatch,
@@ -33,6 +34,7 @@ from vecsvc.types import (
     BatchAnswer,
     Condition,
     Coverage,
+    Embedded,
     Hit,
     IdQuery,
     Limit,
@@ -121,6 +123,33 @@ class Engine:
         if stats.shortfall:
             self._metrics.shortfall(served.name).inc(stats.shortfall)
         return answer
+
+    async def embed(self, name: str | None, texts: list[str], *, role: Role, timeout_ms: float) -> Embedded:
+        """The vectors that the encoder of an index makes of the texts."""
+        clock = Clock(time.perf_counter(), time.monotonic() + timeout_ms / 1e3)
+        if self._in_flight >= self._settings.max_in_flight:
+            raise Overloaded(f"{self._settings.max_in_flight} requests are in flight, the limit max_in_flight")
+        served = self.retained(name)
+        self._in_flight += 1
+        work = _Work(self, served)
+
+        def run() -> Embedded:
+            encoder = served.encoder
+            if encoder is None:
+                raise InvalidRequest(f"index {served.name!r} has no encoder: build it or serve it with --encoder")
+            parts, tokens = [], []
+            for start in range(0, len(texts), SLICE):
+                if time.monotonic() >= clock.deadline:
+                    raise DeadlineExceeded(f"the deadline passed after {start} of {len(texts)} texts were encoded")
+                tokens += encoder.split(texts[start : start + SLICE], role)
+                parts.append(encoder.encode(texts[start : start + SLICE], role))
+            counts, truncated = [len(one) for one in tokens], [one.truncated for one in tokens]
+            return Embedded(np.concatenate(parts), counts, truncated, encoder.spec.name)
+
+        try:
+            return await self._in_thread(work, run, clock, 0.0)
+        finally:
+            work.leave()
 
     def retained(self, name: str | None) -> Served:
         """The version of `name` that serves, kept open until the caller releases it.

@@ -78,6 +78,15 @@ class Metrics:
         self.search = Family(
             Spread, "vecsvc_search_seconds", "Seconds in the indexes of all shards", ("index", "strategy")
         )
+        self.embed = Family(
+            Spread,
+            "vecsvc_embed_seconds",
+            "Seconds to a request's vectors, waiting included",
+            ("encoder",),
+        )
+        self.embedded = Family(Count, "vecsvc_embedded_texts", "Texts made into vectors on request", ("encoder",))
+        self.tokens = Family(Count, "vecsvc_embedded_tokens", "Tokens of these texts", ("encoder",))
+        self.truncated = Family(Count, "vecsvc_truncated_texts", "Those of them that were cut", ("encoder",))
         self.shortfall = Family(Count, "vecsvc_shortfall_places", "Places of k that stayed empty", ("index",))
         self.swaps = Family(Count, "vecsvc_version_swaps", "Versions opened and put to serve", ("index",))
         self.in_flight = Gauge("vecsvc_in_flight", "Requests that search or wait to", registry=self.registry)
@@ -89,13 +98,13 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus_client asks a collector for."""
-        for counter in (self.requests, self.shortfall, self.swaps):
+        for counter in (self.requests, self.shortfall, self.swaps, self.embedded, self.tokens, self.truncated):
             counted = CounterMetricFamily(counter.name, counter.help, labels=counter.labels)
             for labels, count in counter.children.items():
                 counted.add_metric(labels, count.value)
             yield counted
         bounds = [*map(floatToGoString, _SECONDS), "+Inf"]
-        for histogram in (self.latency, self.search):
+        for histogram in (self.latency, self.search, self.embed):
             spread_out = HistogramMetricFamily(histogram.name, histogram.help, labels=histogram.labels)
             for labels, spread in histogram.children.items():
                 buckets = list(zip(bounds, accumulate(spread.counts), strict=True))

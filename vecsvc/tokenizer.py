@@ -28,6 +28,7 @@ class Tokens:
 
     ids: list[int]
     type_ids: list[int]
+    truncated: bool = False  # True where the text had more than the model reads
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,7 +76,8 @@ class TextTokenizer:
         Raises InvalidRequest for the first text that is none, counting from `first`.
         """
         longest = self.max_tokens * MAX_CHARS_PER_TOKEN
-        checked = [(prompt + check_text(text, f"text {first + i}"))[:longest] for i, text in enumerate(texts)]
+        whole = [prompt + check_text(text, f"text {first + i}") for i, text in enumerate(texts)]
+        checked = [text[:longest] for text in whole]
         if self._lower_case:
             checked = [text.lower() for text in checked]
         try:
@@ -83,7 +85,10 @@ class TextTokenizer:
             found = self._tokenizer.encode_batch_fast(checked)
         except Exception as error:  # tokenizers raises plain Exception
             raise EncoderError(f"the tokenizer failed on texts {first} to {first + len(texts) - 1}: {error}") from error
-        return [Tokens(one.ids, one.type_ids) for one in found]
+        return [
+            Tokens(one.ids, one.type_ids, bool(one.overflowing) or len(text) > longest)
+            for one, text in zip(found, whole, strict=True)
+        ]
 
     def pad(self, tokens: Sequence[Tokens]) -> TokenBatch:
         """Arrays (n, t), t the longest of the batch and at least 1.

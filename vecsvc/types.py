@@ -106,6 +106,15 @@ class IdQuery(msgspec.Struct, frozen=True):
 Query: TypeAlias = VectorQuery | TextQuery | IdQuery
 
 
+class Embedded(msgspec.Struct, frozen=True):
+    """What an encoder made of n texts, in their order."""
+
+    vectors: Vectors  # (n, dim)
+    tokens: list[int]  # of each text: what the model read, prompt and special tokens included
+    truncated: list[bool]  # True where a text had more than the encoder reads
+    encoder: str
+
+
 # Answers are msgspec structs whose fields are the JSON's: they are made and encoded in C, once per hit.
 
 

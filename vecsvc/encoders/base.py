@@ -9,6 +9,7 @@ from typing import Final, Literal, Protocol, TypeAlias
 import numpy as np
 
 from vecsvc.errors import EncoderMismatch
+from vecsvc.tokenizer import Tokens
 from vecsvc.types import Vectors
 
 Role: TypeAlias = Literal["query", "passage"]
@@ -41,6 +42,10 @@ class Encoder(Protocol):
     """Any number of threads may encode at once."""
 
     spec: EncoderSpec
+
+    def split(self, texts: Sequence[str], role: Role = "query") -> list[Tokens]:
+        """The tokens of each text, checked, with the role's prompt before it, cut at `max_tokens`."""
+        ...
 
     def encode(self, texts: Sequence[str], role: Role = "query") -> Vectors:
         """Vectors (n, dim) of the texts, each cut at `max_tokens`. An empty text has a vector too."""

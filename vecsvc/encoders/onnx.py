@@ -91,6 +91,10 @@ class OnnxEncoder:
                 vectors[start + rows] = self._encode_batch([tokens[row] for row in rows])
         return vectors
 
+    def split(self, texts: Sequence[str], role: Role = "query") -> list[Tokens]:
+        """The tokens of each text, with the role's prompt before it, cut at `max_tokens`."""
+        return self._tokenizer.split(texts, prompt=self.spec.prompts.get(role, ""))
+
     def close(self) -> None:
         self._session.close()
 
