@@ -175,12 +175,8 @@ def test_a_megabyte_of_text_is_cut_as_well() -> None:
 
 
 def test_tei_refuses_to_cut_where_it_is_not_told_to(one: Service) -> None:
-    for question in (
-        {"inputs": ["red", LONG]},
-        {"inputs": LONG, "truncate": False},
-        {"inputs": LONG, "truncate": None},
-    ):
-        reply = one.post("/embed", question)
+    for question in ({}, {"truncate": False}, {"truncate": None}):
+        reply = one.post("/embed", {"inputs": ["red", LONG], **question})
         error = reply.json()
         assert reply.status == 413 and list(error) == ["error", "error_type"] and error["error_type"] == "Validation"
         assert f"has more than the {MAX_TOKENS} tokens that encoder 'tiny' reads" in error["error"]
@@ -210,10 +206,8 @@ def test_tei_normalises_unless_it_is_told_not_to(several: Service, one: Service)
 
 
 def test_several_encoders_are_told_apart_by_index_or_by_name(several: Service) -> None:
-    dims = {
-        model: openai_vectors(several, "red", model).shape[1] for model in ("docs", "news", "tiny", "other", "prompted")
-    }
-    assert dims == {"docs": 8, "news": 8, "tiny": 8, "other": 16, "prompted": 16}
+    dims = {"docs": 8, "news": 8, "tiny": 8, "other": 16, "prompted": 16}
+    assert {model: openai_vectors(several, "red", model).shape[1] for model in dims} == dims
     for question in ({"input": "red", "model": "default"}, {"input": "red", "model": "bare"}):
         reply = several.post("/v1/embeddings", question)
         assert reply.status == 404 and reply.json()["error"]["code"] == "model_not_found"
@@ -309,7 +303,6 @@ def test_every_error_has_the_shape_of_its_path(one: Service) -> None:
                 assert list(reply.json()["error"]) == ["message", "type", "param", "code"]
             else:
                 assert list(reply.json()) == ["error", "error_type"]
-            assert reply.headers["x-request-id"]
 
 
 @pytest.mark.parametrize("text", ["🦀🦀🦀", "\x00", "a\x00b", "\x01\x02 \x1f", "\u202e right to left", "e\u0301" * 50])
@@ -407,6 +400,6 @@ def test_the_default_encoder_can_be_named_at_serving_time(tmp_path: Path) -> Non
 
 def test_a_missing_default_encoder_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "DEFAULT_FOLDER", tmp_path / "none")
-    with pytest.raises(encoders.ConfigError, match="no default encoder in .*none: reinstall vecsvc, or name one with"):
+    with pytest.raises(encoders.ConfigError, match=r"no default encoder in .*none: reinstall vecsvc, or name one with"):
         encoders.default_encoder()
     assert encoders.encoder_path("./default") == Path("default"), "a folder of that name is still reached"

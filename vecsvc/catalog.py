@@ -241,11 +241,12 @@ class Catalog:
         found = found or [name for name, spec in having.items() if model == spec.name]
         if not found and model in (None, DEFAULT):
             found = list(having)
-        if len({having[name].fingerprint for name in found}) == 1:
+        different = len({having[name].fingerprint for name in found})
+        if different == 1:
             return served[found[0]]
         names = ", ".join(dict.fromkeys([*having, *(spec.name for spec in having.values())]))
         if found:
-            raise UnknownModel(f"{len(found)} encoders are served, name the index of one: {', '.join(found)}")
+            raise UnknownModel(f"{different} encoders are served, name the index of one: {', '.join(found)}")
         raise UnknownModel(f"no model {(model or '')[:80]!r}; there are: {names}")
 
     def problem(self) -> str:
