@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ import onnxruntime  # noqa: F401
 from corpora import GRAPH, answers, build, check_version, file_hashes, make_vectors, strays, write_corpus
 from tiny_bert import write_tiny_bert
 
+from index_builders import bulk_encode
 from vecsvc import storage
+from vecsvc.encoders.onnx import OnnxEncoder
 from vecsvc.errors import StorageError
 from vecsvc.storage import IndexFolder
 
 WORKERS = 2
 DIM = 16
 ROWS = 40
+WINDOW = 16  # texts that are encoded and made durable together
 QUERIES = make_vectors(4, DIM, seed=99)
 SETTINGS: dict[str, Any] = {"kind": GRAPH, "shards": 2, "fields": "label,text", "certificate_queries": 4}
 
@@ -215,6 +219,57 @@ def kill_builds(world: World) -> list[str]:
 
     for_each(len(points), job)
     return points
+
+
+def kill_text_builds(world: World) -> list[str]:
+    """A build of texts dies at each step of encoding, and until the encoded parts are gone; the next one completes.
+
+    With --resume no text is encoded again whose part was whole.
+    """
+    texts, whole = world.folder / "texts.parquet", world.folder / "whole-texts"
+    write_corpus(texts, n=ROWS, dim=0)
+    bulk_encode.WINDOW_ROWS = WINDOW  # type: ignore[misc]
+    hashes = file_hashes(world.build(whole, corpus=texts).manifest)
+    report = world.folder / "texts.json"
+    must(lambda: report.write_text(json.dumps(answers(whole, QUERIES))))
+    after = [[tuple(hit) for hit in row] for row in json.loads(report.read_text())]
+    with copied(world.template, "counted") as out:
+        points = failpoints(lambda: world.build(out, corpus=texts), out)
+    first = points.index("make folder encoded") + 1
+    last = points.index("delete folder encoded") + 1
+    parts = [nth for nth, point in enumerate(points, 1) if re.fullmatch(r"rename \d{12}-[0-9a-f]{64}\.npy", point)]
+    ingested = points.index("rename .state-v3", first) + 1
+    assert len(parts) == -(-ROWS // WINDOW) and parts[-1] < ingested < last
+
+    def job(number: int) -> None:
+        nth = first + number - 1
+        with copied(world.template, f"texts-{nth}") as out:
+            folder = IndexFolder(out / "demo")
+            work = at(nth, signal.SIGKILL, lambda: world.build(out, corpus=texts))
+            assert wait(fork(work)) == -signal.SIGKILL
+
+            def look_and_go_on() -> None:
+                whole_and_serving(folder, "v2", world.before)
+                encoded: list[str] = []
+                encode = OnnxEncoder.encode
+
+                def watched(self: OnnxEncoder, texts: Sequence[str], role: Any = "query") -> Any:
+                    encoded.extend(texts if role == "passage" else ())
+                    return encode(self, texts, role)
+
+                OnnxEncoder.encode = watched  # type: ignore[method-assign]
+                resume = number % 4 != 0
+                result = world.build(out, resume=resume, corpus=texts)
+                kept = min(ROWS, WINDOW * sum(nth > part for part in parts)) if resume else 0
+                assert len(encoded) == (0 if resume and nth > ingested else ROWS - kept), (len(encoded), kept)
+                assert file_hashes(result.manifest) == hashes
+                whole_and_serving(folder, "v3", after)
+                nothing_left(folder, keep=1)
+
+            must(look_and_go_on)
+
+    for_each(last - first + 1, job)
+    return points[first - 1 : last]
 
 
 def kill_resumed_builds(world: World) -> list[str]:
@@ -427,7 +482,15 @@ def announced_and_synced(world: World) -> list[str]:
 
 SCENARIOS = {
     work.__name__: work
-    for work in (kill_builds, kill_resumed_builds, kill_gc, kill_rollback, two_builds, announced_and_synced)
+    for work in (
+        kill_builds,
+        kill_text_builds,
+        kill_resumed_builds,
+        kill_gc,
+        kill_rollback,
+        two_builds,
+        announced_and_synced,
+    )
 }
 
 

@@ -85,6 +85,16 @@ def test_a_build_killed_at_any_step_leaves_what_serves_and_the_next_one_complete
     assert points.index("fsync manifest.json") < points.index("rename v3") < points.index("rename CURRENT")
 
 
+def test_a_build_of_texts_killed_at_any_step_of_encoding_encodes_nothing_twice(fast: Path) -> None:
+    points = run("kill_text_builds", fast)
+    steps = {re.sub(r"\d{12}-[0-9a-f]{64}", "PART", point) for point in points}
+    assert steps >= {
+        *("make folder encoded", "create part.npy.tmp", "write part.npy.tmp", "write header part.npy.tmp"),
+        *("fsync part.npy.tmp", "rename PART.npy", "fsync folder encoded", "create vectors.npy", "rename .state-v3"),
+        *("delete PART.npy", "delete folder encoded"),
+    }
+
+
 def test_a_resumed_build_killed_at_any_step_can_be_resumed_again(fast: Path) -> None:
     points = run("kill_resumed_builds", fast)
     assert {"create manifest.json", "rename v3", "rename CURRENT"} <= set(points)
