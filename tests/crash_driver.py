@@ -155,11 +155,14 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.old, self.new = folder / "old.parquet", folder / "new.parquet"
+        self.texts = folder / "texts.parquet"
         self.encoder = write_tiny_bert(folder / "bert", dim=DIM)
         self.template, self.whole = folder / "template", folder / "whole"
         report = folder / "answers.json"
         write_corpus(self.old, n=ROWS, dim=DIM, seed=1)
         write_corpus(self.new, n=ROWS, dim=DIM, seed=2)
+        write_corpus(self.texts, n=ROWS, dim=0)
+        bulk_encode.WINDOW_ROWS = WINDOW  # type: ignore[misc]
         # Built in the parent, so that what is imported and compiled on the way is there for every child.
         threads = len(list(Path("/proc/self/task").iterdir()))
         for version in ("v1", "v2"):
@@ -226,9 +229,7 @@ def kill_text_builds(world: World) -> list[str]:
 
     With --resume no text is encoded again whose part was whole.
     """
-    texts, whole = world.folder / "texts.parquet", world.folder / "whole-texts"
-    write_corpus(texts, n=ROWS, dim=0)
-    bulk_encode.WINDOW_ROWS = WINDOW  # type: ignore[misc]
+    texts, whole = world.texts, world.folder / "whole-texts"
     hashes = file_hashes(world.build(whole, corpus=texts).manifest)
     report = world.folder / "texts.json"
     must(lambda: report.write_text(json.dumps(answers(whole, QUERIES))))
@@ -466,8 +467,8 @@ def announced_and_synced(world: World) -> list[str]:
         os.fsync = recorded_fsync
         storage.failpoint = announced.append
         sys.addaudithook(audit)
-        for version in ("v1", "v2", "v3"):
-            world.build(out, version)
+        for version, corpus in (("v1", world.new), ("v2", world.texts), ("v3", world.new)):
+            world.build(out, version, corpus=corpus)
             assert announced[-2:] == ["fsync folder demo", f"delete .state-{version}"], "CURRENT's rename is synced"
         folder = IndexFolder(out / "demo")
         folder.rollback()

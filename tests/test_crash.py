@@ -77,6 +77,7 @@ def test_every_step_on_disk_is_announced_and_all_is_synced_before_it_is_renamed(
     steps = run("announced_and_synced", fast)
     assert {step for step in BUILD_STEPS if step.startswith(("create", "make", "rename"))} <= set(steps)
     assert {"rename .trash-v1", f"delete {GRAPH_FILE}", "delete folder .trash-v1"} <= set(steps)
+    assert {"make folder encoded", "create part.npy.tmp", "delete folder encoded"} <= set(steps)
 
 
 def test_a_build_killed_at_any_step_leaves_what_serves_and_the_next_one_completes(fast: Path) -> None:
