@@ -241,9 +241,11 @@ def kill_text_builds(world: World) -> list[str]:
     parts = [nth for nth, point in enumerate(points, 1) if re.fullmatch(r"rename \d{12}-[0-9a-f]{64}\.npy", point)]
     ingested = points.index("rename .state-v3", first) + 1
     assert len(parts) == -(-ROWS // WINDOW) and parts[-1] < ingested < last
+    # Between the last part and the state that says so, kill_builds dies at every step.
+    chosen = [*range(first, parts[-1] + 2), *range(parts[-1] + 2, ingested - 1, 8), *range(ingested - 1, last + 1)]
 
     def job(number: int) -> None:
-        nth = first + number - 1
+        nth = chosen[number - 1]
         with copied(world.template, f"texts-{nth}") as out:
             folder = IndexFolder(out / "demo")
             work = at(nth, signal.SIGKILL, lambda: world.build(out, corpus=texts))
@@ -269,8 +271,8 @@ def kill_text_builds(world: World) -> list[str]:
 
             must(look_and_go_on)
 
-    for_each(last - first + 1, job)
-    return points[first - 1 : last]
+    for_each(len(chosen), job)
+    return [points[nth - 1] for nth in chosen]
 
 
 def kill_resumed_builds(world: World) -> list[str]:
