@@ -59,14 +59,15 @@ class Corpus:
     def has_vectors(self) -> bool:
         return self._used.vector is not None
 
-    def read_batches(self, batch_rows: int) -> Iterator[Batch]:
+    def read_batches(self, batch_rows: int, *, checked: bool = False) -> Iterator[Batch]:
         """All rows in order, at most `batch_rows` at a time, fewer where vectors are long or a file ends.
 
         Memory stays within a few batches, however large the files and their row groups are. Repeated ids
-        are found after the last batch: what was read counts only when the iterator has ended.
+        are found after the last batch: what was read counts only when the iterator has ended. Texts are all
+        looked at before the first batch comes, unless an earlier pass `checked` them.
         Raises BadRow with the row's number, id and remedy, CorpusUnreadable where the storage or a file fails.
         """
-        if not self.has_vectors:
+        if not self.has_vectors and not checked:
             # Encoding takes hours. What the last row will be refused for is better said before than after.
             for _ in self._checked(batch_rows):
                 pass

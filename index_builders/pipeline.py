@@ -22,22 +22,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from index_builders import base
+from index_builders import base, bulk_encode
+from index_builders.bulk_encode import EncodedTexts, encode_corpus
 from index_builders.certify import Certifier
 from index_builders.corpus import Batch, Corpus, open_corpus
 from index_builders.progress import Phase as Shown
 from index_builders.shard_writer import ShardWriter, stored_schema
 from vecsvc.config import BuildSettings
-from vecsvc.distance import check_vector
+from vecsvc.encoders import default_encoder, encoder_path
 from vecsvc.encoders.base import CANARY_TEXTS, Encoder
 from vecsvc.encoders.folder import encoder_files
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import (
     ArtifactError,
-    BadRow,
     ConfigError,
     CorpusError,
-    InvalidVector,
     StorageError,
     UserError,
     VecsvcError,
@@ -76,7 +75,7 @@ from vecsvc.storage import (
     open_array,
     replace_file,
 )
-from vecsvc.types import MAX_DIM, IndexSpec, Metric, Vectors
+from vecsvc.types import MAX_DIM, IndexSpec, Metric
 
 _LIBRARIES: Final = (
     "vecsvc",
@@ -147,10 +146,11 @@ def build_index(
     folder = IndexFolder(Path(settings.out) / _name(source, settings))
     if settings.version:
         check_version(settings.version)
+    encoder_folder = _encoder_folder(corpus, settings)
     # What the index step would refuse is refused now, and not after hours of encoding.
     base.build_params(*base.choose(settings.kind, corpus.rows, corpus.dim or MAX_DIM, params or {}))
     make_folder(folder.path)
-    key = _key(corpus, settings, params or {})
+    key = _key(corpus, settings, params or {}, encoder_folder)
     if not resume:
         folder.sweep()
     version = settings.version or (resume and _interrupted(folder, key)) or _free_version(folder)
@@ -160,7 +160,7 @@ def build_index(
         raise VersionExists(
             f"{folder.path / version} exists, and a version is never written twice: choose another --version"
         )
-    build = _Build(folder, version, key, corpus, settings, params or {}, stream)
+    build = _Build(folder, version, key, corpus, encoder_folder, settings, params or {}, stream)
     try:
         return build.run()
     except UserError:
@@ -179,16 +179,18 @@ class _Build:
         version: str,
         key: str,
         corpus: Corpus,
+        encoder_folder: Path | None,
         settings: BuildSettings,
         params: Mapping[str, Any],
         stream: TextIO | None,
     ) -> None:
         self.folder, self.version, self.corpus, self.settings, self.params = folder, version, corpus, settings, params
-        self.stream = stream
+        self.encoder_folder, self.stream = encoder_folder, stream
         self.threads = settings.threads or os.cpu_count() or 1
         self.staging = folder.path / f"{STAGING}{version}"
         self.resumed: list[str] = []
         self._state_path = folder.path / f"{STATE}{version}"
+        self._encoded = self.staging / bulk_encode.FOLDER  # no part of the version
         self._encoder: Encoder | None = None
         lease = None
         while lease is None:
@@ -223,6 +225,8 @@ class _Build:
         manifest = self._finished()
         if manifest is None:
             ingested = self._ingest()
+            if self._encoded.exists():
+                delete_folder(self._encoded)
             manifest = self._manifest(ingested, self._index(ingested))
             write_manifest(self.staging, manifest)
         self.folder.publish(self.staging, self.version)
@@ -253,21 +257,19 @@ class _Build:
             self.resumed.append("ingest")
             return done
         self.state.ingested, self.state.indexed = None, {}
-        _empty(self.staging)
+        _empty(self.staging, but=self._encoded)
+        encoder = self._open_encoder()
+        encoded = self._encode(encoder) if encoder is not None and not self.corpus.has_vectors else None
         with self._phase("ingest"):
-            encoder = self._open_encoder()
-            if not self.corpus.has_vectors:
-                _needed(encoder, self.corpus)
             folders = [self.staging / "shards" / f"{n:03d}" for n in range(self.settings.shards)]
             with contextlib.ExitStack() as stack:
                 writers = [stack.enter_context(ShardWriter(folder, self.corpus)) for folder in folders]
                 with Shown("reading", self.corpus.rows, self.stream) as shown:
-                    for batch in self.corpus.read_batches(self.settings.batch_rows):
-                        vectors = batch.vectors
-                        if vectors is None:
-                            vectors = self._encode(encoder, batch)
+                    for batch in self.corpus.read_batches(self.settings.batch_rows, checked=encoded is not None):
+                        n = len(batch.hashes)
+                        vectors = batch.vectors if encoded is None else encoded.of(batch.first_row, n)
                         self._write(writers, batch, vectors)
-                        shown(len(batch.hashes))
+                        shown(n)
                 for writer in writers:
                     writer.finish()
             # Arrow keeps what it read with for the next read, which does not come.
@@ -278,7 +280,7 @@ class _Build:
                     f"{self.corpus.rows} rows leave {sizes.count(0)} of {len(sizes)} shards empty: use fewer --shards"
                 )
             entry = self._write_encoder(encoder)
-            files = [path for path in self.staging.rglob("*") if path.is_file()]
+            files = [path for path in self.staging.rglob("*") if path.is_file() and path.parent != self._encoded]
             ingested = _Ingested(
                 sizes=sizes,
                 dim=writers[0].dim,
@@ -305,22 +307,26 @@ class _Build:
                 fields = batch.fields.take(pa.array(mine)) if batch.fields is not None else None
                 writer.write(rows[mine], batch.hashes[mine], vectors[mine], batch.ids.take(pa.array(mine)), fields)
 
-    def _encode(self, encoder: Encoder | None, batch: Batch) -> Vectors:
-        vectors = _needed(encoder, self.corpus).encode(batch.texts or [], "passage")
-        for row, vector in enumerate(vectors):
-            try:
-                check_vector(vector, _metric(self.settings))
-            except InvalidVector as error:
-                place = f"row {batch.first_row + row} (id {batch.ids[row].as_py()!r})"
-                raise BadRow(
-                    f"{place}: of its text the encoder made a vector that cannot be ranked: {error}"
-                ) from error
-        return vectors
+    def _encode(self, encoder: Encoder) -> EncodedTexts:
+        """The vectors of all texts; those that an earlier build made are not made again."""
+        with self._phase("encode"):
+            encoded, rows = EncodedTexts(self.staging, encoder.spec.dim), self.corpus.rows
+            if encoded.rows:
+                self.resumed.append(f"encoding of {encoded.rows:,} of {rows:,} texts")
+            if encoded.rows < rows:
+                # Whoever encoded a part had looked at every row before.
+                batches = self.corpus.read_batches(self.settings.batch_rows, checked=encoded.rows > 0)
+                with Shown("encoding", rows, self.stream, unit="texts", before=encoded.rows) as shown:
+                    encode_corpus(
+                        encoder, batches, encoded, metric=_metric(self.settings), threads=self.threads, progress=shown
+                    )
+        return encoded
 
     def _open_encoder(self) -> Encoder | None:
-        if self.settings.encoder and self._encoder is None:
-            folder = Path(self.settings.encoder)
-            self._encoder = open_encoder(folder, name=folder.resolve().name, num_threads=self.threads)
+        if self.encoder_folder is not None and self._encoder is None:
+            folder = self.encoder_folder
+            threads = bulk_encode.run_threads(self.threads)
+            self._encoder = open_encoder(folder, name=folder.resolve().name, num_threads=threads)
             dim = self._encoder.spec.dim
             if self.corpus.dim is not None and dim != self.corpus.dim:
                 raise ConfigError(
@@ -331,9 +337,9 @@ class _Build:
 
     def _write_encoder(self, encoder: Encoder | None) -> EncoderEntry | None:
         """The encoder goes into the version: text in, answer out needs no second artifact."""
-        if encoder is None:
+        if encoder is None or self.encoder_folder is None:
             return None
-        source, target = Path(self.settings.encoder), self.staging / "encoder"
+        source, target = self.encoder_folder, self.staging / "encoder"
         paths = []
         for file in encoder_files(source):
             copy = target / file.relative_to(source)
@@ -464,10 +470,18 @@ class _Build:
         replace_file(self._state_path, msgspec.json.encode(self.state))
 
 
-def _needed(encoder: Encoder | None, corpus: Corpus) -> Encoder:
-    if encoder is None:
-        raise CorpusError(f"{corpus.path} has texts and no vectors: name an encoder with --encoder DIR")
-    return encoder
+def _encoder_folder(corpus: Corpus, settings: BuildSettings) -> Path | None:
+    """Texts need an encoder, and get the default one where none is named; vectors need none."""
+    if settings.encoder:
+        return encoder_path(settings.encoder)
+    if corpus.has_vectors:
+        return None
+    try:
+        return default_encoder()
+    except ConfigError as error:
+        raise CorpusError(
+            f"{corpus.path} has texts and no vectors: name an encoder with --encoder DIR ({error})"
+        ) from error
 
 
 def _metric(settings: BuildSettings) -> Metric:
@@ -485,12 +499,12 @@ def _name(source: str, settings: BuildSettings) -> str:
         raise ConfigError(f"{error}; give one with --name") from error
 
 
-def _key(corpus: Corpus, settings: BuildSettings, params: Mapping[str, Any]) -> str:
+def _key(corpus: Corpus, settings: BuildSettings, params: Mapping[str, Any], encoder_folder: Path | None) -> str:
     """Two builds with one key make the same index from the same corpus."""
     same = {n: v for n, v in asdict(settings).items() if n not in ("out", "version", "threads", "batch_rows")}
     encoder = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in (encoder_files(Path(settings.encoder)) if settings.encoder else ())
+        for file in (encoder_files(encoder_folder) if encoder_folder is not None else ())
     ]
     facts = [FORMAT_VERSION, corpus.identity(), encoder, same, dict(params)]
     return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
@@ -551,6 +565,7 @@ def _whole(folder: Path, files: list[FileEntry]) -> bool:
     return True
 
 
-def _empty(staging: Path) -> None:
+def _empty(staging: Path, but: Path | None = None) -> None:
     for path in sorted(staging.iterdir()):
-        delete_folder(path) if path.is_dir() else delete_file(path)
+        if path != but:
+            delete_folder(path) if path.is_dir() else delete_file(path)

@@ -23,10 +23,13 @@ def part(progress: Callable[[int], None], name: str) -> None:
 class Phase:
     """One phase of known or unknown length. Use as a context manager; call it with the rows that got done."""
 
-    def __init__(self, name: str, total: int | None, stream: TextIO | None = None, unit: str = "rows") -> None:
+    def __init__(
+        self, name: str, total: int | None, stream: TextIO | None = None, unit: str = "rows", before: int = 0
+    ) -> None:
+        """`before` of the total were done by an earlier run: they count as done, and not for the speed."""
         self.name, self.total, self.unit = name, total, unit
         self.part = ""
-        self.done = 0
+        self.done = self._before = before
         self._stream = stream if stream is not None else sys.stderr
         self._terminal = self._stream.isatty()
         self._started = self._shown = time.monotonic()
@@ -57,8 +60,17 @@ class Phase:
         elif self.total:
             line = f"{name}: {self.done:,} of {self.total:,} {self.unit} ({100 * self.done / self.total:.0f} %)"
         line += f", {seconds:.1f} s"
-        if self.total and 0 < self.done < self.total and seconds > 2:
-            line += f", about {seconds * (self.total - self.done) / self.done:.0f} s to go"
+        now = self.done - self._before
+        if now and seconds > 2:
+            speed = now / seconds
+            line += f", {speed:,.0f} {self.unit}/s" if speed >= 10 else f", {speed:.2g} {self.unit}/s"
+            if self.total and self.done < self.total:
+                line += f", about {_duration((self.total - self.done) / speed)} to go"
         self._stream.write(f"{before}{line:<78}" if self._terminal else line)
         self._stream.write(after)
         self._stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ import onnxruntime  # noqa: F401
 from corpora import GRAPH, answers, build, check_version, file_hashes, make_vectors, strays, write_corpus
 from tiny_bert import write_tiny_bert
 
+from index_builders import bulk_encode
 from vecsvc import storage
+from vecsvc.encoders.onnx import OnnxEncoder
 from vecsvc.errors import StorageError
 from vecsvc.storage import IndexFolder
 
 WORKERS = 2
 DIM = 16
 ROWS = 40
+WINDOW = 16  # texts that are encoded and made durable together
 QUERIES = make_vectors(4, DIM, seed=99)
 SETTINGS: dict[str, Any] = {"kind": GRAPH, "shards": 2, "fields": "label,text", "certificate_queries": 4}
 
@@ -151,11 +155,14 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.old, self.new = folder / "old.parquet", folder / "new.parquet"
+        self.texts = folder / "texts.parquet"
         self.encoder = write_tiny_bert(folder / "bert", dim=DIM)
         self.template, self.whole = folder / "template", folder / "whole"
         report = folder / "answers.json"
         write_corpus(self.old, n=ROWS, dim=DIM, seed=1)
         write_corpus(self.new, n=ROWS, dim=DIM, seed=2)
+        write_corpus(self.texts, n=ROWS, dim=0)
+        bulk_encode.WINDOW_ROWS = WINDOW  # type: ignore[misc]
         # Built in the parent, so that what is imported and compiled on the way is there for every child.
         threads = len(list(Path("/proc/self/task").iterdir()))
         for version in ("v1", "v2"):
@@ -215,6 +222,57 @@ def kill_builds(world: World) -> list[str]:
 
     for_each(len(points), job)
     return points
+
+
+def kill_text_builds(world: World) -> list[str]:
+    """A build of texts dies at each step of encoding, and until the encoded parts are gone; the next one completes.
+
+    With --resume no text is encoded again whose part was whole.
+    """
+    texts, whole = world.texts, world.folder / "whole-texts"
+    hashes = file_hashes(world.build(whole, corpus=texts).manifest)
+    report = world.folder / "texts.json"
+    must(lambda: report.write_text(json.dumps(answers(whole, QUERIES))))
+    after = [[tuple(hit) for hit in row] for row in json.loads(report.read_text())]
+    with copied(world.template, "counted") as out:
+        points = failpoints(lambda: world.build(out, corpus=texts), out)
+    first = points.index("make folder encoded") + 1
+    last = points.index("delete folder encoded") + 1
+    parts = [nth for nth, point in enumerate(points, 1) if re.fullmatch(r"rename \d{12}-[0-9a-f]{64}\.npy", point)]
+    ingested = points.index("rename .state-v3", first) + 1
+    assert len(parts) == -(-ROWS // WINDOW) and parts[-1] < ingested < last
+    # Between the last part and the state that says so, kill_builds dies at every step.
+    chosen = [*range(first, parts[-1] + 2), *range(parts[-1] + 2, ingested - 1, 8), *range(ingested - 1, last + 1)]
+
+    def job(number: int) -> None:
+        nth = chosen[number - 1]
+        with copied(world.template, f"texts-{nth}") as out:
+            folder = IndexFolder(out / "demo")
+            work = at(nth, signal.SIGKILL, lambda: world.build(out, corpus=texts))
+            assert wait(fork(work)) == -signal.SIGKILL
+
+            def look_and_go_on() -> None:
+                whole_and_serving(folder, "v2", world.before)
+                encoded: list[str] = []
+                encode = OnnxEncoder.encode
+
+                def watched(self: OnnxEncoder, texts: Sequence[str], role: Any = "query") -> Any:
+                    encoded.extend(texts if role == "passage" else ())
+                    return encode(self, texts, role)
+
+                OnnxEncoder.encode = watched  # type: ignore[method-assign]
+                resume = number % 4 != 0
+                result = world.build(out, resume=resume, corpus=texts)
+                kept = min(ROWS, WINDOW * sum(nth > part for part in parts)) if resume else 0
+                assert len(encoded) == (0 if resume and nth > ingested else ROWS - kept), (len(encoded), kept)
+                assert file_hashes(result.manifest) == hashes
+                whole_and_serving(folder, "v3", after)
+                nothing_left(folder, keep=1)
+
+            must(look_and_go_on)
+
+    for_each(len(chosen), job)
+    return [points[nth - 1] for nth in chosen]
 
 
 def kill_resumed_builds(world: World) -> list[str]:
@@ -411,8 +469,8 @@ def announced_and_synced(world: World) -> list[str]:
         os.fsync = recorded_fsync
         storage.failpoint = announced.append
         sys.addaudithook(audit)
-        for version in ("v1", "v2", "v3"):
-            world.build(out, version)
+        for version, corpus in (("v1", world.new), ("v2", world.texts), ("v3", world.new)):
+            world.build(out, version, corpus=corpus)
             assert announced[-2:] == ["fsync folder demo", f"delete .state-{version}"], "CURRENT's rename is synced"
         folder = IndexFolder(out / "demo")
         folder.rollback()
@@ -427,7 +485,15 @@ def announced_and_synced(world: World) -> list[str]:
 
 SCENARIOS = {
     work.__name__: work
-    for work in (kill_builds, kill_resumed_builds, kill_gc, kill_rollback, two_builds, announced_and_synced)
+    for work in (
+        kill_builds,
+        kill_text_builds,
+        kill_resumed_builds,
+        kill_gc,
+        kill_rollback,
+        two_builds,
+        announced_and_synced,
+    )
 }
 
 

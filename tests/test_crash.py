@@ -77,12 +77,23 @@ def test_every_step_on_disk_is_announced_and_all_is_synced_before_it_is_renamed(
     steps = run("announced_and_synced", fast)
     assert {step for step in BUILD_STEPS if step.startswith(("create", "make", "rename"))} <= set(steps)
     assert {"rename .trash-v1", f"delete {GRAPH_FILE}", "delete folder .trash-v1"} <= set(steps)
+    assert {"make folder encoded", "create part.npy.tmp", "delete folder encoded"} <= set(steps)
 
 
 def test_a_build_killed_at_any_step_leaves_what_serves_and_the_next_one_completes(fast: Path) -> None:
     points = run("kill_builds", fast)
     assert set(points) >= BUILD_STEPS
     assert points.index("fsync manifest.json") < points.index("rename v3") < points.index("rename CURRENT")
+
+
+def test_a_build_of_texts_killed_at_any_step_of_encoding_encodes_nothing_twice(fast: Path) -> None:
+    points = run("kill_text_builds", fast)
+    steps = {re.sub(r"\d{12}-[0-9a-f]{64}", "PART", point) for point in points}
+    assert steps >= {
+        *("make folder encoded", "create part.npy.tmp", "write part.npy.tmp", "write header part.npy.tmp"),
+        *("fsync part.npy.tmp", "rename PART.npy", "fsync folder encoded", "rename .state-v3"),
+        *("delete PART.npy", "delete folder encoded"),
+    }
 
 
 def test_a_resumed_build_killed_at_any_step_can_be_resumed_again(fast: Path) -> None:

@@ -36,6 +36,9 @@ BOUNDS = {
     "max_buffered_bytes": 9_100_003,
     "body_timeout_s": 911,
     "max_in_flight": 912,
+    "max_embed_texts": 913,
+    "max_embed_chars": 1914,
+    "embed_timeout_ms": 1915,
 }
 # Settings of the process, of which a request knows nothing.
 NOT_OF_REQUESTS = {
@@ -188,7 +191,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
             *("--phases", "examples,coverage,fuzzing", "--checks", "all", "--max-examples", "30", "--seed", "7"),
             *("--generation-database", "none", "--continue-on-failure"),
             # The same handlers again, under the name of the index.
-            *("--exclude-path-regex", "^/indexes/[a-z]+/search"),
+            *("--exclude-path-regex", "^/indexes/[a-z]+/(search|embed)"),
         ]
         environ = {**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path), "SEEN": str(seen_file)}
         run = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=200)
@@ -197,6 +200,8 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     for answered in (
         *("POST /search application/json 200", "POST /search application/octet-stream 200"),
         *("POST /search/batch application/json 200", "POST /search/batch application/octet-stream 200"),
+        *("POST /v1/embeddings application/json 200", "POST /v1/embeddings application/json 422"),
+        *("POST /embed application/json 200", "POST /embed application/json 422"),
         *("GET /search None 200", "POST /search application/json 422", "POST /search/batch application/json 422"),
     ):
         assert seen.get(answered, 0) > 0, f"{answered} never happened: {seen}"

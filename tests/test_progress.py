@@ -50,3 +50,19 @@ def test_an_error_is_not_announced_as_an_end() -> None:
     with pytest.raises(ValueError, match="row 3"), progress.Phase("reading", 10, stream):
         raise ValueError("row 3")
     assert stream.getvalue() == ""
+
+
+def test_the_speed_and_the_time_to_go_are_of_this_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    stream = io.StringIO()
+    phase = progress.Phase("encoding", 20_000, stream, unit="texts", before=4_000)
+    phase(1_000)
+    assert stream.getvalue() == "encoding: 5,000 of 20,000 texts (25 %), 20.0 s, 50 texts/s, about 5 min to go\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(3.4, "3 s"), (99, "99 s"), (150, "2 min"), (5_400, "90 min"), (9_000, "2.5 h")]
+)
+def test_times_to_go_come_in_words_of_their_size(seconds: float, shown: str) -> None:
+    assert progress._duration(seconds) == shown

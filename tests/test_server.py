@@ -655,7 +655,10 @@ def test_the_longest_text_fits_into_a_url_however_it_is_written(texts: Service) 
         assert len(texts.get(f"/search?q={urllib.parse.quote(letter * 2000)}&k=1").results) == 1
 
 
-PUBLIC = ("/indexes", "/indexes/texts", "/openapi.json", "/search", "/search/batch", "/indexes/texts/search")
+PUBLIC = (
+    *("/indexes", "/indexes/texts", "/openapi.json", "/search", "/search/batch", "/indexes/texts/search"),
+    *("/v1/embeddings", "/embed", "/indexes/texts/embed"),
+)
 ADMIN = ("/metrics", "/reload", "/indexes/texts/rollback")
 
 

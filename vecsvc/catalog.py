@@ -12,8 +12,17 @@ import numpy as np
 from vecsvc import indexes
 from vecsvc.config import ServeSettings
 from vecsvc.encoder_pool import EncoderPool, PooledEncoder
+from vecsvc.encoders import DEFAULT, encoder_path
 from vecsvc.encoders.base import check_canaries
-from vecsvc.errors import ArtifactDamaged, ArtifactUnfit, EncoderMismatch, NotReady, UnknownIndex, VecsvcError
+from vecsvc.errors import (
+    ArtifactDamaged,
+    ArtifactUnfit,
+    EncoderMismatch,
+    NotReady,
+    UnknownIndex,
+    UnknownModel,
+    VecsvcError,
+)
 from vecsvc.manifest import Manifest, check_files, read_manifest
 from vecsvc.shard import Shard
 from vecsvc.storage import MANIFEST, IndexFolder, Lease, index_folders
@@ -63,7 +72,7 @@ class Served:
         self.shards: list[Shard] = []
         self.encoder: PooledEncoder | None = None
         self._encoders = encoders if encoders is not None else EncoderPool(settings, Metrics())
-        self._encoder_folder = Path(settings.encoder) if settings.encoder else path / ENCODER_FOLDER
+        self._encoder_folder = encoder_path(settings.encoder) if settings.encoder else path / ENCODER_FOLDER
         try:
             self.manifest = read_manifest(path)
             check_files(path, self.manifest.files(), hashes=settings.verify == "hash")
@@ -212,6 +221,30 @@ class Catalog:
         if name in self.problems:
             raise NotReady(f"index {name!r} is not ready: {self.problems[name]}")
         raise UnknownIndex(f"no index {name[:80]!r}; served are: {', '.join(self.names()) or 'none'}")
+
+    def with_encoder(self, model: str | None) -> Served:
+        """The index whose encoder `model` means; None means the only encoder that is served.
+
+        A model is named by an index, by its encoder's name where that means one encoder, or `default` where only
+        one encoder is served. Raises UnknownModel, naming what there is, or NotReady.
+        """
+        served = self._served
+        if not served or (model is not None and model not in served and model in self.problems):
+            raise NotReady(f"no encoder is ready: {self.problem()}")
+        having = {name: one.encoder.spec for name, one in sorted(served.items()) if one.encoder is not None}
+        if not having:
+            raise UnknownModel("no index that is served has an encoder: build one with --encoder")
+        found = [name for name in having if model == name]
+        found = found or [name for name, spec in having.items() if model == spec.name]
+        if not found and model in (None, DEFAULT):
+            found = list(having)
+        different = len({having[name].fingerprint for name in found})
+        if different == 1:
+            return served[found[0]]
+        names = ", ".join(dict.fromkeys([*having, *(spec.name for spec in having.values())]))
+        if found:
+            raise UnknownModel(f"{different} encoders are served, name the index of one: {', '.join(found)}")
+        raise UnknownModel(f"no model {(model or '')[:80]!r}; there are: {names}")
 
     def problem(self) -> str:
         """Why the service is not ready; empty where it is."""

@@ -19,9 +19,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vecsvc import errors
-from vecsvc.errors import ConfigError, InvalidVector, ServiceError, VecsvcError
+from vecsvc.encoders import DEFAULT
+from vecsvc.encoders.base import Role
+from vecsvc.errors import ConfigError, InvalidRequest, InvalidVector, ServiceError, VecsvcError
 from vecsvc.schemas import JSON, ErrorAnswer
-from vecsvc.types import BatchAnswer, Id, Include, SearchAnswer
+from vecsvc.schemas_embed import OPENAI_PATH, OpenAIAnswer
+from vecsvc.types import BatchAnswer, Id, Include, SearchAnswer, Vectors
 
 T = TypeVar("T")
 
@@ -30,6 +33,15 @@ DEFAULT_TIMEOUT_S: Final = 30.0
 _ERRORS: Final[dict[str, type[VecsvcError]]] = {
     cls.code: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, VecsvcError)
 }
+
+
+class Embeddings(msgspec.Struct, frozen=True):
+    """The vectors of n texts, in their order."""
+
+    vectors: Vectors  # (n, dim)
+    model: str  # the encoder that made them
+    tokens: int  # of all texts together
+    truncated: int  # how many of the texts were longer than the encoder reads, and were cut
 
 
 def _body(values: Mapping[str, Any]) -> bytes:
@@ -70,6 +82,19 @@ def _questions(
 ) -> dict[str, Any]:
     rows = None if vectors is None else [_vector(row) for row in np.asarray(vectors)]
     return {"texts": texts, "vectors": rows, "k": k, **rest}
+
+
+def _texts(texts: Sequence[str], model: str, role: Role) -> dict[str, Any]:
+    if isinstance(texts, str):
+        raise InvalidRequest("texts must be a list of texts, got one text")
+    return {"input": list(texts), "model": model, "input_type": role, "encoding_format": "base64"}
+
+
+def _embeddings(status: int, headers: Mapping[str, str], body: bytes) -> Embeddings:
+    answer = _decode(status, body, OpenAIAnswer)
+    rows = b"".join(base64.b64decode(str(one.embedding)) for one in answer.data)
+    vectors = np.frombuffer(rows, dtype="<f4").astype(np.float32, copy=False).reshape(len(answer.data), -1)
+    return Embeddings(vectors, answer.model, answer.usage.prompt_tokens, int(headers.get("x-truncated", 0)))
 
 
 class Client:
@@ -125,6 +150,10 @@ class Client:
         rest |= {"timeout_ms": timeout_ms, "partial": partial, "include": include}
         return self._call("POST", _path(index, "/search/batch"), BatchAnswer, _questions(texts, vectors, k, rest))
 
+    def embed(self, texts: Sequence[str], *, model: str = DEFAULT, role: Role = "query") -> Embeddings:
+        """The vectors that an encoder of the service makes of the texts; `model` is an index or the encoder's name."""
+        return _embeddings(*self._ask("POST", OPENAI_PATH, _texts(texts, model, role)))
+
     def indexes(self) -> list[dict[str, Any]]:
         """What is served: name, version, kind, metric, dim, size, shards, fields, encoder."""
         listed: list[dict[str, Any]] = self._call("GET", "/indexes", dict[str, Any])["indexes"]
@@ -138,6 +167,10 @@ class Client:
         return True
 
     def _call(self, method: str, path: str, kind: type[T], question: Mapping[str, Any] | None = None) -> T:
+        status, _, data = self._ask(method, path, question)
+        return _decode(status, data, kind)
+
+    def _ask(self, method: str, path: str, question: Mapping[str, Any] | None) -> tuple[int, Mapping[str, str], bytes]:
         body = None if question is None else _body(question)
         headers = {} if body is None else {"Content-Type": JSON}
         try:
@@ -153,7 +186,7 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             raise ServiceError(f"no answer from {self._connection.host}:{self._connection.port}: {error}") from error
-        return _decode(response.status, data, kind)
+        return response.status, {name.lower(): value for name, value in response.getheaders()}, data
 
     def close(self) -> None:
         self._connection.close()
@@ -200,6 +233,10 @@ class AsyncClient:
         question = _questions(texts, vectors, k, rest)
         return await self._call("POST", _path(index, "/search/batch"), BatchAnswer, question)
 
+    async def embed(self, texts: Sequence[str], *, model: str = DEFAULT, role: Role = "query") -> Embeddings:
+        """As Client.embed."""
+        return _embeddings(*await self._ask("POST", OPENAI_PATH, _texts(texts, model, role)))
+
     async def indexes(self) -> list[dict[str, Any]]:
         """As Client.indexes."""
         listed: list[dict[str, Any]] = (await self._call("GET", "/indexes", dict[str, Any]))["indexes"]
@@ -213,26 +250,34 @@ class AsyncClient:
         return True
 
     async def _call(self, method: str, path: str, kind: type[T], question: Mapping[str, Any] | None = None) -> T:
+        status, _, data = await self._ask(method, path, question)
+        return _decode(status, data, kind)
+
+    async def _ask(
+        self, method: str, path: str, question: Mapping[str, Any] | None
+    ) -> tuple[int, Mapping[str, str], bytes]:
         try:
             try:
-                status, data = await self._ask(method, path, question)
+                return await self._once(method, path, question)
             except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
                 if isinstance(error, aiohttp.ClientConnectorError):
                     raise
                 # The service closed the idle connection; a search may be asked twice.
-                status, data = await self._ask(method, path, question)
+                return await self._once(method, path, question)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ServiceError(f"no answer from {self._url}: {str(error) or type(error).__name__}") from error
-        return _decode(status, data, kind)
 
-    async def _ask(self, method: str, path: str, question: Mapping[str, Any] | None) -> tuple[int, bytes]:
+    async def _once(
+        self, method: str, path: str, question: Mapping[str, Any] | None
+    ) -> tuple[int, Mapping[str, str], bytes]:
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=self._max_connections)
             self._session = aiohttp.ClientSession(timeout=self._timeout, connector=connector)
         body = None if question is None else _body(question)
         headers = {} if body is None else {"Content-Type": JSON}
         async with self._session.request(method, self._url + path, data=body, headers=headers) as response:
-            return response.status, await response.read()
+            found = {name.lower(): value for name, value in response.headers.items()}
+            return response.status, found, await response.read()
 
     async def close(self) -> None:
         if self._session is not None:

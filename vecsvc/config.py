@@ -45,7 +45,7 @@ class ServeSettings:
     admin_port: int = option(
         8081, "port of /metrics, probes, reload and rollback; 0 lets the system choose", low=0, high=65_535
     )
-    encoder: str = option("", "folder of the encoder for queries; empty for the one inside the artifact")
+    encoder: str = option("", "folder of the encoder for queries, or `default`; empty for the one inside the artifact")
     encoder_provider: str = option(
         "", "what encoders run on, by onnxruntime's name: cpu, cuda, openvino, ...; empty for `device`"
     )
@@ -127,6 +127,11 @@ class ServeSettings:
         low=1,
         high=1 << 30,
     )
+    max_embed_texts: int = option(2048, "most texts in one request for embeddings", low=1, high=100_000)
+    max_embed_chars: int = option(
+        1 << 20, "longest text to embed; what the encoder does not read of it is cut", low=1, high=1 << 30
+    )
+    embed_timeout_ms: float = option(30_000.0, "deadline of a request for embeddings", low=1, high=600_000)
     max_id_bytes: int = option(512, "longest id in UTF-8 bytes", low=1, high=65_536)
     max_filter_nodes: int = option(64, "most conditions in one filter", low=1, high=10_000)
     max_filter_values: int = option(1024, "most values of one $in", low=1, high=1_000_000)
@@ -143,7 +148,11 @@ class BuildSettings:
     metric: str = option("cosine", "what near means", choices=("l2", "ip", "cosine"))
     shards: int = option(1, "parts the corpus is split into by a hash of the id", low=1, high=256)
     version: str = option("", "name of the version; empty for the time")
-    encoder: str = option("", "folder of the encoder for the text column and for queries")
+    encoder: str = option(
+        "",
+        "folder of the encoder for the text column and for queries, or `default`; empty for the default encoder "
+        "where the corpus has texts and no vectors, else for none",
+    )
     id_column: str = option("", "column of the ids; empty for `id`")
     vector_column: str = option("", "column of the vectors; empty for `vector`, `emb` or `embedding`")
     text_column: str = option("", "column of the texts; empty for `text`, where there are no vectors")

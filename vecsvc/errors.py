@@ -17,8 +17,10 @@ VecsvcError
                 DimensionMismatch
                 InvalidVector      NaN, infinite, too large, or zero under cosine
             UnknownIndex
+            UnknownModel           no encoder of that name is served
             UnknownId
             BodyTooLarge
+            TextTooLong            more tokens than the encoder reads, and the caller wants no cut
             UnsupportedMediaType
             RequestTimeout         the body did not arrive in time
         UnknownVersion             no such version in the index folder
@@ -104,12 +106,20 @@ class UnknownIndex(RequestError):
     code = "unknown_index"
 
 
+class UnknownModel(RequestError):
+    code = "model_not_found"  # the word that OpenAI's clients know
+
+
 class UnknownId(RequestError):
     code = "unknown_id"
 
 
 class BodyTooLarge(RequestError):
     code = "body_too_large"
+
+
+class TextTooLong(RequestError):
+    code = "text_too_long"
 
 
 class UnsupportedMediaType(RequestError):

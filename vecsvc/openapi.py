@@ -17,6 +17,7 @@ from vecsvc.config import ServeSettings, field_types
 from vecsvc.engine import MAX_ANSWER_BYTES
 from vecsvc.filters import MAX_DEPTH, OPERATORS
 from vecsvc.indexes.base import module
+from vecsvc.openapi_embed import ANSWERS, ERRORS, VECTORS, embed_paths
 from vecsvc.schemas import ARROW, BINARY, JSON, MAX_URL_TEXT_CHARS, ErrorAnswer
 from vecsvc.types import DEFAULT_K, INCLUDES, MAX_ABS, BatchAnswer, SearchAnswer
 
@@ -25,16 +26,17 @@ _REF: Final = "#/components/schemas/{name}"
 # Settings of the service are named in braces.
 _ERRORS: Final = {
     400: "the bytes are not what they say they are",
-    404: "no such index, or no such id",
+    404: "no such index, model or id",
     408: "the body did not arrive within {body_timeout_s:g} s",
-    413: "the body has more than {max_query_bytes} bytes, that of a batch more than {max_body_bytes}",
+    413: "the body has more than {max_query_bytes} bytes, that of a batch more than {max_body_bytes}; or a text "
+    "that may not be cut is too long",
     415: "the body has another type, or is compressed",
     422: "well-formed, but wrong: the message names the value and what would be right",
     429: "{max_in_flight} requests are in flight, or {max_buffered_bytes} bytes of bodies, "
     "or {max_waiting_tokens} tokens wait for an encoder; see Retry-After",
     500: "the service failed",
     503: "not ready; the message says why",
-    504: "the deadline timeout_ms passed",
+    504: "the deadline timeout_ms passed; for embeddings that is {embed_timeout_ms:g} ms",
 }
 
 _MAX_FLOAT64: Final = 1.7976931348623157e308
@@ -107,7 +109,7 @@ def _summary(served: Served) -> dict[str, Any]:
 def document(served: list[Served], settings: ServeSettings) -> dict[str, Any]:
     """What the service takes and answers now. Requests are described for each index: dim, fields, parameters."""
     _, components = msgspec.json.schema_components(
-        [SearchAnswer, BatchAnswer, ErrorAnswer, IndexList, IndexDetail, Status], ref_template=_REF
+        [SearchAnswer, BatchAnswer, ErrorAnswer, IndexList, IndexDetail, Status, *ANSWERS], ref_template=_REF
     )
     paths: dict[str, Any] = {
         "/indexes": {"get": _get("The indexes that are served", "IndexList", "indexes", [500], settings)},
@@ -130,7 +132,8 @@ def document(served: list[Served], settings: ServeSettings) -> dict[str, Any]:
         },
         "/openapi.json": {"get": _get("This document, OpenAPI 3.1", "Document", "openapi", [500], settings)},
     }
-    components["Document"] = {"type": "object"}
+    components |= {"Document": {"type": "object"}, **VECTORS}
+    paths |= embed_paths(served, settings, lambda answer, error: _responses(answer, ERRORS, settings, error_name=error))
     for one in served:
         prefix = f"Search_{one.name}"
         components |= _request_schemas(prefix, one, settings)
@@ -153,12 +156,19 @@ def _get(summary: str, answer: str, operation: str, errors: Iterable[int], setti
     return {"operationId": operation, "summary": summary, "responses": _responses(answer, errors, settings)}
 
 
-def _responses(answer: str, errors: Iterable[int], settings: ServeSettings, arrow: bool = False) -> dict[str, Any]:
+def _responses(
+    answer: str,
+    errors: Iterable[int],
+    settings: ServeSettings,
+    *,
+    arrow: bool = False,
+    error_name: str = "ErrorAnswer",
+) -> dict[str, Any]:
     content: dict[str, Any] = {JSON: {"schema": {"$ref": _REF.format(name=answer)}}}
     if arrow:
         meaning = "a row per hit: query, rank, id, score, distance; the rest in the schema's metadata `vecsvc`, as JSON"
         content[ARROW] = {"schema": {"type": "string", "format": "binary", "description": meaning}}
-    error = {JSON: {"schema": {"$ref": _REF.format(name="ErrorAnswer")}}}
+    error = {JSON: {"schema": {"$ref": _REF.format(name=error_name)}}}
     request_id = {"X-Request-Id": {"description": "yours, or one of ours", "schema": {"type": "string"}}}
     retry = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
     return {

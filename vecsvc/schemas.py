@@ -100,7 +100,7 @@ _encoder: Final = msgspec.json.Encoder(enc_hook=str)
 
 def parse_search(body: bytes, limits: ServeSettings) -> tuple[Query, SearchSettings]:
     """A JSON question. Exactly one of `text`, `vector` and `id` must be there."""
-    wire = _decode(_search_decoder, body)
+    wire = decode(_search_decoder, body)
     settings = _settings(wire, limits)
     if wire.vector is not UNSET and wire.text is UNSET and wire.id is UNSET:
         return VectorQuery(_vector(wire.vector, "vector")), settings
@@ -114,7 +114,7 @@ def parse_search(body: bytes, limits: ServeSettings) -> tuple[Query, SearchSetti
 
 def parse_batch(body: bytes, limits: ServeSettings) -> tuple[Query, SearchSettings]:
     """A JSON batch. Exactly one of `texts` and `vectors` must be there."""
-    wire = _decode(_batch_decoder, body)
+    wire = decode(_batch_decoder, body)
     settings = _settings(wire, limits)
     if (wire.texts is UNSET) == (wire.vectors is UNSET):
         raise InvalidRequest(f"give exactly one of texts and vectors, got {'none' if wire.texts is UNSET else 'both'}")
@@ -156,7 +156,7 @@ def parse_get(query: Mapping[str, str], limits: ServeSettings) -> tuple[Query, S
     return TextQuery([_text(query["q"], "q", limits)]), _url_settings(rest, limits)
 
 
-def _decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
@@ -189,7 +189,7 @@ def _explain(error: msgspec.ValidationError, body: bytes) -> MalformedRequest | 
             value = value[int(step)] if isinstance(value, list) else value[step]
     except (KeyError, IndexError, ValueError, TypeError):
         return InvalidRequest(f"{path}: {message}")
-    return InvalidRequest(f"{path}: {message}; the value is {_shown(value)}")
+    return InvalidRequest(f"{path}: {message}; the value is {shown(value)}")
 
 
 def _settings(wire: CommonBody, limits: ServeSettings) -> SearchSettings:
@@ -246,14 +246,14 @@ def _params(params: Mapping[str, Any]) -> tuple[bool, int | None, tuple[tuple[st
     for name, value in params.items():
         if name == "exact":
             if not isinstance(value, bool):
-                raise InvalidRequest(f"params.exact must be true or false, got {_shown(value)}")
+                raise InvalidRequest(f"params.exact must be true or false, got {shown(value)}")
             exact = value
         elif name == "max_visited":
             max_visited = _between("params.max_visited", value, 1, 2**53)
         elif type(value) is int:
             own.append((name, value))
         else:
-            raise InvalidRequest(f"params.{name[:_MAX_SHOWN]} must be an integer, got {_shown(value)}")
+            raise InvalidRequest(f"params.{name[:_MAX_SHOWN]} must be an integer, got {shown(value)}")
     return exact, max_visited, tuple(own)
 
 
@@ -265,7 +265,7 @@ def _timeout(timeout_ms: float, limits: ServeSettings) -> float:
 
 def _between(name: str, value: Any, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
-        raise InvalidRequest(f"{name} must be an integer between {low} and {high}, got {_shown(value)}")
+        raise InvalidRequest(f"{name} must be an integer between {low} and {high}, got {shown(value)}")
     return int(value)
 
 
@@ -295,7 +295,7 @@ def _id(id: Id, limits: ServeSettings) -> Id:
     if isinstance(id, str) and len(id.encode()) > limits.max_id_bytes:
         raise InvalidRequest(f"id has {len(id.encode())} bytes, the limit max_id_bytes is {limits.max_id_bytes}")
     if isinstance(id, int) and not -(2**63) <= id < 2**63:
-        raise InvalidRequest(f"id must be within int64, got {_shown(id)}")
+        raise InvalidRequest(f"id must be within int64, got {shown(id)}")
     return id
 
 
@@ -319,7 +319,7 @@ def _url_settings(query: Mapping[str, str], limits: ServeSettings) -> SearchSett
             body[name] = text.split(",")
             for part in body[name]:
                 if part not in INCLUDES:
-                    raise InvalidRequest(f"include takes {', '.join(INCLUDES)}, got {_shown(part)}")
+                    raise InvalidRequest(f"include takes {', '.join(INCLUDES)}, got {shown(part)}")
         elif name == "exact":
             params[name] = _flag(name, text)
         elif name in _BODY_ONLY:
@@ -331,7 +331,7 @@ def _url_settings(query: Mapping[str, str], limits: ServeSettings) -> SearchSett
 
 def _whole(name: str, text: str) -> int:
     if not text.removeprefix("-").isascii() or not text.removeprefix("-").isdigit() or len(text) > 18:
-        raise InvalidRequest(f"{name} must be an integer, got {_shown(text)}")
+        raise InvalidRequest(f"{name} must be an integer, got {shown(text)}")
     return int(text)
 
 
@@ -341,16 +341,16 @@ def _number(name: str, text: str) -> float:
             raise ValueError("only Python would call it a number")
         return float(text)
     except ValueError as error:
-        raise InvalidRequest(f"{name} must be a number, got {_shown(text)}") from error
+        raise InvalidRequest(f"{name} must be a number, got {shown(text)}") from error
 
 
 def _flag(name: str, text: str) -> bool:
     if text not in ("true", "false"):
-        raise InvalidRequest(f"{name} must be true or false, got {_shown(text)}")
+        raise InvalidRequest(f"{name} must be true or false, got {shown(text)}")
     return text == "true"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as JSON shows it, cut where it is long."""
     try:
         text = msgspec.json.encode(value).decode()

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 import msgspec
 from aiohttp import HttpVersion11, hdrs, web
 
-from vecsvc import openapi, schemas
+from vecsvc import openapi, schemas, schemas_embed
 from vecsvc.catalog import Catalog
 from vecsvc.config import ServeSettings
 from vecsvc.engine import Engine
@@ -29,14 +29,17 @@ from vecsvc.errors import (
     NotReady,
     Overloaded,
     RequestTimeout,
+    TextTooLong,
     UnknownId,
     UnknownIndex,
+    UnknownModel,
     UnknownVersion,
     UnsupportedMediaType,
     UserError,
     VecsvcError,
 )
 from vecsvc.reaper import Reaper
+from vecsvc.server_embed import EmbedRoutes
 from vecsvc.storage import index_folders
 from vecsvc.telemetry import METRICS_CONTENT_TYPE, Metrics
 from vecsvc.types import BatchAnswer, Query, SearchSettings
@@ -49,10 +52,12 @@ Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 STATUS: Final[tuple[tuple[type[VecsvcError], int], ...]] = (
     (MalformedRequest, 400),
     (UnknownIndex, 404),
+    (UnknownModel, 404),
     (UnknownId, 404),
     (UnknownVersion, 404),
     (RequestTimeout, 408),
     (BodyTooLarge, 413),
+    (TextTooLong, 413),
     (UnsupportedMediaType, 415),
     (InvalidRequest, 422),
     (UserError, 422),
@@ -80,6 +85,7 @@ class Service:
         self.catalog = Catalog(directory, settings, self.metrics)
         self.engine = Engine(self.catalog, settings, self.metrics, threads)
         self.reaper = Reaper(settings)
+        self.embed_routes = EmbedRoutes(self.engine, settings, self.metrics, self._read)
         self.draining = False
         self._loading: set[asyncio.Future[Any]] = set()  # threads that look for versions to open
         self._buffered = 0  # bytes of bodies that are being read
@@ -105,6 +111,7 @@ class Service:
                 ("GET", "/indexes/{name}/search", self._get_search),
                 ("POST", "/indexes/{name}/search/batch", self._batch),
                 ("GET", "/openapi.json", self._openapi),
+                *self.embed_routes.routes(),
             ],
         )
 
@@ -140,15 +147,14 @@ class Service:
             why = str(error)
             if status == 500:
                 log.error("failed", exc_info=error)
-            response = _error(status, error.code, why)
+            response = _error(status, error.code, why, request.path)
             if isinstance(error, BodyTooLarge | UnsupportedMediaType) or request.content.exception() is not None:
                 # What is left of the body would be taken for the next request.
                 response.force_close()
         except web.HTTPException as error:
             why = error.reason
-            response = _error(
-                error.status, _code(error.reason), f"{error.reason}: {request.method} {request.path[:200]}"
-            )
+            message = f"{error.reason}: {request.method} {request.path[:200]}"
+            response = _error(error.status, _code(error.reason), message, request.path)
             if hdrs.ALLOW in error.headers:
                 response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
         except (asyncio.CancelledError, ConnectionError):
@@ -156,7 +162,7 @@ class Service:
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             log.exception("a bug of ours", extra={"data": {"path": request.path}})
-            response = _error(500, "internal", "the service failed; its log says why")
+            response = _error(500, "internal", "the service failed; its log says why", request.path)
         finally:
             self.reaper.end(request)
         request_id = request.headers.get("X-Request-Id")
@@ -383,8 +389,10 @@ def _json(body: bytes) -> web.Response:
     return web.Response(body=body, headers={hdrs.CONTENT_TYPE: _JSON})
 
 
-def _error(status: int, code: str, message: str) -> web.Response:
-    response = web.Response(status=status, body=schemas.encode_error(code, message), headers={hdrs.CONTENT_TYPE: _JSON})
+def _error(status: int, code: str, message: str, path: str = "") -> web.Response:
+    """An error in the shape that the callers of `path` expect."""
+    body = schemas_embed.error_body(path, status, code, message)
+    response = web.Response(status=status, body=body, headers={hdrs.CONTENT_TYPE: _JSON})
     if status in (429, 503):
         response.headers[hdrs.RETRY_AFTER] = RETRY_AFTER_S
     return response
@@ -414,9 +422,8 @@ def _only(query: dict[str, str], *known: str) -> dict[str, str]:
 async def _expect(request: web.Request) -> web.StreamResponse | None:
     """aiohttp's answer to Expect, with a refusal in our words."""
     if request.headers[hdrs.EXPECT].lower() != "100-continue":
-        return _error(
-            417, "expectation_failed", f"Expect is {request.headers[hdrs.EXPECT][:80]!r}, expected 100-continue"
-        )
+        message = f"Expect is {request.headers[hdrs.EXPECT][:80]!r}, expected 100-continue"
+        return _error(417, "expectation_failed", message, request.path)
     if request.version >= HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # the answer itself has not begun

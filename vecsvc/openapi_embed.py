@@ -1,0 +1,117 @@
+"""The part of the OpenAPI document that tells of embeddings, for the encoders that are served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, get_args
+
+from vecsvc.catalog import Served
+from vecsvc.config import ServeSettings
+from vecsvc.encoders import DEFAULT
+from vecsvc.encoders.base import EncoderSpec, Role
+from vecsvc.schemas import JSON
+from vecsvc.schemas_embed import (
+    OPENAI_PATH,
+    PROMPT_NAMES,
+    TEI_PATH,
+    OpenAIAnswer,
+    OpenAIErrorAnswer,
+    TeiErrorAnswer,
+)
+
+ANSWERS: Final = (OpenAIAnswer, OpenAIErrorAnswer, TeiErrorAnswer)
+VECTORS: Final = {"TeiAnswer": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}}
+
+ERRORS: Final = (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+_HEADERS: Final = {
+    "X-Truncated": {"description": "how many of the texts were cut", "schema": {"type": "integer", "minimum": 0}},
+    "Server-Timing": {"description": "milliseconds: read, embed, answer", "schema": {"type": "string"}},
+}
+
+Responses = Callable[[str, str], dict[str, Any]]  # (answer's schema, error's schema) -> the responses of an operation
+
+
+def embed_paths(served: list[Served], settings: ServeSettings, responses: Responses) -> dict[str, Any]:
+    """The routes for the encoders that there are; none where there are none."""
+    specs = {one.name: one.encoder.spec for one in served if one.encoder is not None}
+    if not specs:
+        return {}
+    paths = {OPENAI_PATH: _operation("embeddings", "OpenAI's embeddings", _openai(specs, settings), responses)}
+    if len({spec.fingerprint for spec in specs.values()}) == 1:
+        spec = next(iter(specs.values()))
+        paths[TEI_PATH] = _operation("embed", "text-embeddings-inference's /embed", _tei(spec, settings), responses)
+    for name, spec in specs.items():
+        summary = f"text-embeddings-inference's /embed, with the encoder of {name}"
+        paths[f"/indexes/{name}{TEI_PATH}"] = _operation(f"embed_{name}", summary, _tei(spec, settings), responses)
+    return paths
+
+
+def _operation(operation: str, summary: str, schema: dict[str, Any], responses: Responses) -> dict[str, Any]:
+    openai = operation == "embeddings"
+    said = responses(*(("OpenAIAnswer", "OpenAIErrorAnswer") if openai else ("TeiAnswer", "TeiErrorAnswer")))
+    said["200"]["headers"] = said["200"]["headers"] | _HEADERS
+    return {
+        "post": {
+            "operationId": operation,
+            "summary": summary,
+            "requestBody": {"required": True, "content": {JSON: {"schema": schema}}},
+            "responses": said,
+        }
+    }
+
+
+def _openai(specs: dict[str, EncoderSpec], settings: ServeSettings) -> dict[str, Any]:
+    """One schema for each encoder: which dimensions there are depends on the model."""
+    encoders = {spec.fingerprint: spec for spec in specs.values()}
+    schemas = []
+    for fingerprint, spec in encoders.items():
+        names = [name for name, one in specs.items() if one.fingerprint == fingerprint]
+        alike = {one.fingerprint for one in specs.values() if one.name == spec.name}
+        names += [spec.name] if len(alike) == 1 and spec.name not in specs else []
+        names += [DEFAULT] if len(encoders) == 1 and DEFAULT not in names else []
+        schemas.append(
+            _closed(
+                ["input", "model"],
+                {
+                    "input": _input(settings),
+                    "model": {"enum": names, "description": "an index, or the name of its encoder"},
+                    "encoding_format": {"enum": ["float", "base64"], "default": "float"},
+                    "dimensions": {"const": spec.dim},
+                    "user": {"type": "string", "description": "taken, and not used"},
+                    "input_type": {
+                        "enum": list(get_args(Role)),
+                        "default": "query",
+                        "description": "which of the encoder's prompts is put before the texts",
+                    },
+                },
+            )
+        )
+    return schemas[0] if len(schemas) == 1 else {"oneOf": schemas}
+
+
+def _tei(spec: EncoderSpec, settings: ServeSettings) -> dict[str, Any]:
+    unit: dict[str, Any] = {"const": True} if spec.normalize else {"type": "boolean"}
+    return _closed(
+        ["inputs"],
+        {
+            "inputs": _input(settings),
+            "normalize": {**unit, "default": True},
+            "truncate": {
+                "type": ["boolean", "null"],
+                "default": False,
+                "description": f"where false, a text of more than {spec.max_tokens} tokens is refused with 413",
+            },
+            "truncation_direction": {"enum": ["Right", "right"], "default": "Right"},
+            "prompt_name": {"enum": [*PROMPT_NAMES, None], "default": "query"},
+            "dimensions": {"enum": [spec.dim, None]},
+        },
+    )
+
+
+def _input(settings: ServeSettings) -> dict[str, Any]:
+    text = {"type": "string", "minLength": 1, "maxLength": settings.max_embed_chars, "pattern": r"\S"}
+    return {"oneOf": [text, {"type": "array", "items": text, "minItems": 1, "maxItems": settings.max_embed_texts}]}
+
+
+def _closed(required: list[str], properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}

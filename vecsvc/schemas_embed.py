@@ -1,0 +1,213 @@
+"""Requests for embeddings in OpenAI's shape and in TEI's, and answers and errors in the same.
+
+Neither shape has a word for what we know in roles: a query and a passage may have different prompts. OpenAI's gets
+`input_type` for it, TEI's has `prompt_name`; both mean a query unless told, so that a vector from here finds what
+the same text finds in /search.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import msgspec
+import numpy as np
+from msgspec import UNSET, Struct, UnsetType
+
+from vecsvc.config import ServeSettings
+from vecsvc.encoders.base import EncoderSpec, Role
+from vecsvc.engine import MAX_ANSWER_BYTES
+from vecsvc.errors import InvalidRequest
+from vecsvc.schemas import decode, encode_error, shown
+from vecsvc.types import Embedded
+
+OPENAI_PATH: Final = "/v1/embeddings"
+TEI_PATH: Final = "/embed"
+
+# What one value of a vector takes in memory until its answer is sent: a Python float with its JSON, or base64.
+_FLOAT_BYTES: Final = 56
+_BASE64_BYTES: Final = 16
+
+PROMPT_NAMES: Final[dict[str, Role]] = {"query": "query", "passage": "passage", "document": "passage"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedRequest:
+    """A request in either shape, checked as far as it can be without the encoder."""
+
+    texts: list[str]
+    role: Role = "query"
+    model: str | None = None  # None where the path names the index, or only one encoder is served
+    dimensions: int | None = None
+    base64: bool = False
+    normalize: bool | None = None  # None for what the encoder gives
+    truncate: bool = True
+
+
+class OpenAIBody(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    input: str | list[Any]
+    model: str
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | UnsetType = UNSET
+    user: str | UnsetType = UNSET
+    input_type: Role = "query"
+
+
+class TeiBody(Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    inputs: str | list[Any]
+    normalize: bool = True
+    truncate: bool | None = None
+    truncation_direction: Literal["Right", "right", "Left", "left"] = "Right"
+    prompt_name: str | None = None
+    dimensions: int | None = None
+
+
+_openai_decoder: Final = msgspec.json.Decoder(OpenAIBody)
+_tei_decoder: Final = msgspec.json.Decoder(TeiBody)
+
+
+# ----------------------------------------------------------------------------------------------- requests
+
+
+def parse_openai(body: bytes, limits: ServeSettings) -> EmbedRequest:
+    wire = decode(_openai_decoder, body)
+    return EmbedRequest(
+        texts=_texts(wire.input, "input", limits),
+        role=wire.input_type,
+        model=wire.model,
+        dimensions=None if wire.dimensions is UNSET else wire.dimensions,
+        base64=wire.encoding_format == "base64",
+    )
+
+
+def parse_tei(body: bytes, limits: ServeSettings) -> EmbedRequest:
+    wire = decode(_tei_decoder, body)
+    if wire.truncation_direction.lower() != "right":
+        raise InvalidRequest("truncation_direction must be right: texts are cut at their end, never at their beginning")
+    prompt = "query" if wire.prompt_name is None else wire.prompt_name
+    if prompt not in PROMPT_NAMES:
+        raise InvalidRequest(f"prompt_name must be one of {', '.join(PROMPT_NAMES)}, got {shown(prompt)}")
+    return EmbedRequest(
+        texts=_texts(wire.inputs, "inputs", limits),
+        role=PROMPT_NAMES[prompt],
+        dimensions=wire.dimensions,
+        normalize=wire.normalize,
+        truncate=bool(wire.truncate),
+    )
+
+
+def check_encoder(asked: EmbedRequest, spec: EncoderSpec) -> None:
+    """Raise InvalidRequest for what this encoder cannot do, or what would fill the memory."""
+    if asked.dimensions is not None and asked.dimensions != spec.dim:
+        raise InvalidRequest(
+            f"dimensions must be {spec.dim}, got {asked.dimensions}: encoder {spec.name!r} gives no others"
+        )
+    if asked.normalize is False and spec.normalize:
+        raise InvalidRequest(f"normalize must be true: encoder {spec.name!r} gives vectors of unit length only")
+    size = len(asked.texts) * spec.dim * (_BASE64_BYTES if asked.base64 else _FLOAT_BYTES)
+    if size > MAX_ANSWER_BYTES:
+        raise InvalidRequest(
+            f"the answer would take {size} bytes, the limit is {MAX_ANSWER_BYTES}: send fewer texts at a time"
+            + ("" if asked.base64 else ", or ask for base64")
+        )
+
+
+def _texts(given: str | list[Any], name: str, limits: ServeSettings) -> list[str]:
+    if isinstance(given, str):
+        return [_text(given, name, limits)]
+    if not 1 <= len(given) <= limits.max_embed_texts:
+        raise InvalidRequest(f"{name} has {len(given)} texts, expected 1 to {limits.max_embed_texts}")
+    return [_text(text, f"{name}[{i}]", limits) for i, text in enumerate(given)]
+
+
+def _text(text: Any, name: str, limits: ServeSettings) -> str:
+    if isinstance(text, int | list) and not isinstance(text, bool):
+        # LangChain's OpenAIEmbeddings sends tokens of OpenAI's own vocabulary, which mean nothing to another model.
+        raise InvalidRequest(
+            f"{name} must be a text, got token ids: those of one tokenizer mean nothing to another, so send texts "
+            "(in LangChain's OpenAIEmbeddings: check_embedding_ctx_length=False)"
+        )
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{name} must be a text, got {shown(text)}")
+    if not text.strip():
+        raise InvalidRequest(f"{name} is empty")
+    if len(text) > limits.max_embed_chars:
+        raise InvalidRequest(
+            f"{name} has {len(text)} characters, the limit max_embed_chars is {limits.max_embed_chars}"
+        )
+    return text
+
+
+# ------------------------------------------------------------------------------------------------ answers
+
+
+class OpenAIEmbedding(Struct, frozen=True):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str  # numbers, or base64 of little-endian float32
+
+
+class OpenAIUsage(Struct, frozen=True):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class OpenAIAnswer(Struct, frozen=True):
+    object: Literal["list"]
+    data: list[OpenAIEmbedding]
+    model: str
+    usage: OpenAIUsage
+
+
+def encode_openai(embedded: Embedded, *, as_base64: bool) -> bytes:
+    rows: Sequence[list[float] | str] = embedded.vectors.tolist()
+    if as_base64:
+        rows = [base64.b64encode(row).decode() for row in np.ascontiguousarray(embedded.vectors, dtype="<f4")]
+    data = [OpenAIEmbedding("embedding", index, row) for index, row in enumerate(rows)]
+    tokens = sum(embedded.tokens)
+    return msgspec.json.encode(OpenAIAnswer("list", data, embedded.encoder, OpenAIUsage(tokens, tokens)))
+
+
+def encode_tei(embedded: Embedded) -> bytes:
+    return msgspec.json.encode(embedded.vectors.tolist())
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+
+class OpenAIErrorDetail(Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None  # the field to blame, where it is one
+    code: str
+
+
+class OpenAIErrorAnswer(Struct, frozen=True):
+    error: OpenAIErrorDetail
+
+
+class TeiErrorAnswer(Struct, frozen=True):
+    error: str
+    error_type: Literal["Unhealthy", "Backend", "Overloaded", "Validation"]
+
+
+_PARAM: Final = re.compile(rf"(?:\$\.)?({'|'.join(OpenAIBody.__struct_fields__)})\b")
+
+
+def error_body(path: str, status: int, code: str, message: str) -> bytes:
+    """An error in the shape of what the path is like: OpenAI's, TEI's, or ours."""
+    if path == OPENAI_PATH:
+        kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+        # Our messages begin with the field that they are about.
+        found = _PARAM.match(message)
+        param = "model" if code == "model_not_found" else found[1] if found else None
+        return msgspec.json.encode(OpenAIErrorAnswer(OpenAIErrorDetail(message, kind, param, code)))
+    if path == TEI_PATH or (path.startswith("/indexes/") and path.endswith(TEI_PATH)):
+        known: dict[int, Literal["Unhealthy", "Overloaded"]] = {503: "Unhealthy", 429: "Overloaded"}
+        return msgspec.json.encode(
+            TeiErrorAnswer(message, known.get(status) or ("Validation" if status < 500 else "Backend"))
+        )
+    return encode_error(code, message)

@@ -1,0 +1,103 @@
+"""The routes that answer with vectors: OpenAI's /v1/embeddings and TEI's /embed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+import numpy as np
+from aiohttp import hdrs, web
+
+from vecsvc.config import ServeSettings
+from vecsvc.encoders.onnx import unit_length
+from vecsvc.engine import Engine
+from vecsvc.errors import InvalidRequest, TextTooLong, UnsupportedMediaType
+from vecsvc.schemas import JSON
+from vecsvc.schemas_embed import (
+    OPENAI_PATH,
+    TEI_PATH,
+    EmbedRequest,
+    check_encoder,
+    encode_openai,
+    encode_tei,
+    parse_openai,
+    parse_tei,
+)
+from vecsvc.telemetry import Metrics
+from vecsvc.types import Embedded
+
+# How many of the texts were cut; neither shape has a field for it.
+TRUNCATED_HEADER: Final = "X-Truncated"
+INLINE_VALUES: Final = 16_384  # longer answers are made in a thread
+
+
+class EmbedRoutes:
+    """What the routes share; `read` gets a request's body within a limit of bytes."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: ServeSettings,
+        metrics: Metrics,
+        read: Callable[[web.Request, int], Awaitable[bytes]],
+    ) -> None:
+        self._engine, self._settings, self._metrics, self._read = engine, settings, metrics, read
+
+    def routes(self) -> list[tuple[str, str, Callable[[web.Request], Awaitable[web.StreamResponse]]]]:
+        return [
+            ("POST", OPENAI_PATH, self._openai),
+            ("POST", TEI_PATH, self._tei),
+            ("POST", f"/indexes/{{name}}{TEI_PATH}", self._tei),
+        ]
+
+    async def _openai(self, request: web.Request) -> web.Response:
+        started = time.perf_counter()
+        asked = parse_openai(await self._body(request), self._settings)
+        return await self._answer(asked, None, started, lambda made: encode_openai(made, as_base64=asked.base64))
+
+    async def _tei(self, request: web.Request) -> web.Response:
+        started = time.perf_counter()
+        asked = parse_tei(await self._body(request), self._settings)
+        return await self._answer(asked, request.match_info.get("name"), started, encode_tei)
+
+    async def _body(self, request: web.Request) -> bytes:
+        if request.content_type != JSON:
+            raise UnsupportedMediaType(
+                f"Content-Type is {request.headers.get(hdrs.CONTENT_TYPE, '')[:80]!r}, expected {JSON}"
+            )
+        return await self._read(request, self._settings.max_body_bytes)
+
+    async def _answer(
+        self, asked: EmbedRequest, index: str | None, started: float, encode: Callable[[Embedded], bytes]
+    ) -> web.Response:
+        catalog = self._engine.catalog
+        served = catalog.with_encoder(asked.model) if index is None else catalog.get(index)
+        if served.encoder is None:
+            raise InvalidRequest(f"index {served.name!r} has no encoder: build it or serve it with --encoder")
+        spec = served.encoder.spec
+        check_encoder(asked, spec)
+        asked_at = time.perf_counter()
+        made = await self._engine.embed(
+            served.name, asked.texts, role=asked.role, timeout_ms=self._settings.embed_timeout_ms
+        )
+        made_at = time.perf_counter()
+        if not asked.truncate and any(made.truncated):
+            raise TextTooLong(
+                f"inputs[{made.truncated.index(True)}] has more than the {spec.max_tokens} tokens that encoder "
+                f"{spec.name!r} reads: send a shorter text, or truncate true"
+            )
+        if asked.normalize and not spec.normalize:
+            made = msgspec.structs.replace(made, vectors=unit_length(made.vectors))
+        body = await self._engine.in_thread(lambda: encode(made)) if made.vectors.size > INLINE_VALUES else encode(made)
+        cut = int(np.count_nonzero(made.truncated))
+        self._metrics.embed(made.encoder).observe(made_at - asked_at)
+        self._metrics.embedded(made.encoder).inc(len(asked.texts))
+        self._metrics.tokens(made.encoder).inc(sum(made.tokens))
+        self._metrics.truncated(made.encoder).inc(cut)
+        spans = {"read": asked_at - started, "embed": made_at - asked_at, "answer": time.perf_counter() - made_at}
+        timing = ", ".join(f"{name};dur={seconds * 1e3:.3f}" for name, seconds in spans.items())
+        content_type = f"{JSON}; charset=utf-8"
+        headers = {"Content-Type": content_type, "Server-Timing": timing, TRUNCATED_HEADER: str(cut)}
+        return web.Response(body=body, headers=headers)
