@@ -55,9 +55,8 @@ def parse(path: Path, parts: tuple[str, ...]) -> Module | None:
                 module.defined[statement.name] = list(_of_definition(statement, statement.name))
         elif isinstance(statement, ast.ImportFrom):
             _note_import(module, statement)
-        elif isinstance(statement, ast.Assign) and isinstance(statement.value, ast.List | ast.Tuple):
-            if [ast.unparse(target) for target in statement.targets] == ["__all__"]:
-                module.exported = {str(e.value) for e in statement.value.elts if isinstance(e, ast.Constant)}
+        elif isinstance(statement, ast.Assign) and (names := _written_out(statement)) is not None:
+            module.exported = names
     return module
 
 
@@ -101,6 +100,15 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
         if isinstance(statement, ast.Try):
             for handler in statement.handlers:
                 yield from _statements(handler.body)
+
+
+def _written_out(statement: ast.Assign) -> set[str] | None:
+    """The names of an `__all__ = [...]`; None for any other assignment."""
+    if [ast.unparse(target) for target in statement.targets] != ["__all__"]:
+        return None
+    if not isinstance(statement.value, ast.List | ast.Tuple):
+        return None
+    return {str(element.value) for element in statement.value.elts if isinstance(element, ast.Constant)}
 
 
 def _of_definition(node: ast.ClassDef | _Function, name: str) -> Iterator[Document]:
