@@ -5,7 +5,8 @@ which have no source, are the exception. A thing is named by the shortest public
 defined, or where a package's `__init__` takes it up (`numpy.interp`, not `numpy.lib._function_base_impl.interp`).
 What has no public path is private and left out, and so are tests, duplicates and very short docstrings.
 
-    python data/docstrings.py --without sklearn,scipy
+    python data/docstrings.py --packages stdlib,numpy
+    python data/docstrings.py --packages all --without sklearn,scipy
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from docstring_text import first_sentence, plain_text
 CORPUS = Path(__file__).parent / "corpus.parquet"
 SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "package", "kind", "signature", "title", "text")])
 STDLIB = "stdlib"  # in `packages` and `without`: every module of the standard library
+SAMPLE = (STDLIB, "aiohttp", "click", "numpy")  # what is read unless others are named: some 7,000 documents
 MIN_CHARS = 20  # of what a docstring says; shorter ones say nothing that can be searched for
 MAX_SOURCE_BYTES = 2 << 20  # of one file; larger ones are tables
 
@@ -151,13 +153,14 @@ def _of_object(package: str, name: str, value: object) -> Document:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=CORPUS)
-    parser.add_argument("--packages", help="read these alone, separated by commas; stdlib is the standard library")
+    parser.add_argument("--packages", default=",".join(SAMPLE), help="top-level packages (%(default)s), or all")
     parser.add_argument("--without", help="leave these out, separated by commas")
-    parser.add_argument("--site", type=Path, action="append", help="a folder of packages to read instead of our own")
+    parser.add_argument("--site", type=Path, action="append", help="a folder of packages, instead of this Python's")
     parser.add_argument("--limit", type=int, help="so many documents, spread evenly over all")
     given = parser.parse_args()
-    split = {name: tuple(filter(None, (getattr(given, name) or "").split(","))) for name in ("packages", "without")}
-    table = read(**split, sites=given.site, limit=given.limit)
+    packages = () if given.packages == "all" else given.packages.split(",")
+    without = given.without.split(",") if given.without else ()
+    table = read(packages=packages, without=without, sites=given.site, limit=given.limit)
     write(given.out, table)
     print(f"wrote {given.out}: {table.num_rows:,} docstrings of {len(table['package'].unique())} packages")
 
