@@ -32,7 +32,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(if $(DATA),--data $(DATA))
 
 serve: $(STAMP)
-	@test -d indexes || { $(BIN)/python data/digits.py && $(BIN)/vecsvc build-index data/corpus.parquet --fields '*'; }
+	@test -d indexes || { $(BIN)/python data/docstrings.py && \
+		$(BIN)/vecsvc build-index data/corpus.parquet --fields package,kind,signature,title; }
 	$(BIN)/vecsvc serve indexes
 
 clean:

@@ -1,10 +1,14 @@
-"""The main job from end to end: a corpus, an index, a server, a few questions, answers as a person reads them."""
+"""The main job from end to end: real texts, an index, a server, questions in plain English, hits to be read.
+
+python data/demo.py                        # the default encoder
+python data/demo.py --encoder DIR          # one of your own
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,22 +16,28 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-import digits
-import numpy as np
+import docstrings
 
 from vecsvc.client import Client
 from vecsvc.types import SearchAnswer
 
-SHADES = " .:-=+*#%@"
-ASKED = ("digit-0003", "digit-0042", "digit-1234")
-K = 5
-
-
-def picture(vector: list[float]) -> list[str]:
-    """Eight lines of eight pixels, two characters each."""
-    pixels = np.asarray(vector).reshape(8, 8)
-    return ["".join(SHADES[min(9, int(p / 16 * 10))] * 2 for p in row) for row in pixels]
+QUESTIONS = (
+    "how do I run a function later in another thread?",
+    "parse a date from a string",
+    "find the longest common part of two texts",
+    "how much free space is left on the disk?",
+    "pick a random item from a list",
+    "ask for a password without showing it",
+    "make all words begin with a capital letter",
+)
+FILTERED = ("average of many numbers", {"package": "numpy"})
+LIKE = "json.dumps"
+FIELDS = ("package", "kind", "signature", "title")
+K = 3
+NAME_WIDTH, WIDTH = 42, 118  # of a hit's name, and of a whole line
+READY_S = 60
 
 
 def vecsvc(*arguments: str) -> list[str]:
@@ -46,55 +56,58 @@ def server(indexes: Path) -> Iterator[str]:
             process.wait(timeout=30)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], log: object) -> str:
-    deadline = time.monotonic() + 30
+def _wait_until_ready(process: subprocess.Popen[bytes], log: IO[str]) -> str:
+    deadline = time.monotonic() + READY_S
     url = ""
     while time.monotonic() < deadline and process.poll() is None:
-        log.seek(0)  # type: ignore[attr-defined]
-        for line in log.read().splitlines():  # type: ignore[attr-defined]
+        log.seek(0)
+        for line in log.read().splitlines():
             event = json.loads(line)
             if event["message"] == "listening":
                 url = f"http://{event['host']}:{event['port']}"
             if event["message"] == "ready":
                 return url
         time.sleep(0.05)
-    log.seek(0)  # type: ignore[attr-defined]
-    sys.exit(f"the server did not get ready:\n{log.read()}")  # type: ignore[attr-defined]
+    log.seek(0)
+    sys.exit(f"the server did not get ready:\n{log.read()}")
 
 
-def show(asked: str, query: list[float], label: int, answer: SearchAnswer) -> None:
-    print(f"\nWhat looks like {asked}, a handwritten {label}?")
-    columns = [picture(query)] + [picture(hit.vector or []) for hit in answer.results]
-    heads = [f"{asked} ({label})"] + [f"{hit.id} ({(hit.fields or {})['label']})" for hit in answer.results]
-    tails = ["query"] + [f"cosine {hit.score:.3f}" for hit in answer.results]
-    print("   ".join(f"{head:<16}" for head in heads))
-    for lines in zip(*columns, strict=True):
-        print("   ".join(lines))
-    print("   ".join(f"{tail:<16}" for tail in tails))
-    right = sum((hit.fields or {})["label"] == label for hit in answer.results)
-    print(f"{right} of {len(answer.results)} are a {label}, found in {answer.took_ms.total:.2f} ms")
+def show(question: str, answer: SearchAnswer) -> None:
+    """The question and its time, then a line for each hit: rank, score, name, first sentence."""
+    took = answer.took_ms
+    print(f"\n{question:<{WIDTH - 30}}{f'{took.total:.1f} ms, {took.encode:.1f} of it encoding':>30}")
+    for rank, hit in enumerate(answer.results, start=1):
+        title = str((hit.fields or {})["title"])
+        line = f"  {rank}  {hit.score:.3f}  {hit.id:<{NAME_WIDTH}} {title}"
+        print(line if len(line) <= WIDTH else line[: WIDTH - 3].rsplit(" ", 1)[0] + " ...")
 
 
 def main() -> None:
-    corpus = digits.write()
-    vectors, labels = digits.load()
-    print(f"wrote {corpus.relative_to(Path.cwd()) if corpus.is_relative_to(Path.cwd()) else corpus}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", help="a folder, instead of the default encoder")
+    parser.add_argument("--limit", type=int, help="so many documents, spread evenly over all")
+    given = parser.parse_args()
+    table = docstrings.read(packages=docstrings.SAMPLE, limit=given.limit)
+    corpus = docstrings.write(docstrings.CORPUS, table)
+    print(f"wrote {corpus.name}: {table.num_rows:,} docstrings of this Python's standard library and packages")
     with tempfile.TemporaryDirectory() as folder:
-        build = vecsvc("build-index", str(corpus), "--out", folder, "--fields", "label")
-        print(f"\n$ vecsvc build-index data/corpus.parquet --out {folder} --fields label", flush=True)
-        subprocess.run(build, check=True, env={**os.environ})
+        options = ["--out", folder, "--fields", ",".join(FIELDS)]
+        options += ["--encoder", given.encoder] if given.encoder else []
+        print(f"\n$ vecsvc build-index data/{corpus.name} {' '.join(options)}", flush=True)
+        subprocess.run(vecsvc("build-index", str(corpus), *options), check=True)
         print(f"\n$ vecsvc serve {folder}")
         with server(Path(folder)) as url, Client(url) as client:
-            described = client.indexes()[0]
-            print(f"{url} serves {described['name']}: {described['size']:,} x {described['dim']}, {described['kind']}")
-            for asked in ASKED:
-                row = int(asked.removeprefix("digit-"))
-                answer = client.search(id=asked, k=K, include=["fields", "vector"])
-                show(asked, vectors[row].tolist(), int(labels[row]), answer)
-            sevens = client.search(id=ASKED[0], k=K, filter={"label": 7}, include=["fields"])
-            names = ", ".join(f"{hit.id} ({hit.score:.3f})" for hit in sevens.results)
-            print(f"\nThe sevens that look most like {ASKED[0]}, by the filter {{'label': 7}}: {names}")
-    print("\nThe server has stopped. Build an index of your own: vecsvc build-index YOUR.parquet")
+            served = client.indexes()[0]
+            print(f"{url} serves {served['name']}: {served['size']:,} x {served['dim']}, {served['kind']}")
+            for question in QUESTIONS:
+                show(question, client.search(text=question, k=K, include=["fields"]))
+            question, allowed = FILTERED
+            answer = client.search(text=question, k=K, filter=allowed, include=["fields"])
+            show(f"{question}, with the filter {json.dumps(allowed)}", answer)
+            # A sample that a limit thinned may lack it.
+            like = LIKE if LIKE in table["id"].to_pylist() else table["id"][0].as_py()
+            show(f"what is like {like}?", client.search(id=like, k=K, include=["fields"]))
+    print("\nThe server has stopped. Build an index of your own texts: vecsvc build-index YOUR.parquet")
 
 
 if __name__ == "__main__":

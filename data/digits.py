@@ -1,4 +1,4 @@
-"""Writes data/corpus.parquet: scikit-learn's 1,797 handwritten digits as vectors, with their labels."""
+"""Writes data/digits.parquet: scikit-learn's 1,797 handwritten digits as vectors, with their labels."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-CORPUS = Path(__file__).parent / "corpus.parquet"
+CORPUS = Path(__file__).parent / "digits.parquet"
 
 
 def load() -> tuple[NDArray[np.float32], NDArray[np.int8]]:
