@@ -234,12 +234,24 @@ def test_no_queries_give_no_rows(opened: Opened) -> None:
     for mask in (None, np.ones(SIZE, dtype=bool)):
         found = opened.index.search(nothing, K, allowed=mask)
         assert (found.labels.shape, found.visited.shape, found.stopped.shape) == ((0, K), (0,), (0,))
+        assert found.hops is None or found.hops.shape == (0,)
 
 
 def test_nothing_is_stopped_where_there_is_no_limit(opened: Opened) -> None:
     found = opened.index.search(queries(), K)
     assert not found.stopped.any()
     assert ((found.visited == -1) | (found.visited > 0)).all()
+
+
+def test_hops_are_told_for_every_query_or_for_none(opened: Opened) -> None:
+    found = opened.index.search(queries(), K)
+    assert (found.hops is not None) == (opened.case.kind == "nng")
+    if found.hops is not None:
+        assert found.hops.shape == (len(queries()),) and found.hops.dtype == np.int64
+        assert (found.hops > 0).all() and (found.hops < found.visited).all()
+        for row, query in enumerate(queries()):
+            alone = opened.index.search(query[None], K)
+            assert alone.hops is not None and alone.hops[0] == found.hops[row]
 
 
 def test_a_limit_that_has_passed_is_told_or_changes_nothing(opened: Opened) -> None:

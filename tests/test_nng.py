@@ -376,6 +376,14 @@ def test_a_bound_on_visits_cuts_and_says_so() -> None:
     assert not search(index, queries, limit=Limit(deadline=time.monotonic() + 1000)).stopped.any()
 
 
+def test_a_broader_search_makes_more_hops_and_a_comparison_of_all_makes_none() -> None:
+    _, queries = split(rows(100))
+    narrow, broad = (search(built(100), queries, ef_search=ef).hops for ef in (16, 128))
+    assert (narrow >= 16).all() and (broad >= 128).all() and (broad > narrow).all()
+    assert not search(built(100), queries, allowed=np.arange(SIZE) < 100).hops.any()
+    assert not search(built(100), queries, allowed=np.zeros(SIZE, bool)).hops.any()
+
+
 def test_a_bound_on_visits_cuts_the_comparing_of_what_a_filter_leaves() -> None:
     _, queries = split(rows(100))
     mask = np.arange(SIZE) % 2 == 0

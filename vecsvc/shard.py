@@ -41,6 +41,7 @@ class Found(msgspec.Struct, frozen=True, gc=False):
     labels: Labels  # (n, k)
     distances: Distances  # (n, k)
     visited: int  # over all queries; -1 where the library does not tell
+    hops: int  # of the walks through a graph, over all queries; -1 where the kind does not tell
     stopped: bool  # a Limit cut some query short
     strategy: str
     allowed: int | None  # rows that the filter leaves
@@ -124,6 +125,7 @@ class Shard:
             labels=labels[:, :k],
             distances=distances[:, :k],
             visited=_total(neighbors.visited),
+            hops=-1 if neighbors.hops is None else _total(neighbors.hops),
             stopped=bool(neighbors.stopped[0] if len(queries) == 1 else neighbors.stopped.any()),
             strategy="exact" if use_exact else self.spec.kind,
             allowed=allowed if conditions else None,
@@ -178,7 +180,7 @@ def _with_row(neighbors: Neighbors, row: int, other: Neighbors) -> Neighbors:
     visited, stopped = neighbors.visited.copy(), neighbors.stopped.copy()
     labels[row], distances[row] = other.labels[0], other.distances[0]
     visited[row], stopped[row] = other.visited[0], other.stopped[0]
-    return Neighbors(labels, distances, visited, stopped)
+    return Neighbors(labels, distances, visited, stopped, neighbors.hops)
 
 
 def _dropped(found: Found, label: int, k: int) -> Found:

@@ -37,6 +37,8 @@ class Neighbors(msgspec.Struct, frozen=True, gc=False):
     distances: Distances  # (n, k)
     visited: NDArray[np.int64]  # (n,) how many vectors were compared; -1 where the library does not tell
     stopped: NDArray[np.bool_]  # (n,) True where a Limit cut the search short
+    # (n,) at how many places of a graph the neighbours were looked at; None where there is no graph, or it is not told.
+    hops: NDArray[np.int64] | None = None
 
 
 class Limit(msgspec.Struct, frozen=True, gc=False):
@@ -146,6 +148,7 @@ class ShardExplain(msgspec.Struct, frozen=True):
     params: dict[str, Any]
     allowed: int | None  # rows that the filter leaves; None without a filter
     visited: int
+    hops: int  # places of a graph whose neighbours were looked at; -1 where the kind does not tell
     took_ms: float
 
 
