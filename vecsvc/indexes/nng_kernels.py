@@ -26,6 +26,7 @@ from vecsvc.indexes.nng_layout import (
     END,
     ENOUGH,
     EPOCH,
+    EXACT,
     FIRST,
     FRESH,
     GRAPH,
@@ -49,6 +50,7 @@ from vecsvc.indexes.nng_layout import (
     RANKED,
     ROUNDS,
     SCALE,
+    SCAN,
     SEEDS,
     SEEN,
     SIZE,
@@ -58,6 +60,7 @@ from vecsvc.indexes.nng_layout import (
     VECTORS_HALF,
     VISITED,
     VISITS,
+    WAYS,
     WORK,
     K,
 )
@@ -538,6 +541,9 @@ def nng_search(call):
     hops = data_of(get_i64(call, HOPS))
     if allowed != 0:
         allowed = data_of(allowed)
+    ways = get_i64(call, WAYS)
+    if ways != 0:
+        ways = data_of(ways)
     for i in range(get_i64(call, FIRST), end):
         query = queries + i * dim * 4
         factor = length_factor(index, query, dim, i == get_i64(call, CHECKED))
@@ -552,6 +558,8 @@ def nng_search(call):
             put_i64(visited, i, size)
             put_u8(stopped, i, cut)
             put_i64(hops, i, 0)
+            original = get_i64(index, VECTORS) != 0 and get_i64(index, VECTORS_BY_PLACE) == 0
+            put_u8(ways, i, EXACT if original else SCAN)
             continue
         if ef > 0:
             pivots = rank_pivots(index, work, factor)
@@ -562,6 +570,7 @@ def nng_search(call):
             width = max(enough, min(8 * depth, get_i64(index, SIZE)))
             size, more, cut = scan(index, work, width, factor, allowed, max_visited - met)
             met += more
+            put_u8(ways, i, SCAN)
         # What is this far down in the coarse order does not come into the first `depth` of the fine one.
         size = min(size, 4 * depth)
         refine(index, work, size, factor)
