@@ -44,6 +44,8 @@ from vecsvc.errors import (
 )
 from vecsvc.manifest import (
     FORMAT_VERSION,
+    INDEX_FOLDER,
+    VECTORS_FILE,
     Canary,
     CorpusEntry,
     EncoderEntry,
@@ -52,6 +54,7 @@ from vecsvc.manifest import (
     Phase,
     Provenance,
     ShardEntry,
+    bytes_per_vector,
     check_files,
     cpu_description,
     file_entries,
@@ -59,7 +62,6 @@ from vecsvc.manifest import (
     read_manifest,
     write_manifest,
 )
-from vecsvc.shard import INDEX_FOLDER, VECTORS_FILE
 from vecsvc.storage import (
     MANIFEST,
     STAGING,
@@ -448,6 +450,7 @@ class _Build:
                 peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             ),
             certificate=certificate,
+            bytes_per_vector=bytes_per_vector(shards),
         )
 
     @contextlib.contextmanager

@@ -44,6 +44,7 @@ def test_a_corpus_alone_is_enough_to_build_inspect_verify_and_search(corpus: Pat
     assert "serve it: vecsvc serve indexes/corpus" in built.stdout
     shown = run("inspect", "indexes", cwd=corpus.parent).stdout
     assert "60 x 4 float32, cosine, exact" in shown and "<- default" in shown
+    assert "a vector  0 bytes of index, 18.1 of vectors, " in shown
     assert "files are what was written" in run("verify", "indexes", cwd=corpus.parent).stdout
     found = run("search", "indexes", "--id", "r3", "-k", "2", cwd=corpus.parent)
     assert found.returncode == 0 and len(found.stdout.splitlines()) == 2 and "2 hits" in found.stderr

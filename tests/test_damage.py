@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -43,7 +42,8 @@ from vecsvc import manifest as manifest_module
 from vecsvc.catalog import Catalog, Served
 from vecsvc.config import ServeSettings
 from vecsvc.errors import ArtifactDamaged, ArtifactError, ArtifactUnfit, EncoderMismatch, NotReady
-from vecsvc.manifest import FORMAT_VERSION, MAX_MANIFEST_BYTES, read_manifest
+from vecsvc.manifest import FORMAT_VERSION, read_manifest
+from vecsvc.seal import MAX_MANIFEST_BYTES, sealed
 from vecsvc.storage import IndexFolder
 from vecsvc.types import TextQuery
 
@@ -283,9 +283,7 @@ def reseal(version: Path, change: Callable[[dict[str, Any]], None]) -> None:
     facts = json.loads(path.read_bytes())
     del facts["manifest_sha256"]
     change(facts)
-    body = json.dumps(facts, indent=2).encode().removesuffix(b"\n}")
-    seal = hashlib.sha256(body).hexdigest().encode()
-    path.write_bytes(body + b',\n  "manifest_sha256": "' + seal + b'"\n}\n')
+    path.write_bytes(sealed(json.dumps(facts, indent=2).encode()))
 
 
 @pytest.fixture

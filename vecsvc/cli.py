@@ -241,16 +241,14 @@ def _print_manifest(name: str, facts: dict[str, Any]) -> None:
     spec, corpus, certificate = facts["spec"], facts["corpus"], facts["certificate"]
     files = [file for shard in facts["shards"] for file in shard["files"]]
     files += facts["encoder"]["files"] if facts["encoder"] else []
-    size = sum(file["size_bytes"] for file in files)
-    stored = (
-        f"{len(facts['shards'])}, {len(files)} files, {size / 1e6:.1f} MB, {size / spec['size']:.0f} bytes a vector"
-    )
+    size, each = sum(file["size_bytes"] for file in files), facts["bytes_per_vector"]
     vectors, params = f"{spec['size']:,} x {spec['dim']} {facts['vector_dtype']}", spec["params"] or ""
     encoder = facts["encoder"]
     rows = {
         "version": f"{facts['version']}, created {facts['created']}",
         "index": f"{vectors}, {spec['metric']}, {spec['kind']} {params}",
-        "shards": stored,
+        "shards": f"{len(facts['shards'])}, {len(files)} files, {size / 1e6:.1f} MB",
+        "a vector": f"{each['index']:g} bytes of index, {each['vectors']:g} of vectors, {each['rest']:g} of the rest",
         "ids": facts["id_type"],
         "fields": ", ".join(f"{field}: {kind}" for field, kind in facts["fields"].items()) or "none",
         "encoder": f"{encoder['name']} ({encoder['fingerprint'][:16]})" if encoder else "none",

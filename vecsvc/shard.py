@@ -17,15 +17,13 @@ from vecsvc.distance import exact_distances
 from vecsvc.errors import ArtifactDamaged, ArtifactUnfit
 from vecsvc.exact_search import ExactSearch
 from vecsvc.ids import BATCH_ROWS, IdColumn, IdType, open_batches
-from vecsvc.manifest import ShardEntry
+from vecsvc.manifest import INDEX_FOLDER, VECTORS_FILE, ShardEntry
 from vecsvc.ranking import top_k
 from vecsvc.storage import open_array
 from vecsvc.types import WAYS, Condition, Distances, IndexSpec, Labels, Limit, Mask, Neighbors, StoredVectors, Vectors
 
-VECTORS_FILE: Final = "vectors.npy"  # (size, dim) float32 or float16, as the corpus gave them
 ROWS_FILE: Final = "rows.npy"  # (size,) int64 corpus row of each label, ascending
 FIELDS_FILE: Final = "fields.arrow"
-INDEX_FOLDER: Final = "index"
 
 # A filter that leaves few rows is answered by comparing them all. A walk of a graph with a filter costs in inverse
 # proportion to the share that is allowed, comparing costs in proportion to the rows, so the two cross where the
