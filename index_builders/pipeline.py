@@ -14,6 +14,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -429,7 +430,7 @@ class _Build:
             format_version=FORMAT_VERSION,
             name=self.folder.name,
             version=self.version,
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            created=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             spec=replace(specs[0], size=sum(ingested.sizes)),
             search=search,
             partition="hash",

@@ -287,7 +287,7 @@ def test_the_manifest_says_what_was_built_from_what(corpus: Path, out: Path) -> 
     assert (manifest.corpus.path, manifest.corpus.rows) == (str(corpus), 300)
     schema = pq.read_schema(corpus)
     assert manifest.corpus.columns == {field.name: str(field.type) for field in schema}
-    created = datetime.strptime(manifest.created, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    created = datetime.strptime(manifest.created, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC)
     assert abs((datetime.now(UTC) - created).total_seconds()) < 60
     provenance = manifest.provenance
     assert (provenance.seed, provenance.threads) == (11, 1)

@@ -115,7 +115,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format_version: int
     name: str
     version: str
-    created: str  # UTC, ISO 8601
+    created: str  # UTC, ISO 8601; versions are ordered by it
     spec: IndexSpec  # of the whole index; its size is the sum of the shards'
     search: dict[str, Any]  # search settings for requests that name none
     partition: str
