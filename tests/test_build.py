@@ -477,8 +477,8 @@ def test_versions_that_nobody_names_are_new_each_time(corpus: Path, out: Path) -
 @pytest.mark.parametrize(
     ("settings", "params", "error", "message"),
     [
-        ({"kind": "hsnw"}, {}, UnknownKind, "'hsnw' is no kind of index; known are exact, faiss, hnsw, kd_tree"),
-        ({"kind": "kd_tree"}, {"m": "8"}, UnknownParameter, "'m'; kd_tree knows: leaf_size"),
+        ({"kind": "hsnw"}, {}, UnknownKind, "'hsnw' is no kind of index; known are auto, exact, faiss, hnsw, kd_tree"),
+        ({"kind": "kd_tree"}, {"m": "8"}, UnknownParameter, "unknown parameter 'm'; kd_tree knows: leaf_size"),
         ({"kind": "kd_tree"}, {"leaf_size": "0"}, InvalidParameter, "leaf_size must be between 1 and 1e.06, got '0'"),
         ({"kind": "kd_tree"}, {"leaf_size": "many"}, InvalidParameter, "leaf_size must be an integer, got 'many'"),
         ({"kind": "auto"}, {"m": "8"}, InvalidParameter, "auto takes no parameters"),

@@ -296,7 +296,7 @@ def test_breadth_buys_recall_and_travels_with_the_question(every: Service) -> No
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("products", {"nprobe": 5}, "'nprobe'; hnsw knows: ef_search"),
+        ("products", {"nprobe": 5}, "params: unknown parameter 'nprobe'; hnsw knows: ef_search"),
         ("products", {"ef_search": 0}, "ef_search must be between 1 and 10000, got 0"),
         ("products", {"ef_search": 2**70}, "ef_search must be between 1 and 10000"),
         ("numbers", {"ef_search": 5}, "'ef_search'; exact knows: no parameters"),
