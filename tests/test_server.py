@@ -8,6 +8,7 @@ import json
 import struct
 import urllib.parse
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -760,6 +761,28 @@ def test_before_anything_is_loaded_searches_are_503_with_retry_after() -> None:
         assert loading.get("/livez").status == 200
         assert loading.get("/indexes").json() == {"indexes": []}
         assert loading.metric("vecsvc_ready") == 0
+
+
+def test_a_service_that_compiles_kernels_says_so_where_it_is_not_ready(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    slow = f"""
+import time, pathlib, vecsvc.shard as s
+from vecsvc import machine_code
+load = s.indexes.load
+def compile_first(*a, **k):
+    machine_code.announce("compiling kernel tree_search for avx2, some seconds")
+    while not pathlib.Path({str(done)!r}).exists():
+        time.sleep(0.01)
+    return load(*a, **k)
+s.indexes.load = compile_first
+"""
+    with service.started(service.index("texts"), slow) as loading:
+        loading.wait_for("compiling")
+        for reply in (loading.get("/readyz"), loading.post("/search", {"vector": [1.0] * DIM})):
+            assert reply.status == 503 and "compiling kernel tree_search for avx2, some seconds" in reply.message
+        done.touch()
+        loading.wait_for("ready")
+        assert loading.get("/readyz").status == 200
 
 
 def test_too_many_at_once_are_429_with_retry_after() -> None:
