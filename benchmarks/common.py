@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 
 from vecsvc.exact_search import ExactSearch
 from vecsvc.manifest import cpu_description, library_versions
+from vecsvc.ranking import recall
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("vecsvc", "numpy", "hnswlib", "faiss-cpu", "aiohttp", "uvloop", "msgspec")
 K = 10
-TOLERANCE = 1e-5
 
 
 @dataclass
@@ -41,10 +41,10 @@ class Task:
 
     def recall(self, labels: np.ndarray) -> float:
         """The share of returned labels (q, K) that are as near as the K-th nearest; ties are no errors."""
-        hits = 0
-        for query, bound, row in zip(self.queries, self.bounds, labels, strict=True):
-            hits += int(np.sum(1.0 - self.base[row[row >= 0]] @ query <= bound + TOLERANCE))
-        return hits / labels.size
+        found = np.full(labels.shape, np.inf, np.float32)
+        for query, row, distances in zip(self.queries, labels, found, strict=True):
+            distances[row >= 0] = 1.0 - self.base[row[row >= 0]] @ query
+        return float(recall(found, self.bounds).mean())
 
 
 def parser(purpose: str) -> argparse.ArgumentParser:

@@ -26,9 +26,9 @@ import pyarrow.parquet as pq
 
 from vecsvc.distance import exact_distances
 from vecsvc.exact_search import ExactSearch
+from vecsvc.ranking import TOLERANCE
 from vecsvc.types import METRICS, Metric
 
-TOLERANCE = 1e-5
 COLUMNS = ("vector", "emb", "embedding")
 BINARY = {".fbin": "<f4", ".u8bin": "u1", ".i8bin": "i1"}
 VECS = {".fvecs": "<f4", ".bvecs": "u1"}

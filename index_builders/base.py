@@ -45,7 +45,7 @@ def _table() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def module(kind: str) -> BuilderModule:
-    return cast(BuilderModule, import_kind(GROUP, _table(), kind))
+    return cast(BuilderModule, import_kind(_table(), kind, "auto"))
 
 
 def choose(kind: str, size: int, dim: int, params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -15,13 +15,13 @@ from vecsvc.distance import exact_distances
 from vecsvc.exact_search import ExactSearch
 from vecsvc.indexes import Index
 from vecsvc.manifest import Certificate, OperatingPoint
+from vecsvc.ranking import recall
 from vecsvc.storage import release_pages
 from vecsvc.types import Distances, IndexSpec, Metric, StoredVectors, Vectors
 
 K: Final = 10
 TIMED: Final = 32  # queries whose latency is taken at each operating point
 BLOCK_ROWS: Final = 8192  # rows compared before their pages are let go
-TOLERANCE: Final = 1e-5  # a distance this close to the k-th true one is a hit: ties are no errors
 
 
 class Certifier:
@@ -116,11 +116,11 @@ class Certifier:
         """
         if not self._found:
             return None, {}
-        bounds = np.sort(np.concatenate(self._truth, axis=1), axis=1)[:, self._k - 1, None] + TOLERANCE
+        bounds = np.sort(np.concatenate(self._truth, axis=1), axis=1)[:, self._k - 1]
         points = []
         for at, params in enumerate(self._points):
             merged = np.sort(np.concatenate([found[at] for found in self._found], axis=1), axis=1)[:, : self._k]
-            each = np.mean(merged <= bounds, axis=1)
+            each = recall(merged, bounds)
             error = 1.96 * float(each.std()) / np.sqrt(len(each))
             points.append(
                 OperatingPoint(

@@ -253,7 +253,7 @@ def nng_refine(index, work, codes, ef, lists, width, filled, pool, slack_percent
             # Among vectors made equally long by one more dimension, the nearest have the greatest product.
             factor = -get_f32(augment, place) / (16.0 * unit)
         pivots = rank_pivots(index, work, factor)
-        size, met, _ = walk(index, work, ef, factor, pivots, 1 << 60)
+        size, met, _, _ = walk(index, work, ef, factor, pivots, 1 << 60)
         compared += met
         found = get_i64(work, POOL)
         for i in range(size):

@@ -14,6 +14,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -44,6 +45,8 @@ from vecsvc.errors import (
 )
 from vecsvc.manifest import (
     FORMAT_VERSION,
+    INDEX_FOLDER,
+    VECTORS_FILE,
     Canary,
     CorpusEntry,
     EncoderEntry,
@@ -52,6 +55,7 @@ from vecsvc.manifest import (
     Phase,
     Provenance,
     ShardEntry,
+    bytes_per_vector,
     check_files,
     cpu_description,
     file_entries,
@@ -59,7 +63,6 @@ from vecsvc.manifest import (
     read_manifest,
     write_manifest,
 )
-from vecsvc.shard import INDEX_FOLDER, VECTORS_FILE
 from vecsvc.storage import (
     MANIFEST,
     STAGING,
@@ -434,7 +437,7 @@ class _Build:
             format_version=FORMAT_VERSION,
             name=self.folder.name,
             version=self.version,
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            created=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             spec=replace(specs[0], size=sum(ingested.sizes)),
             search=search,
             partition="hash",
@@ -455,6 +458,7 @@ class _Build:
                 peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             ),
             certificate=certificate,
+            bytes_per_vector=bytes_per_vector(shards),
         )
 
     @contextlib.contextmanager

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from index_builders.corpus import Corpus
 from vecsvc.errors import VecsvcError
 from vecsvc.ids import BATCH_ROWS, IDS_FILE, LOOKUP_FILE, lookup_table
-from vecsvc.shard import FIELDS_FILE, ROWS_FILE, VECTORS_FILE
+from vecsvc.manifest import VECTORS_FILE
+from vecsvc.shard import FIELDS_FILE, ROWS_FILE
 from vecsvc.storage import ArrayWriter, make_folder, new_file, write_array, writing
 
 

@@ -286,7 +286,7 @@ def test_the_manifest_says_what_was_built_from_what(corpus: Path, out: Path) -> 
     assert (manifest.corpus.path, manifest.corpus.rows) == (str(corpus), 300)
     schema = pq.read_schema(corpus)
     assert manifest.corpus.columns == {field.name: str(field.type) for field in schema}
-    created = datetime.strptime(manifest.created, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    created = datetime.strptime(manifest.created, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC)
     assert abs((datetime.now(UTC) - created).total_seconds()) < 60
     provenance = manifest.provenance
     assert (provenance.seed, provenance.threads) == (11, 1)
@@ -476,8 +476,8 @@ def test_versions_that_nobody_names_are_new_each_time(corpus: Path, out: Path) -
 @pytest.mark.parametrize(
     ("settings", "params", "error", "message"),
     [
-        ({"kind": "hsnw"}, {}, UnknownKind, "'hsnw' is no kind of index; known are exact, faiss, hnsw, kd_tree"),
-        ({"kind": "kd_tree"}, {"m": "8"}, UnknownParameter, "'m'; kd_tree knows: leaf_size"),
+        ({"kind": "hsnw"}, {}, UnknownKind, "'hsnw' is no kind of index; known are auto, exact, faiss, hnsw, kd_tree"),
+        ({"kind": "kd_tree"}, {"m": "8"}, UnknownParameter, "unknown parameter 'm'; kd_tree knows: leaf_size"),
         ({"kind": "kd_tree"}, {"leaf_size": "0"}, InvalidParameter, "leaf_size must be between 1 and 1e.06, got '0'"),
         ({"kind": "kd_tree"}, {"leaf_size": "many"}, InvalidParameter, "leaf_size must be an integer, got 'many'"),
         ({"kind": "auto"}, {"m": "8"}, InvalidParameter, "auto takes no parameters"),

@@ -195,6 +195,15 @@ def test_before_the_first_look_nothing_is_ready(catalog: Catalog) -> None:
         catalog.get(None)
 
 
+def test_what_the_first_look_waits_for_is_the_problem_and_what_a_later_one_does_is_none(catalog: Catalog) -> None:
+    catalog.waits_for("compiling kernel nng_search for avx2, some seconds")
+    assert catalog.problem() == "vecsvc: compiling kernel nng_search for avx2, some seconds"
+    catalog.refresh()
+    assert catalog.problem() == ""
+    catalog.waits_for("compiling kernel nng_search for avx2, some seconds")
+    assert catalog.problem() == ""
+
+
 def test_a_version_that_failed_is_not_tried_again_until_current_changes_or_somebody_asks(
     catalog: Catalog, folder: IndexFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -44,6 +44,7 @@ def test_a_corpus_alone_is_enough_to_build_inspect_verify_and_search(corpus: Pat
     assert "serve it: vecsvc serve indexes/corpus" in built.stdout
     shown = run("inspect", "indexes", cwd=corpus.parent).stdout
     assert "60 x 4 float32, cosine, exact" in shown and "<- default" in shown
+    assert "a vector  0 bytes of index, 18.1 of vectors, " in shown
     assert "files are what was written" in run("verify", "indexes", cwd=corpus.parent).stdout
     found = run("search", "indexes", "--id", "r3", "-k", "2", cwd=corpus.parent)
     assert found.returncode == 0 and len(found.stdout.splitlines()) == 2 and "2 hits" in found.stderr
@@ -56,7 +57,9 @@ def test_json_is_for_machines(corpus: Path) -> None:
     assert built["manifest"]["spec"]["kind"] == "exact"
     assert json.loads(run("inspect", "indexes", "--json", cwd=corpus.parent).stdout)["corpus"]["corpus"]["rows"] == 60
     versions = json.loads(run("inspect", "indexes", "--versions", "--json", cwd=corpus.parent).stdout)
-    assert versions["corpus"]["versions"] == [versions["corpus"]["current"]]
+    [version] = versions["corpus"]
+    assert version.pop("created").startswith("20") and version["version"].startswith("20")
+    assert version == {"version": version["version"], "serves": True, "damage": None}
     assert json.loads(run("doctor", "--json").stdout)["kinds"]["exact"] == "ok"
 
 
@@ -65,8 +68,72 @@ def test_versions_are_listed_rolled_back_and_deleted(corpus: Path) -> None:
         assert run("build-index", corpus.name, "--version", version, cwd=corpus.parent).returncode == 0
     assert run("rollback", "indexes", cwd=corpus.parent).stdout.startswith("v3 -> v2")
     listed = run("inspect", "indexes", "--versions", cwd=corpus.parent).stdout.splitlines()
-    assert [line.split()[1] for line in listed] == ["v1", "v2", "v3"] and listed[1].endswith("<- serves")
+    assert [line.split()[1] for line in listed] == ["v1", "v2", "v3"] and listed[1].endswith("Z  <- serves")
+    (corpus.parent / "indexes/corpus/v2/shards/000/rows.npy").write_bytes(b"short")
+    (corpus.parent / "indexes/corpus/v3/manifest.json").write_bytes(b"{}")
+    _, second, third = run("inspect", "indexes", "--versions", cwd=corpus.parent).stdout.splitlines()
+    assert "  <- serves  " in second and "rows.npy: has 5 bytes, the manifest says " in second
+    assert "v3  no date  " in third and "manifest.json: is not what was written" in third
     assert run("gc", "indexes", "--keep", "0", cwd=corpus.parent).stdout == "corpus: deleted v1, v3\n"
+
+
+def test_a_search_opens_the_index_that_it_names_and_no_other(corpus: Path) -> None:
+    for name in ("one", "two"):
+        run("build-index", corpus.name, "--name", name, cwd=corpus.parent)
+    ask = ("search", "indexes", "--id", "r3", "-k", "2")
+    both = run(*ask, cwd=corpus.parent)
+    assert both.returncode == 2 and "holds several indexes, name one with --index: one, two" in both.stderr
+    none = run(*ask, "--index", "three", cwd=corpus.parent)
+    assert none.returncode == 2 and "holds no index 'three'; there are: one, two" in none.stderr
+    [vectors] = corpus.parent.glob("indexes/two/*/shards/000/vectors.npy")
+    vectors.write_bytes(b"")
+    assert run(*ask, "--index", "one", cwd=corpus.parent).returncode == 0
+    assert "vectors.npy: has 0 bytes" in run(*ask, "--index", "two", cwd=corpus.parent).stderr
+
+
+def test_a_search_takes_a_filter_and_the_settings_of_its_kind(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(7).standard_normal((200, 4)).astype(np.float32)
+    table = pa.table({"id": list(range(200)), "vector": list(vectors), "year": [2000 + i % 20 for i in range(200)]})
+    pq.write_table(table, tmp_path / "years.parquet")
+    built = run(
+        "build-index",
+        "years.parquet",
+        "--kind",
+        "faiss",
+        "--param",
+        "factory=IVF4,Flat",
+        "--fields",
+        "year",
+        cwd=tmp_path,
+    )
+    assert built.returncode == 0, built.stderr
+    ask = ("search", "indexes", "--id", "3", "-k", "4", "--json")
+    found = run(*ask, "--filter", '{"year": {"$gte": 2018}}', "--param", "nprobe=2", cwd=tmp_path)
+    hits = json.loads(found.stdout)["results"]
+    assert len(hits) == 4 and all(hit["fields"]["year"] >= 2018 for hit in hits)
+    exact = json.loads(run(*ask, "--param", "exact=true", cwd=tmp_path).stdout)
+    assert exact["stats"]["strategy"] == "exact" and exact["stats"]["visited"] == 200
+    for arguments, message in (
+        (["--filter", "{year: 1}"], "--filter takes JSON: "),
+        (["--filter", "[1]"], "$.filter: Expected `object`, got `array`; the value is [1]"),
+        (["--filter", '{"yeer": 1}'], "filter: 'yeer' is no stored field of 'years': year"),
+        (["--param", "ef_serch=2"], "unknown parameter 'ef_serch'; faiss knows: nprobe"),
+        (["--param", "nprobe=many"], 'params.nprobe must be an integer, got "many"'),
+        (["--param", "nprobe"], "--param takes KEY=VALUE, got 'nprobe'"),
+        (["--vector", "1,2,3,4"], "give exactly one of text, vector and id, got vector and id"),
+        (["-k", "0"], "k must be an integer between 1 and 1000, got 0"),
+    ):
+        done = run(*ask, *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+    for question, message in (
+        (["--vector", "1,nan,2,3"], "--vector takes finite numbers"),
+        (["--vector", "1,x"], "--vector takes numbers separated by commas"),
+        (["--id", "x"], "has no id 'x'"),
+        ([" "], "text is empty"),
+        ([], "give exactly one of text, vector and id, got none"),
+    ):
+        done = run("search", "indexes", *question, cwd=tmp_path)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
 def test_a_damaged_version_fails_verify_with_exit_code_1(corpus: Path) -> None:
@@ -81,9 +148,9 @@ def test_a_damaged_version_fails_verify_with_exit_code_1(corpus: Path) -> None:
     ("arguments", "message"),
     [
         (["build-index", "none.parquet"], "none.parquet"),
-        (["build-index", "corpus.parquet", "--kind", "annoy"], "'annoy' is no kind of index; known are exact, faiss"),
+        (["build-index", "corpus.parquet", "--kind", "annoy"], "'annoy' is no kind of index; known are auto, exact,"),
         (["build-index", "corpus.parquet", "--metric", "hamming"], "must be one of l2, ip, cosine, got 'hamming'"),
-        (["build-index", "corpus.parquet", "--kind", "hnsw", "--param", "mm=3"], "'mm'; hnsw knows: m, ef_con"),
+        (["build-index", "corpus.parquet", "--kind", "hnsw", "--param", "mm=3"], "unknown parameter 'mm'; hnsw knows:"),
         (["build-index", "corpus.parquet", "--kind", "hnsw", "--param", "m"], "--param takes KEY=VALUE, got 'm'"),
         (["build-index", "corpus.parquet", "--name", "../x"], "index name '../x' must be"),
         (["build-index", "corpus.parquet", "--version", "a/b"], "version 'a/b' must be"),

@@ -31,7 +31,7 @@ from vecsvc.errors import (
     UnknownParameter,
 )
 from vecsvc.indexes import base
-from vecsvc.types import METRICS, IndexSpec, Limit, Metric, Neighbors
+from vecsvc.types import METRICS, WAYS, IndexSpec, Limit, Metric, Neighbors
 
 SIZE, DIM, K = 640, 16, 10
 STATES = ("built", "loaded", "mmapped")
@@ -234,12 +234,32 @@ def test_no_queries_give_no_rows(opened: Opened) -> None:
     for mask in (None, np.ones(SIZE, dtype=bool)):
         found = opened.index.search(nothing, K, allowed=mask)
         assert (found.labels.shape, found.visited.shape, found.stopped.shape) == ((0, K), (0,), (0,))
+        assert found.hops is None or found.hops.shape == (0,)
 
 
 def test_nothing_is_stopped_where_there_is_no_limit(opened: Opened) -> None:
     found = opened.index.search(queries(), K)
     assert not found.stopped.any()
     assert ((found.visited == -1) | (found.visited > 0)).all()
+
+
+def test_hops_are_told_for_every_query_or_for_none(opened: Opened) -> None:
+    found = opened.index.search(queries(), K)
+    assert (found.hops is not None) == (opened.case.kind == "nng")
+    if found.hops is not None:
+        assert found.hops.shape == (len(queries()),) and found.hops.dtype == np.int64
+        assert (found.hops > 0).all() and (found.hops < found.visited).all()
+        for row, query in enumerate(queries()):
+            alone = opened.index.search(query[None], K)
+            assert alone.hops is not None and alone.hops[0] == found.hops[row]
+
+
+def test_ways_are_told_for_every_query_or_for_none(opened: Opened) -> None:
+    assert opened.index.search(queries(), K).ways is None
+    ways = opened.index.search(queries(), K, allowed=read_only(np.arange(SIZE) % 3 == 0)).ways
+    assert (ways is not None) == (opened.case.kind == "nng")
+    if ways is not None:
+        assert ways.shape == (len(queries()),) and ways.dtype == np.uint8 and ways.max() < len(WAYS)
 
 
 def test_a_limit_that_has_passed_is_told_or_changes_nothing(opened: Opened) -> None:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,13 +33,15 @@ from corpora import (
     opened,
     write_corpus,
 )
+from service import Service, started
 from tiny_bert import write_tiny_bert
 
 from vecsvc import manifest as manifest_module
 from vecsvc.catalog import Catalog, Served
 from vecsvc.config import ServeSettings
 from vecsvc.errors import ArtifactDamaged, ArtifactError, ArtifactUnfit, EncoderMismatch, NotReady
-from vecsvc.manifest import FORMAT_VERSION, MAX_MANIFEST_BYTES, read_manifest
+from vecsvc.manifest import FORMAT_VERSION, read_manifest
+from vecsvc.seal import MAX_MANIFEST_BYTES, sealed
 from vecsvc.storage import IndexFolder
 from vecsvc.types import TextQuery
 
@@ -283,9 +281,7 @@ def reseal(version: Path, change: Callable[[dict[str, Any]], None]) -> None:
     facts = json.loads(path.read_bytes())
     del facts["manifest_sha256"]
     change(facts)
-    body = json.dumps(facts, indent=2).encode().removesuffix(b"\n}")
-    seal = hashlib.sha256(body).hexdigest().encode()
-    path.write_bytes(body + b',\n  "manifest_sha256": "' + seal + b'"\n}\n')
+    path.write_bytes(sealed(json.dumps(facts, indent=2).encode()))
 
 
 @pytest.fixture
@@ -426,76 +422,44 @@ def test_an_encoder_with_other_weights_is_refused_and_both_are_named(artifacts: 
 # ------------------------------------------------------------------------------ through a running service
 
 
-class Service:
-    """A `vecsvc serve` of its own process."""
-
-    def __init__(self, directory: Path, log: Path, *flags: str) -> None:
-        self.log = log
-        command = [sys.executable, "-c", "from vecsvc.cli import main; main()", "serve", str(directory)]
-        command += ["--port", "0", "--admin-port", "0", "--reload-poll-s", "0.05", "--search-threads", "1", *flags]
-        with log.open("wb") as stderr:
-            self.process = subprocess.Popen(command, stderr=stderr)
-        facts = self.wait(self._listening)
-        self.url, self.admin = (f"http://127.0.0.1:{facts[port]}" for port in ("port", "admin_port"))
-
-    def _listening(self) -> Any:
-        assert self.process.poll() is None, self.log.read_text()
-        found = [line for line in self.log.read_text().splitlines() if '"listening"' in line]
-        return json.loads(found[0]) if found else None
-
-    def wait(self, what: Callable[[], Any], seconds: float = 30) -> Any:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            found = what()
-            if found:
-                return found
-            time.sleep(0.02)
-        raise AssertionError(f"waited in vain:\n{self.log.read_text()[-4000:]}")
-
-    def get(self, path: str, body: Any = None) -> tuple[int, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=10) as response:
-                return response.status, json.load(response)
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, json.load(error)
-
-    def search(self) -> tuple[int, Any]:
-        """The status, and the version and ids of the answer or the error's message."""
-        status, answer = self.get("/search", {"vector": make_vectors(1, 8, seed=3)[0].tolist(), "k": 3})
-        if status != 200:
-            return status, answer["error"]["message"]
-        return status, (answer["index"]["version"], [hit["id"] for hit in answer["results"]])
-
-    def wait_until_ready(self, version: str) -> None:
-        self.wait(lambda: self.get("/readyz")[0] == 200 and self.search()[1][0] == version)
-
-    def wait_for_problem(self, *words: str) -> None:
-        def red() -> bool:
-            status, answer = self.get("/readyz")
-            return status == 503 and all(word in answer["error"]["message"] for word in words)
-
-        self.wait(red)
-        assert self.get("/livez")[0] == 200
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Service]]:
-    running: list[Service] = []
+def serve() -> Iterator[Callable[..., Service]]:
+    """Starts services, which may be loading still; all are ended with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda directory, **settings: stack.enter_context(
+            started(directory, reload_poll_s=0.05, search_threads=1, **settings)
+        )
 
-    def start(directory: Path, *flags: str) -> Service:
-        running.append(Service(directory, tmp_path / f"log-{len(running)}", *flags))
-        return running[-1]
 
-    yield start
-    for service in running:
-        service.kill()
+def until(what: Callable[[], Any], service: Service, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, f"waited in vain:\n{service.log_file.read_text()[-4000:]}"
+        time.sleep(0.02)
+
+
+def found(service: Service) -> tuple[str, list[Any]]:
+    """The version and the ids of an answer."""
+    answer = service.search(vector=make_vectors(1, 8, seed=3)[0].tolist(), k=3)
+    return answer["index"]["version"], [hit["id"] for hit in answer["results"]]
+
+
+def wait_until_ready(service: Service, version: str) -> None:
+    until(lambda: service.get("/readyz").status == 200 and found(service)[0] == version, service)
+
+
+def wait_for_problem(service: Service, *words: str) -> None:
+    def red() -> bool:
+        reply = service.get("/readyz")
+        return reply.status == 503 and all(word in reply.message for word in words)
+
+    until(red, service)
+    assert service.get("/livez").status == 200
+
+
+def kill(service: Service) -> None:
+    service.process.kill()
+    service.process.wait()
 
 
 def flip(file: Path) -> None:
@@ -527,24 +491,24 @@ def test_a_service_keeps_answering_from_the_version_before_a_damaged_one_until_r
     [expected] = answers(out, make_vectors(1, 8, seed=3), k=3)
     ids = [id for id, _ in expected]
     service = serve(out)
-    service.wait_until_ready("v1")
+    wait_until_ready(service, "v1")
     for number, file in enumerate((f"shards/000/index/{GRAPH_FILE}", "shards/000/vectors.npy", "manifest.json"), 2):
         publish_damaged(corpus, out, f"v{number}", file)
-        service.wait_for_problem(f"/demo/v{number}/{file}")
-        assert service.search() == (200, ("v1", ids))
+        wait_for_problem(service, f"/demo/v{number}/{file}")
+        assert found(service) == ("v1", ids)
         done = vecsvc("rollback", str(out), "--to", "v1")
         assert (done.returncode, done.stderr) == (0, "") and f"v{number} -> v1" in done.stdout
-        service.wait_until_ready("v1")
-        assert service.search() == (200, ("v1", ids))
+        wait_until_ready(service, "v1")
+        assert found(service) == ("v1", ids)
     verified = vecsvc("verify", str(out))
     assert verified.returncode == 1 and len(verified.stderr.splitlines()) == 3 and "demo v1: " in verified.stdout
     build(corpus, out, kind="exact", version="v5")
-    service.wait_until_ready("v5")
-    service.kill()  # the kernel lets go of what it held
+    wait_until_ready(service, "v5")
+    kill(service)  # the kernel lets go of what it held
     assert IndexFolder(out / "demo").gc(0) == ["v1", "v2", "v3", "v4"]
     again = serve(out)
-    again.wait_until_ready("v5")
-    assert again.search() == (200, ("v5", ids))
+    wait_until_ready(again, "v5")
+    assert found(again) == ("v5", ids)
 
 
 def test_a_service_that_starts_on_a_damaged_version_stays_up_and_says_why(
@@ -554,11 +518,11 @@ def test_a_service_that_starts_on_a_damaged_version_stays_up_and_says_why(
     build(corpus, out, version="v1")
     publish_damaged(corpus, out, "v2", "shards/000/ids.arrow")
     service = serve(out)
-    service.wait_for_problem("/demo/v2/shards/000/ids.arrow", "sha256")
-    status, message = service.search()
-    assert status == 503 and "ids.arrow" in message
+    wait_for_problem(service, "/demo/v2/shards/000/ids.arrow", "sha256")
+    reply = service.get("/search?q=x")
+    assert reply.status == 503 and "ids.arrow" in reply.message
     assert IndexFolder(out / "demo").rollback() == ("v2", "v1")
-    service.wait_until_ready("v1")
+    wait_until_ready(service, "v1")
 
 
 def test_a_service_with_another_encoder_is_not_ready_and_names_both(
@@ -567,10 +531,10 @@ def test_a_service_with_another_encoder_is_not_ready_and_names_both(
     out = tmp_path / "out"
     bert, other = (write_tiny_bert(tmp_path / name, dim=8, seed=seed) for name, seed in (("bert", 7), ("other", 8)))
     build(write_corpus(tmp_path / "demo.parquet", n=60), out, encoder=str(bert), version="v1")
-    service = serve(out, "--encoder", str(other))
-    service.wait_for_problem("'other' is not 'bert'", "canary cosine")
-    assert service.search()[0] == 503
-    service.kill()
+    service = serve(out, encoder=other)
+    wait_for_problem(service, "'other' is not 'bert'", "canary cosine")
+    assert service.get("/search?q=x").status == 503
+    kill(service)
     service = serve(out)
-    service.wait_until_ready("v1")
-    assert service.get("/search", {"text": "red cat"})[1]["encoder"] == "bert"
+    wait_until_ready(service, "v1")
+    assert service.search(text="red cat")["encoder"] == "bert"

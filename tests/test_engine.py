@@ -29,6 +29,7 @@ from vecsvc.errors import (
     UnknownId,
     UnknownIndex,
 )
+from vecsvc.indexes import nng
 from vecsvc.storage import IndexFolder, Lease
 from vecsvc.telemetry import Metrics
 from vecsvc.types import IdQuery, Query, SearchAnswer, SearchSettings, TextQuery, VectorQuery
@@ -559,6 +560,34 @@ def test_explain_says_what_every_shard_did() -> None:
     ]
     assert sum(part.allowed for part in answer.explain) == sum(part.visited for part in answer.explain) == 200
     assert answer.stats.visited == 200 and all(part.took_ms >= 0 for part in answer.explain)
+    assert [part.hops for part in answer.explain] == [-1, -1, -1]  # only a walk makes hops
+
+
+def test_explain_counts_the_hops_of_a_walk_over_all_slices_of_a_batch(tmp_path: Path) -> None:
+    corpus = Corpus(list(range(500)), service.vectors(500, seed=71), [], "l2")
+    service.build(corpus, tmp_path, "demo", kind="nng", metric="l2")
+    settings = SearchSettings(k=5, include=frozenset(["explain"]))
+    many = VectorQuery(service.vectors(150, seed=72))
+    with opened(tmp_path) as engine:
+        batch = run(engine.search_batch(None, many, settings)).explain[0]
+        alone = [run(engine.search(None, VectorQuery(q[None]), settings)).explain[0].hops for q in many.vectors]
+    assert batch.hops == sum(alone) and min(alone) >= 64 and batch.visited > batch.hops
+
+
+def test_the_strategy_says_what_a_filter_made_of_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = Corpus(list(range(600)), service.vectors(600, seed=73), [{"part": i % 10} for i in range(600)], "l2")
+    service.build(corpus, tmp_path, "demo", kind="nng", metric="l2", fields="part")
+    all_but_one = filters.parse({"part": {"$ne": 3}}, max_nodes=9, max_values=9)
+    with opened(tmp_path) as engine:
+
+        def strategy(conditions: Any = ()) -> str:
+            return run(engine.search(None, vector(), SearchSettings(conditions=conditions))).stats.strategy
+
+        assert (strategy(), strategy(all_but_one)) == ("nng", "exact")
+        monkeypatch.setattr(nng, "COMPARE_UP_TO", 0)
+        assert strategy(all_but_one) == "scan"
+        monkeypatch.setattr(nng, "SCAN_A_PLACE", 0.1)
+        assert strategy(all_but_one) == "nng"
 
 
 def test_where_the_time_went_adds_up_to_no_more_than_the_total() -> None:

@@ -81,7 +81,7 @@ print(len(said), "numba" in sys.modules)
 def test_a_kernel_is_compiled_once_and_then_found(kept: Path, announced: list[str], load: Callable[[], int]) -> None:
     load()
     (file,) = kept.iterdir()
-    assert announced == [f"compiling address for {machine_code.best_path()}, some seconds"]
+    assert announced == [f"compiling kernel address for {machine_code.best_path()}, some seconds"]
     assert file.name.startswith(f"address-{machine_code.best_path()}-") and file.suffix == ".o"
     before = file.stat()
     load()

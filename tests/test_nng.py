@@ -18,7 +18,7 @@ from vecsvc.distance import exact_distances, unit
 from vecsvc.errors import ArtifactDamaged, DimensionMismatch, InvalidVector
 from vecsvc.indexes import nng
 from vecsvc.indexes import nng_layout as at
-from vecsvc.types import METRICS, Limit, Metric, Neighbors
+from vecsvc.types import METRICS, WAYS, Limit, Metric, Neighbors
 
 SIZE, N_QUERIES, K = 3000, 60, 10
 
@@ -328,6 +328,8 @@ def test_filters_leave_k_where_k_exist_and_the_nearest_of_them(
             real = found.labels[0][found.labels[0] >= 0]
             assert mask[real].all() and len(real) == min(K, mask.sum())
             assert found.visited[0] > 0 and not found.stopped[0]
+            if way != "walk":
+                assert WAYS[found.ways[0]] == ("exact" if mask.sum() <= nng.COMPARE_UP_TO else "scan")
             if len(real) == K:
                 reached.append(recall(found, true, mask))
     assert np.mean(reached) >= 0.98 and np.mean(np.array(reached) >= 0.9) >= 0.95
@@ -342,6 +344,20 @@ def test_a_walk_that_finds_nothing_allowed_compares_all_that_is(monkeypatch: pyt
     mask[order[-700:]] = True
     found = search(built(100), queries[:1], ef_search=10, allowed=mask)
     assert found.labels[0, 0] in order[-700:][:3] and 700 < found.visited[0] < SIZE + 700
+    assert WAYS[found.ways[0]] == "scan" and found.hops[0] > 0
+
+
+@pytest.mark.parametrize(("rerank", "way"), [("vectors", "exact"), ("float16", "scan"), ("none", "scan")])
+def test_a_search_says_how_each_query_was_answered(rerank: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, queries = split(rows(100))
+    index = built(100, "l2", rerank)
+    assert search(index, queries).ways is None
+    few, most = np.arange(SIZE) < 300, np.arange(SIZE) % 10 > 0
+    assert {WAYS[at] for at in search(index, queries, allowed=few).ways} == {way}
+    monkeypatch.setattr(nng, "COMPARE_UP_TO", 0)
+    assert {WAYS[at] for at in search(index, queries, allowed=few).ways} == {"scan"}
+    monkeypatch.setattr(nng, "SCAN_A_PLACE", 0.1)
+    assert {WAYS[at] for at in search(index, queries, allowed=most).ways} == {"own"}
 
 
 def test_masks_that_are_strided_or_at_odd_addresses_are_honoured() -> None:
@@ -374,6 +390,14 @@ def test_a_bound_on_visits_cuts_and_says_so() -> None:
         found = search(index, queries, limit=limit)
         assert found.stopped.all() and (found.labels[:, 0] >= 0).all()
     assert not search(index, queries, limit=Limit(deadline=time.monotonic() + 1000)).stopped.any()
+
+
+def test_a_broader_search_makes_more_hops_and_a_comparison_of_all_makes_none() -> None:
+    _, queries = split(rows(100))
+    narrow, broad = (search(built(100), queries, ef_search=ef).hops for ef in (16, 128))
+    assert (narrow >= 16).all() and (broad >= 128).all() and (broad > narrow).all()
+    assert not search(built(100), queries, allowed=np.arange(SIZE) < 100).hops.any()
+    assert not search(built(100), queries, allowed=np.zeros(SIZE, bool)).hops.any()
 
 
 def test_a_bound_on_visits_cuts_the_comparing_of_what_a_filter_leaves() -> None:

@@ -48,6 +48,7 @@ def test_merge_drops_empty_places_and_repeated_rows() -> None:
 
 
 def test_recall_counts_ties_as_hits() -> None:
-    truth = np.stack([distances(1, 2), distances(1, 1)])
-    assert recall(truth, truth) == 1.0
-    assert recall(np.stack([distances(1, 3), distances(1, np.inf)]), truth) == 0.5
+    bounds = distances(2, 1)
+    assert recall(np.stack([distances(1, 2), distances(1, 1)]), bounds).tolist() == [1.0, 1.0]
+    assert recall(np.stack([distances(1, 3), distances(np.inf, np.inf)]), bounds).tolist() == [0.5, 0.0]
+    assert recall(np.stack([distances(2 + 5e-6, 2), distances(1 + 5e-5, 0)]), bounds).tolist() == [1.0, 0.5]

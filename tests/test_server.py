@@ -10,6 +10,7 @@ import textwrap
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -298,7 +299,7 @@ def test_breadth_buys_recall_and_travels_with_the_question(every: Service) -> No
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("products", {"nprobe": 5}, "'nprobe'; hnsw knows: ef_search"),
+        ("products", {"nprobe": 5}, "params: unknown parameter 'nprobe'; hnsw knows: ef_search"),
         ("products", {"ef_search": 0}, "ef_search must be between 1 and 10000, got 0"),
         ("products", {"ef_search": 2**70}, "ef_search must be between 1 and 10000"),
         ("numbers", {"ef_search": 5}, "'ef_search'; exact knows: no parameters"),
@@ -819,6 +820,28 @@ def test_before_anything_is_loaded_searches_are_503_with_retry_after() -> None:
         assert loading.get("/livez").status == 200
         assert loading.get("/indexes").json() == {"indexes": []}
         assert loading.metric("vecsvc_ready") == 0
+
+
+def test_a_service_that_compiles_kernels_says_so_where_it_is_not_ready(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    slow = f"""
+import time, pathlib, vecsvc.shard as s
+from vecsvc import machine_code
+load = s.indexes.load
+def compile_first(*a, **k):
+    machine_code.announce("compiling kernel tree_search for avx2, some seconds")
+    while not pathlib.Path({str(done)!r}).exists():
+        time.sleep(0.01)
+    return load(*a, **k)
+s.indexes.load = compile_first
+"""
+    with service.started(service.index("texts"), slow) as loading:
+        loading.wait_for("compiling")
+        for reply in (loading.get("/readyz"), loading.post("/search", {"vector": [1.0] * DIM})):
+            assert reply.status == 503 and "compiling kernel tree_search for avx2, some seconds" in reply.message
+        done.touch()
+        loading.wait_for("ready")
+        assert loading.get("/readyz").status == 200
 
 
 def test_too_many_at_once_are_429_with_retry_after() -> None:

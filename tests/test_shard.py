@@ -36,6 +36,7 @@ def test_a_query_that_comes_back_short_does_not_change_the_others_of_its_batch(t
     batch = np.stack([crowd[0], lonely[0]])
     together, alone = shard.search(batch, 10, params), shard.search(batch[:1], 10, params)
     assert np.array_equal(together.labels[0], alone.labels[0]) and alone.strategy == "faiss"
+    assert together.strategy == "mixed" and shard.search(batch[1:], 10, params).strategy == "exact"
     assert (together.labels[1] >= 0).all(), "the lonely one's list holds three, and ten exist"
     deep = shard.search(batch[:1], 3, params, rerank_depth=1000)
     assert deep.strategy == "faiss", "a pool that is not full is no reason to compare everything"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from vecsvc import storage
 from vecsvc.errors import ArtifactDamaged, ConfigError, StorageError, UnknownVersion, VersionExists
+from vecsvc.seal import sealed
 from vecsvc.storage import IndexFolder, Lease
 
 HOLD = """
@@ -181,6 +184,44 @@ def test_an_error_of_the_disk_becomes_one_line_with_the_path(tmp_path: Path, mon
     monkeypatch.setattr(storage, "failpoint", full)
     with pytest.raises(StorageError, match=r"cannot write .*/a: No space left on device"):
         storage.write_file(tmp_path / "a", b"x")
+
+
+def dated(index: IndexFolder, **times: str) -> None:
+    """Versions whose manifests say when they were made, on a disk whose times say the contrary."""
+    for number, (version, created) in enumerate(times.items()):
+        file = index.path / version / storage.MANIFEST
+        file.write_bytes(sealed(b'{\n  "created": "' + created.encode() + b'"\n}'))
+        os.utime(file, (1e9 - number, 1e9 - number))
+
+
+def test_a_copy_that_lost_the_files_times_keeps_the_order_of_versions(index: IndexFolder, tmp_path: Path) -> None:
+    dated(index, v3="2026-01-01T00:00:00Z", v1="2026-01-01T00:00:00.250Z", v2="2026-01-01T01:00:01+01:00")
+    copy = IndexFolder(shutil.copytree(index.path, tmp_path / "copy", copy_function=shutil.copyfile))
+    for folder in (index, copy):
+        folder.serve("v2")
+        assert folder.versions() == ["v3", "v1", "v2"] and folder.rollback() == ("v2", "v1")
+        assert folder.gc(keep=0) == ["v3", "v2"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a bit in its date", "no date", "no time zone", "unreadable"])
+def test_a_damaged_manifest_is_ordered_by_its_file_and_stands_in_nobodys_way(index: IndexFolder, damage: str) -> None:
+    dated(index, v1="2026-01-01T00:00:00Z", v2="2026-01-02T00:00:00Z", v3="2026-01-03T00:00:00Z")
+    file = index.path / "v2" / storage.MANIFEST
+    data = file.read_bytes()
+    file.write_bytes(
+        {
+            "truncated": data[:-1],
+            "a bit in its date": data.replace(b"2026", b"6026"),
+            "no date": sealed(b'{\n  "created": "yesterday"\n}'),
+            "no time zone": sealed(b'{\n  "created": "0001-01-01T00:00:00"\n}'),
+        }.get(damage, data)
+    )
+    if damage == "unreadable":
+        file.unlink()
+        os.mkfifo(file)
+    os.utime(file, (4e9, 4e9))
+    assert index.versions() == ["v1", "v3", "v2"]
+    assert index.rollback() == ("v3", "v1") and index.gc(keep=1) == ["v3"]
 
 
 def test_replacing_a_file_survives_what_an_earlier_crash_left(tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ class Catalog:
         self._served: dict[str, Served] = {}
         self._failed: dict[str, tuple[str, str]] = {}  # index -> version that could not be opened, and why
         self._refreshing = threading.Lock()
+        self._looked = False  # whether a refresh has come to its end
         self.problems: dict[str, str] = {"vecsvc": "nothing is loaded yet"}
 
     def names(self) -> list[str]:
@@ -272,8 +273,13 @@ class Catalog:
                     problems[folder.name] = str(error)
             for name in self._served.keys() - {folder.name for folder in folders}:
                 problems[name] = "its folder is gone; the version that was open still serves"
-            self.problems = problems
+            self.problems, self._looked = problems, True
             return changed
+
+    def waits_for(self, what: str) -> None:
+        """Say what the first refresh is busy with. A later one goes on beside what serves, so that is no problem."""
+        if not self._looked:
+            self.problems = {"vecsvc": what}
 
     def _refresh_one(self, folder: IndexFolder, again: bool) -> bool:
         version = folder.current()

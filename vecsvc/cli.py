@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import msgspec
 
 from vecsvc import __version__
 from vecsvc.config import BuildSettings, ServeSettings, field_types, read_settings
-from vecsvc.errors import ConfigError, UserError, VecsvcError
+from vecsvc.errors import ArtifactDamaged, ConfigError, UserError, VecsvcError
 from vecsvc.storage import IndexFolder, index_folders
 
 SETTINGS_FILE: Final = Path("vecsvc.toml")  # read where it lies in the working folder
@@ -180,6 +181,8 @@ def serve(directory: Path, settings: Path | None, **flags: Any) -> None:
 @click.option("-k", default=10, help="how many rows")
 @click.option("--id", "row_id", help="search what is near this row instead of a text")
 @click.option("--vector", help="search this vector instead: numbers separated by commas")
+@click.option("--filter", "condition", metavar="JSON", help="""only rows that meet it: '{"year": {"$gte": 2020}}'""")
+@click.option("--param", "params", multiple=True, metavar="KEY=VALUE", help="search setting of the kind; repeatable")
 @click.option("--index", help="which index, where DIR holds several")
 @click.option("--encoder", help="folder of the encoder, where the index holds none")
 @_json_option
@@ -189,6 +192,8 @@ def search(
     k: int,
     row_id: str | None,
     vector: str | None,
+    condition: str | None,
+    params: tuple[str, ...],
     index: str | None,
     encoder: str | None,
     as_json: bool,
@@ -197,7 +202,16 @@ def search(
     from vecsvc.local import ask
 
     _keep_kernels(_read(ServeSettings, "serve", {}, None))
-    answer = ask(directory, index=index, text=text, row_id=row_id, vector=vector, k=k, encoder=encoder)
+    question = {
+        "text": text,
+        "id": row_id,
+        "vector": None if vector is None else _numbers(vector),
+        "k": k,
+        "filter": None if condition is None else _json(condition),
+        "params": {name: _plain(value) for name, value in _pairs(params).items()} or None,
+    }
+    given = {name: value for name, value in question.items() if value is not None}
+    answer = ask(directory, given, index=index, encoder=encoder)
     if as_json:
         click.echo(msgspec.json.encode(answer, enc_hook=str))
         return
@@ -208,12 +222,40 @@ def search(
     click.echo(f"{len(answer.results)} hits in {answer.took_ms.total:.2f} ms ({stats.strategy})", err=True)
 
 
+def _numbers(text: str) -> list[float]:
+    try:
+        values = [float(value) for value in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--vector takes numbers separated by commas: {error}") from error
+    if not all(map(math.isfinite, values)):
+        raise ConfigError(f"--vector takes finite numbers, got {text[:80]!r}")
+    return values
+
+
+def _json(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ConfigError(f"--filter takes JSON: {error}") from error
+
+
+def _plain(text: str) -> Any:
+    """The value of a search setting; what is none stays a text, and is refused with its name."""
+    if text in ("true", "false"):
+        return text == "true"
+    return int(text) if text.removeprefix("-").isdecimal() and len(text) < 20 else text
+
+
 # ------------------------------------------------------------------------------------------------ versions
 
 
 @cli.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--versions", is_flag=True, help="list the versions instead")
+@click.option(
+    "--versions",
+    is_flag=True,
+    help="list the versions instead: when they were made, which serves, whether files have another size than written",
+)
 @_json_option
 def inspect(directory: Path, versions: bool, as_json: bool) -> None:
     """Show what the indexes in DIR are: kind, size, parameters, certificate, provenance."""
@@ -221,36 +263,55 @@ def inspect(directory: Path, versions: bool, as_json: bool) -> None:
 
     shown: dict[str, Any] = {}
     for folder in index_folders(directory):
-        current = folder.current()
         if versions:
-            shown[folder.name] = {"current": current, "versions": folder.versions()}
-        elif current is not None:
+            shown[folder.name] = [_version(folder, name) for name in folder.versions()]
+            continue
+        current = folder.current()
+        if current is not None:
             shown[folder.name] = msgspec.to_builtins(read_manifest(folder.version(current)))
     if as_json:
         click.echo(msgspec.json.encode(shown))
         return
     for name, facts in shown.items():
         if versions:
-            for version in facts["versions"]:
-                click.echo(f"{name}  {version}{'  <- serves' if version == facts['current'] else ''}")
+            for version in facts:
+                damage = f"  {version['damage']}" if version["damage"] else ""
+                mark = "  <- serves" if version["serves"] else ""
+                click.echo(f"{name}  {version['version']}  {version['created'] or 'no date'}{mark}{damage}")
         else:
             _print_manifest(name, facts)
+
+
+def _version(folder: IndexFolder, name: str) -> dict[str, Any]:
+    """What a list of versions says of one: `damage` is what the manifest and the sizes of its files show."""
+    from vecsvc.manifest import check_files, read_manifest
+
+    created, damage = None, None
+    try:
+        serves = folder.current() == name
+    except ArtifactDamaged:
+        serves = False  # a rollback mends it, and this list is where to find the version to roll back to
+    try:
+        manifest = read_manifest(folder.path / name)
+        created = manifest.created
+        check_files(folder.path / name, manifest.files(), hashes=False)
+    except VecsvcError as error:
+        damage = str(error)
+    return {"version": name, "created": created, "serves": serves, "damage": damage}
 
 
 def _print_manifest(name: str, facts: dict[str, Any]) -> None:
     spec, corpus, certificate = facts["spec"], facts["corpus"], facts["certificate"]
     files = [file for shard in facts["shards"] for file in shard["files"]]
     files += facts["encoder"]["files"] if facts["encoder"] else []
-    size = sum(file["size_bytes"] for file in files)
-    stored = (
-        f"{len(facts['shards'])}, {len(files)} files, {size / 1e6:.1f} MB, {size / spec['size']:.0f} bytes a vector"
-    )
+    size, each = sum(file["size_bytes"] for file in files), facts["bytes_per_vector"]
     vectors, params = f"{spec['size']:,} x {spec['dim']} {facts['vector_dtype']}", spec["params"] or ""
     encoder = facts["encoder"]
     rows = {
         "version": f"{facts['version']}, created {facts['created']}",
         "index": f"{vectors}, {spec['metric']}, {spec['kind']} {params}",
-        "shards": stored,
+        "shards": f"{len(facts['shards'])}, {len(files)} files, {size / 1e6:.1f} MB",
+        "a vector": f"{each['index']:g} bytes of index, {each['vectors']:g} of vectors, {each['rest']:g} of the rest",
         "ids": facts["id_type"],
         "fields": ", ".join(f"{field}: {kind}" for field, kind in facts["fields"].items()) or "none",
         "encoder": f"{encoder['name']} ({encoder['fingerprint'][:16]})" if encoder else "none",

@@ -183,7 +183,7 @@ def make(cls: type[T], values: Mapping[str, Any], *, what: str, error: type[Vecs
     for name, value in values.items():
         if name not in known:
             names = ", ".join(known) or "no parameters"
-            raise UnknownParameter(f"{name!r}; {what} knows: {names}")
+            raise UnknownParameter(f"unknown parameter {name[:80]!r}; {what} knows: {names}")
         checked[name] = _check(name, value, field_types(cls)[name], known[name].metadata, what, error)  # type: ignore[arg-type]
     return cls(**checked)
 

@@ -357,6 +357,7 @@ class _Search:
                 params=indexes.params_dict(self.plan.params),
                 allowed=part.allowed,
                 visited=part.visited,
+                hops=part.hops,
                 took_ms=round(part.took_s * 1e3, 3),
             )
             for shard, part in zip(self.served.shards, found, strict=True)
@@ -368,6 +369,7 @@ def _sum(a: Found, b: Found) -> Found:
     return msgspec.structs.replace(
         b,
         visited=-1 if min(a.visited, b.visited) < 0 else a.visited + b.visited,
+        hops=-1 if min(a.hops, b.hops) < 0 else a.hops + b.hops,
         stopped=a.stopped or b.stopped,
         strategy=a.strategy if a.strategy == b.strategy else "mixed",
         took_s=a.took_s + b.took_s,

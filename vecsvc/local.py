@@ -3,70 +3,61 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import msgspec
 
+from vecsvc import schemas
 from vecsvc.catalog import Catalog
 from vecsvc.config import ServeSettings
 from vecsvc.engine import Engine
-from vecsvc.errors import ConfigError, InvalidRequest, NotReady
+from vecsvc.errors import ConfigError, NotReady, UnknownIndex
 from vecsvc.onnx_session import usable_cores
 from vecsvc.storage import index_folders
 from vecsvc.telemetry import Metrics
-from vecsvc.types import IdQuery, Query, SearchAnswer, SearchSettings, TextQuery, VectorQuery
+from vecsvc.types import SearchAnswer
 
 
 def ask(
-    directory: Path,
-    *,
-    index: str | None,
-    text: str | None,
-    row_id: str | None,
-    vector: str | None,
-    k: int,
-    encoder: str | None,
+    directory: Path, question: Mapping[str, Any], *, index: str | None = None, encoder: str | None = None
 ) -> SearchAnswer:
-    """Open, ask, close. Files are checked as a service checks them."""
+    """Open, ask, close. Files are checked as a service checks them, and those of other indexes are not looked at.
+
+    `question` is what `POST /search` takes, and the answer has the stored fields. An `id` may be a text where the ids
+    of the index are integers.
+    """
     settings = ServeSettings(
         encoder=encoder or "",
         memory="mapped",
         encoder_threads=usable_cores(),  # for a single question, finding out what is best takes longer than it saves
     )
-    if not 1 <= k <= settings.max_k:
-        raise InvalidRequest(f"k must be between 1 and {settings.max_k}, got {k}")
-    index_folders(directory)  # a folder without an index is the user's mistake, no service that is not ready
-    catalog = Catalog(directory, settings)
+    catalog = Catalog(_folder(directory, index), settings)
     try:
         catalog.refresh()
         if not catalog.names():
             raise NotReady(catalog.problem())
-        served = catalog.get(index)
-        query = _query(text, row_id, vector, served.manifest.id_type)
+        body = {"timeout_ms": settings.max_timeout_ms, "include": ["fields"], **question}
+        if catalog.get(None).manifest.id_type == "int" and "id" in body:
+            with contextlib.suppress(ValueError):
+                body["id"] = int(body["id"])
+        query, wanted = schemas.parse_search(msgspec.json.encode(body), settings)
         engine = Engine(catalog, settings, Metrics(), threads=1)
         try:
-            wanted = SearchSettings(k=k, timeout_ms=settings.max_timeout_ms, include=frozenset(["fields"]))
-            return asyncio.run(engine.search(index, query, wanted))
+            return asyncio.run(engine.search(None, query, wanted))
         finally:
             engine.close()
     finally:
         catalog.close()
 
 
-def _query(text: str | None, row_id: str | None, vector: str | None, id_type: str) -> Query:
-    if sum(given is not None for given in (text, row_id, vector)) != 1:
-        raise ConfigError("give one of TEXT, --id and --vector")
-    if text is not None:
-        if not text.strip():
-            raise ConfigError("TEXT is empty")
-        return TextQuery([text])
-    if row_id is not None:
-        try:
-            return IdQuery(int(row_id) if id_type == "int" else row_id)
-        except ValueError as error:
-            raise ConfigError(f"--id: the ids of this index are integers, got {row_id!r}") from error
-    try:
-        values = np.array([float(value) for value in (vector or "").split(",")], dtype=np.float32)
-    except ValueError as error:
-        raise ConfigError(f"--vector takes numbers separated by commas: {error}") from error
-    return VectorQuery(values.reshape(1, -1))
+def _folder(directory: Path, index: str | None) -> Path:
+    """The folder of the index that is asked."""
+    folders = {folder.name: folder.path for folder in index_folders(directory)}
+    if index is None and len(folders) > 1:
+        raise ConfigError(f"{directory} holds several indexes, name one with --index: {', '.join(folders)}")
+    if index is not None and index not in folders:
+        raise UnknownIndex(f"{directory} holds no index {index!r}; there are: {', '.join(folders)}")
+    return folders[index] if index is not None else next(iter(folders.values()))

@@ -150,7 +150,9 @@ def _object(module: str, name: str, arity: int, path: str) -> bytes:
     file = keep / f"{name}-{path}-{_fingerprint(module, name, arity, path)}.o" if keep else None
     if file is not None and (kept := _read(file)) is not None:
         return kept
-    announce(f"compiling {name} for {path}, some seconds" + (f"; every start will: {reason()}" if reason() else ""))
+    announce(
+        f"compiling kernel {name} for {path}, some seconds" + (f"; every start will: {reason()}" if reason() else "")
+    )
     code = _compile(module, name, arity, path)
     if file is not None and not reason():
         _keep(file, code)

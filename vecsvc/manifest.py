@@ -6,7 +6,6 @@ is refused by the name of the file it sits in.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -20,15 +19,19 @@ from typing import Any, Final, Literal
 import msgspec
 
 from vecsvc.errors import ArtifactDamaged, ArtifactUnfit
+from vecsvc.seal import MAX_MANIFEST_BYTES, sealed, unsealed
 from vecsvc.storage import MANIFEST, sha256, write_file
 from vecsvc.types import MAX_DIM, IndexSpec, Metric
 
+# Rises when what was built before cannot be read any more. Within a format, fields are only added, each with a default,
+# so that every manifest of the format is read; tests/golden holds one of each. A field that is newer than the reader
+# is refused, for it may matter.
 FORMAT_VERSION: Final = 1
-MAX_MANIFEST_BYTES: Final = 64 << 20
+
+VECTORS_FILE: Final = "vectors.npy"  # (size, dim) float32 or float16, as the corpus gave them
+INDEX_FOLDER: Final = "index"  # what the kind wrote
 
 _PATH: Final = re.compile(r"(shards/\d{3,4}|encoder)(/[A-Za-z0-9][A-Za-z0-9._-]{0,100}){1,2}")
-_SEAL: Final = re.compile(rb',\n  "manifest_sha256": "([0-9a-f]{64})"\n}\n')
-_SEAL_BYTES: Final = len(b',\n  "manifest_sha256": "') + 64 + len(b'"\n}\n')
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,11 +103,19 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     points: list[OperatingPoint]
 
 
+class BytesPerVector(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a vector takes on disk, over all shards; the encoder belongs to none."""
+
+    index: float  # the kind's files: what a search walks
+    vectors: float  # vectors.npy
+    rest: float  # ids, rows, stored fields
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format_version: int
     name: str
     version: str
-    created: str  # UTC, ISO 8601
+    created: str  # UTC, ISO 8601; versions are ordered by it
     spec: IndexSpec  # of the whole index; its size is the sum of the shards'
     search: dict[str, Any]  # search settings for requests that name none
     partition: str
@@ -116,6 +127,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     corpus: CorpusEntry
     provenance: Provenance
     certificate: Certificate | None
+    bytes_per_vector: BytesPerVector | None = None  # read_manifest works it out where a build did not say it yet
 
     def files(self) -> list[FileEntry]:
         own = [file for shard in self.shards for file in shard.files]
@@ -126,10 +138,19 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.spec.metric
 
 
+def bytes_per_vector(shards: Sequence[ShardEntry]) -> BytesPerVector:
+    total = {"index": 0, "vectors": 0, "rest": 0}
+    for shard in shards:
+        for file in shard.files:
+            inside = file.path.split("/", 2)[-1]
+            part = "index" if inside.startswith(f"{INDEX_FOLDER}/") else "vectors" if inside == VECTORS_FILE else "rest"
+            total[part] += file.size_bytes
+    size = sum(shard.size for shard in shards)
+    return BytesPerVector(**{part: round(size_bytes / size, 1) for part, size_bytes in total.items()})
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    body = msgspec.json.format(msgspec.json.encode(manifest), indent=2).removesuffix(b"\n}")
-    seal = hashlib.sha256(body).hexdigest().encode()
-    write_file(folder / MANIFEST, body + b',\n  "manifest_sha256": "' + seal + b'"\n}\n')
+    write_file(folder / MANIFEST, sealed(msgspec.json.format(msgspec.json.encode(manifest), indent=2)))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -143,20 +164,21 @@ def read_manifest(folder: Path) -> Manifest:
         data = path.read_bytes()
     except OSError as error:
         raise ArtifactDamaged(f"{path}: {error.strerror}") from error
-    body, tail = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
-    seal = _SEAL.fullmatch(tail)
-    if seal is None or hashlib.sha256(body).hexdigest().encode() != seal[1]:
+    document = unsealed(data)
+    if document is None:
         raise ArtifactDamaged(f"{path}: is not what was written (its own digest differs)")
     try:
-        version = msgspec.json.decode(body + b"\n}", type=_Version).format_version
+        version = msgspec.json.decode(document, type=_Version).format_version
         if version != FORMAT_VERSION:
             raise ArtifactUnfit(
                 f"{path}: has format {version}, this vecsvc reads {FORMAT_VERSION}: build the index again"
             )
-        manifest = msgspec.json.decode(body + b"\n}", type=Manifest)
+        manifest = msgspec.json.decode(document, type=Manifest)
     except msgspec.MsgspecError as error:
         raise ArtifactUnfit(f"{path}: {error}") from error
     _check_sense(path, manifest)
+    if manifest.bytes_per_vector is None:
+        manifest = msgspec.structs.replace(manifest, bytes_per_vector=bytes_per_vector(manifest.shards))
     return manifest
 
 

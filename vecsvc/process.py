@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -34,7 +35,6 @@ def serve(directory: Path, settings: ServeSettings) -> None:
     """Serve a folder of indexes until SIGTERM or SIGINT. Raises ConfigError where a port cannot be had."""
     configure_logging()
     machine_code.keep_in(Path(settings.kernels) if settings.kernels else None)
-    machine_code.announce = lambda text: log.info("compiling", extra={"data": {"what": text}})
     _allow_files(settings.max_connections + SPARE_FILES)
     # Searches run side by side in threads; a matrix product that took every core would fight the others.
     with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
@@ -54,6 +54,7 @@ def _allow_files(wanted: int) -> None:
 async def _run(directory: Path, settings: ServeSettings) -> None:
     started = time.perf_counter()
     service = Service(directory, settings)
+    machine_code.announce = functools.partial(_compiling, service)
     runner, listener = await _listen(service, service.app(), settings.host, settings.port)
     admin, admin_listener = await _listen(service, service.admin_app(), settings.admin_host, settings.admin_port)
     stop = asyncio.Event()
@@ -82,6 +83,12 @@ async def _run(directory: Path, settings: ServeSettings) -> None:
         _exit(0)
     service.engine.close()
     service.catalog.close()
+
+
+def _compiling(service: Service, what: str) -> None:
+    """Called in the thread that loads an index, for each kernel that has to be compiled."""
+    log.info("compiling", extra={"data": {"what": what}})
+    service.catalog.waits_for(what)
 
 
 def _stop(stop: asyncio.Event) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
 from vecsvc.types import Distances, Labels
+
+TOLERANCE: Final = 1e-5  # a distance this close to the k-th true one is a hit
 
 
 def top_k(distances: Distances, k: int, labels: Labels | None = None) -> tuple[Labels, Distances]:
@@ -49,10 +53,11 @@ def merge_top_k(parts: list[tuple[Distances, NDArray[np.int64]]], k: int) -> tup
     return part[order], position[order]
 
 
-def recall(found: Distances, truth: Distances, tolerance: float = 1e-5) -> float:
-    """The share of places whose distance (n, k) is within the k-th true one: ties are no errors.
+def recall(found: Distances, bounds: Distances) -> NDArray[np.float64]:
+    """Of each query, the share of its places (n, k) that are within its bound (n,), the distance of the k-th nearest.
 
-    Both are recomputed from the vectors, never taken from what an index reports.
+    Ties are no errors, and neither is rounding. Both are computed from the vectors, never taken from what an index
+    reports; an empty place is at +inf.
     """
-    bounds = truth[:, -1:] + tolerance
-    return float(np.mean(found <= bounds))
+    each: NDArray[np.float64] = np.mean(found <= bounds[:, None] + TOLERANCE, axis=1)
+    return each

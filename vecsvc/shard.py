@@ -17,15 +17,13 @@ from vecsvc.distance import exact_distances
 from vecsvc.errors import ArtifactDamaged, ArtifactUnfit
 from vecsvc.exact_search import ExactSearch
 from vecsvc.ids import BATCH_ROWS, IdColumn, IdType, open_batches
-from vecsvc.manifest import ShardEntry
+from vecsvc.manifest import INDEX_FOLDER, VECTORS_FILE, ShardEntry
 from vecsvc.ranking import top_k
 from vecsvc.storage import open_array
-from vecsvc.types import Condition, Distances, IndexSpec, Labels, Limit, Mask, Neighbors, StoredVectors, Vectors
+from vecsvc.types import WAYS, Condition, Distances, IndexSpec, Labels, Limit, Mask, Neighbors, StoredVectors, Vectors
 
-VECTORS_FILE: Final = "vectors.npy"  # (size, dim) float32 or float16, as the corpus gave them
 ROWS_FILE: Final = "rows.npy"  # (size,) int64 corpus row of each label, ascending
 FIELDS_FILE: Final = "fields.arrow"
-INDEX_FOLDER: Final = "index"
 
 # A filter that leaves few rows is answered by comparing them all. A walk of a graph with a filter costs in inverse
 # proportion to the share that is allowed, comparing costs in proportion to the rows, so the two cross where the
@@ -41,6 +39,7 @@ class Found(msgspec.Struct, frozen=True, gc=False):
     labels: Labels  # (n, k)
     distances: Distances  # (n, k)
     visited: int  # over all queries; -1 where the library does not tell
+    hops: int  # of the walks through a graph, over all queries; -1 where the kind does not tell
     stopped: bool  # a Limit cut some query short
     strategy: str
     allowed: int | None  # rows that the filter leaves
@@ -105,15 +104,17 @@ class Shard:
         wanted = max(k, rerank_depth or 0)
         use_exact = exact or (mask is not None and reachable <= self._exact_up_to)
 
-        neighbors: Neighbors | None = None
-        if not use_exact:
-            neighbors = self.index.search(queries, wanted, params, allowed=mask, limit=limit, num_threads=num_threads)
-        if neighbors is None:
+        strategy = "exact"
+        if use_exact:
             neighbors = self._exact.search(queries, wanted, allowed=mask, limit=limit)
         else:
+            neighbors = self.index.search(queries, wanted, params, allowed=mask, limit=limit, num_threads=num_threads)
+            strategy = self.spec.kind if neighbors.ways is None else _strategy(neighbors.ways, self.spec.kind)
             # Where the index found fewer rows than there are, exact search fills in: k where k exist.
-            for row in _short(neighbors, min(k, reachable)):
-                use_exact = True
+            short = _short(neighbors, min(k, reachable))
+            if short:
+                strategy = "exact" if len(short) == len(queries) else "mixed"
+            for row in short:
                 exactly = self._exact.search(queries[row : row + 1], wanted, allowed=mask, limit=limit)
                 neighbors = _with_row(neighbors, row, exactly)
         labels, distances = neighbors.labels, neighbors.distances
@@ -124,8 +125,9 @@ class Shard:
             labels=labels[:, :k],
             distances=distances[:, :k],
             visited=_total(neighbors.visited),
+            hops=-1 if neighbors.hops is None else _total(neighbors.hops),
             stopped=bool(neighbors.stopped[0] if len(queries) == 1 else neighbors.stopped.any()),
-            strategy="exact" if use_exact else self.spec.kind,
+            strategy=strategy,
             allowed=allowed if conditions else None,
             took_s=searched - started,
             rerank_s=time.perf_counter() - searched,
@@ -162,6 +164,14 @@ def _total(visited: NDArray[np.int64]) -> int:
     return -1 if (visited < 0).any() else int(visited.sum())
 
 
+def _strategy(ways: NDArray[np.uint8], kind: str) -> str:
+    """What all queries did, in the words of Stats."""
+    first = int(ways[0]) if len(ways) else 0
+    if (ways != first).any():
+        return "mixed"
+    return WAYS[first] if first else kind
+
+
 def _short(neighbors: Neighbors, reachable: int) -> list[int]:
     """The rows in which a place stayed empty although a vector is there for it, and no limit is to blame."""
     if reachable == 0:
@@ -178,7 +188,7 @@ def _with_row(neighbors: Neighbors, row: int, other: Neighbors) -> Neighbors:
     visited, stopped = neighbors.visited.copy(), neighbors.stopped.copy()
     labels[row], distances[row] = other.labels[0], other.distances[0]
     visited[row], stopped[row] = other.visited[0], other.stopped[0]
-    return Neighbors(labels, distances, visited, stopped)
+    return Neighbors(labels, distances, visited, stopped, neighbors.hops, neighbors.ways)
 
 
 def _dropped(found: Found, label: int, k: int) -> Found:

@@ -20,16 +20,20 @@ import mmap
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Annotated, Any, Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from vecsvc.errors import ArtifactDamaged, ConfigError, StorageError, UnknownVersion, VersionExists
+from vecsvc.seal import MAX_MANIFEST_BYTES, unsealed
 
 CURRENT: Final = "CURRENT"
 MANIFEST: Final = "manifest.json"
@@ -327,14 +331,14 @@ class IndexFolder:
         return version
 
     def versions(self) -> list[str]:
-        """Published versions, the oldest first."""
+        """Published versions, the oldest first: by the time in their manifests, which a copy of the folder keeps."""
         found = []
         for folder in self.path.iterdir() if self.path.is_dir() else ():
             # Another process's gc may take a version away between the listing and the look at it.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 if _VERSION.fullmatch(folder.name):
-                    found.append(((folder / MANIFEST).stat().st_mtime_ns, folder.name))
-        return [name for _, name in sorted(found)]
+                    found.append((*_made(folder / MANIFEST), folder.name))
+        return [name for *_, name in sorted(found)]
 
     def version(self, version: str) -> Path:
         if version not in self.versions():
@@ -445,6 +449,26 @@ class IndexFolder:
 
     def _listed(self) -> str:
         return ", ".join(self.versions()) or "none"
+
+
+class _Made(msgspec.Struct):
+    created: Annotated[datetime, msgspec.Meta(tz=True)]
+
+
+def _made(manifest: Path) -> tuple[float, int]:
+    """When a version was made, to sort by: as its manifest says, or when the file was written where it is damaged."""
+    state = manifest.stat()
+    written = state.st_mtime_ns
+    if stat.S_ISREG(state.st_mode) and state.st_size <= MAX_MANIFEST_BYTES:
+        try:
+            document = unsealed(manifest.read_bytes())
+            if document is not None:
+                return msgspec.json.decode(document, type=_Made).created.timestamp(), written
+        except FileNotFoundError:
+            raise
+        except (OSError, msgspec.MsgspecError):
+            pass  # whoever opens it will say what is wrong with it
+    return written / 1e9, written
 
 
 def delete_folder(folder: Path) -> None:

@@ -27,6 +27,10 @@ MAX_DIM: Final = 16_384
 DEFAULT_K: Final = 10
 
 
+# How a query was answered: in the kind's own way, or by comparing all that may be returned, by their codes or rounded
+# copies ("scan") or by the vectors themselves ("exact"). Kernels write the places.
+WAYS: Final = ("own", "scan", "exact")
+
 # What is made once a query is a msgspec struct: it takes a fifth of a frozen dataclass' time.
 
 
@@ -37,6 +41,9 @@ class Neighbors(msgspec.Struct, frozen=True, gc=False):
     distances: Distances  # (n, k)
     visited: NDArray[np.int64]  # (n,) how many vectors were compared; -1 where the library does not tell
     stopped: NDArray[np.bool_]  # (n,) True where a Limit cut the search short
+    # (n,) at how many places of a graph the neighbours were looked at; None where there is no graph, or it is not told.
+    hops: NDArray[np.int64] | None = None
+    ways: NDArray[np.uint8] | None = None  # (n,) places in WAYS; None where every query went the kind's own
 
 
 class Limit(msgspec.Struct, frozen=True, gc=False):
@@ -144,7 +151,8 @@ class Coverage(msgspec.Struct, frozen=True):
 
 
 class Stats(msgspec.Struct, frozen=True, gc=False):
-    strategy: str  # how candidates were found: the kind's name, "exact", or "mixed" where shards differ
+    # How candidates were found: the kind's name, "scan" or "exact" as in WAYS, "mixed" where shards or queries differ.
+    strategy: str
     visited: int  # vectors compared; -1 where the library does not tell
     shortfall: int  # places of the k that stayed empty
 
@@ -158,6 +166,7 @@ class ShardExplain(msgspec.Struct, frozen=True):
     params: dict[str, Any]
     allowed: int | None  # rows that the filter leaves; None without a filter
     visited: int
+    hops: int  # places of a graph whose neighbours were looked at; -1 where the kind does not tell
     took_ms: float
 
 

@@ -84,10 +84,13 @@ def kinds() -> list[str]:
     return sorted(_table())
 
 
-def import_kind(group: str, table: dict[str, importlib.metadata.EntryPoint], kind: str) -> Any:
-    """The module that an entry point names; a missing library becomes BackendMissing with the remedy."""
+def import_kind(table: dict[str, importlib.metadata.EntryPoint], kind: str, *others: str) -> Any:
+    """The module that an entry point names; a missing library becomes BackendMissing with the remedy.
+
+    `others` are kinds that may be asked for beside those of the table, for the message.
+    """
     if kind not in table:
-        raise UnknownKind(f"{kind!r} is no kind of index; known are {', '.join(sorted(table))}")
+        raise UnknownKind(f"{kind[:80]!r} is no kind of index; known are {', '.join(sorted([*table, *others]))}")
     try:
         return table[kind].load()
     except ImportError as error:
@@ -97,7 +100,7 @@ def import_kind(group: str, table: dict[str, importlib.metadata.EntryPoint], kin
 
 
 def module(kind: str) -> IndexModule:
-    return cast(IndexModule, import_kind(GROUP, _table(), kind))
+    return cast(IndexModule, import_kind(_table(), kind))
 
 
 def load(directory: Path, spec: IndexSpec, *, vectors: StoredVectors, mmap: bool = True, device: str = "cpu") -> Index:

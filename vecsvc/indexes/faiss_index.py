@@ -124,7 +124,9 @@ class FaissIndex:
         for name in given:
             if name not in self._known:
                 known = ", ".join(self._known) or "no settings"
-                raise UnknownParameter(f"{name!r}; faiss {self.spec.params['factory']} knows: {known}")
+                raise UnknownParameter(
+                    f"unknown parameter {name!r}; faiss {self.spec.params['factory']} knows: {known}"
+                )
         if self._on_gpu and given.get("nprobe", 1) > GPU_MAX_K:
             raise InvalidParameter(f"nprobe is {given['nprobe']}; on a GPU it can be {GPU_MAX_K} at most")
         selector = None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -61,7 +62,7 @@ FAR_AWAY: Final = 4.0  # times the squared distance within which the others are
 
 _CALL: Final = struct.Struct(f"{at.CALL_SLOTS}q")
 # Made once: NumPy takes half the time to recognise them.
-_I64, _F32, _BOOL = np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.bool_)
+_I64, _F32, _BOOL, _U8 = np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.bool_), np.dtype(np.uint8)
 
 METRICS: Final[dict[Metric, int]] = {"l2": at.L2, "ip": at.IP, "cosine": at.COSINE}
 
@@ -190,14 +191,18 @@ class NngIndex:
         if allowed is not None:
             count = int(np.count_nonzero(allowed))
             if count == 0:
-                return empty(n, k)
+                nothing = empty(n, k)
+                return msgspec.structs.replace(nothing, hops=nothing.visited)
             allowed = np.ascontiguousarray(allowed)
             enough = min(count, max(k, ef // 2))
             wide = min(-(-ef * size // count), size)
             ef = -1 if count <= COMPARE_UP_TO else 0 if count <= SCAN_A_PLACE * wide else wide
             pool = count if ef < 0 else max(ef, enough, min(8 * depth, size))
         queries = np.ascontiguousarray(queries)
-        answer = Neighbors(np.empty((n, k), _I64), np.empty((n, k), _F32), np.empty(n, _I64), np.empty(n, _BOOL))
+        answer = Neighbors(
+            np.empty((n, k), _I64), np.empty((n, k), _F32), np.empty(n, _I64), np.empty(n, _BOOL), np.empty(n, _I64),
+            None if allowed is None else np.zeros(n, _U8),
+        )  # fmt: skip
         step = BLOCK if limit is None or limit.deadline is None else 1
         if n <= step:
             self._answer(queries, 0, n, k, ef, depth, enough, pool, allowed, limit, answer)
@@ -246,6 +251,7 @@ class NngIndex:
             _CALL.pack_into(
                 work.call, 0, self._block.address, work.address, id(queries), first, end, checked, k, ef, enough, depth,
                 mask, visits, id(answer.labels), id(answer.distances), id(answer.visited), id(answer.stopped),
+                id(answer.hops), 0 if answer.ways is None else id(answer.ways),
             )  # fmt: skip
             first = self._search(work.call_address)
             if first == end:

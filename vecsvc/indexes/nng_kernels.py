@@ -26,10 +26,12 @@ from vecsvc.indexes.nng_layout import (
     END,
     ENOUGH,
     EPOCH,
+    EXACT,
     FIRST,
     FRESH,
     GRAPH,
     HIGH,
+    HOPS,
     INDEX,
     INVERSE_NORMS,
     L2,
@@ -48,6 +50,7 @@ from vecsvc.indexes.nng_layout import (
     RANKED,
     ROUNDS,
     SCALE,
+    SCAN,
     SEEDS,
     SEEN,
     SIZE,
@@ -57,6 +60,7 @@ from vecsvc.indexes.nng_layout import (
     VECTORS_HALF,
     VISITED,
     VISITS,
+    WAYS,
     WORK,
     K,
 )
@@ -239,7 +243,7 @@ def walk(index, work, ef, factor, pivots, max_visited):
     Starts from the nearest of the `pivots` in RANKED. When every place of the pool was looked at, the walk is in a
     local optimum: it goes on from the next pivots, as long as one of them is nearer than the worst of the pool
     (Wang and Li, Query-Driven Iterated Neighborhood Graph Search for Large Scale Indexing, ACM MM 2012, section 3).
-    Returns (size of the pool, places compared, whether max_visited cut it short).
+    Returns (size of the pool, places compared, whether max_visited cut it short, hops: places that were expanded).
     """
     chunks, degree = get_i64(index, CHUNKS), get_i64(index, DEGREE)
     graph, high, bias = get_i64(index, GRAPH), get_i64(index, HIGH), get_i64(index, BIAS)
@@ -247,7 +251,7 @@ def walk(index, work, ef, factor, pivots, max_visited):
     code, ranked = get_i64(work, QUERY_CODE), get_i64(work, RANKED)
     row = chunks << 6
     epoch = next_epoch(index, work)
-    size, offered, at, visited, stopped = 0, 0, 0, get_i64(index, N_PIVOTS), 0
+    size, offered, at, visited, stopped, hops = 0, 0, 0, get_i64(index, N_PIVOTS), 0, 0
     while True:
         if at >= size:
             end = min(offered + SEEDS, pivots)
@@ -268,6 +272,7 @@ def walk(index, work, ef, factor, pivots, max_visited):
             break
         entry = get_i64(pool, at)
         put_i64(pool, at, entry | 1)
+        hops += 1
         edges = graph + place_of(entry) * (degree << 2)
         following = at + 1
         while following < size and get_i64(pool, following) & 1:
@@ -311,12 +316,12 @@ def walk(index, work, ef, factor, pivots, max_visited):
             edges = graph + place_of(get_i64(pool, at)) * (degree << 2)
             for line in range((degree + 15) >> 4):
                 prefetch(edges + (line << 6))
-    return size, visited, stopped
+    return size, visited, stopped, hops
 
 
 @inlined
 def scan(index, work, width, factor, allowed, max_visited):
-    """Compare every allowed label by the upper halves of its codes; returns as `walk` does.
+    """Compare every allowed label by the upper halves of its codes; returns as `walk` does, but for the hops.
 
     The mask is read eight labels at a time, so that a filter that leaves few costs little more than those few.
     """
@@ -533,8 +538,12 @@ def nng_search(call):
     queries, allowed = data_of(get_i64(call, QUERIES)), get_i64(call, ALLOWED)
     labels, distances = data_of(get_i64(call, LABELS)), data_of(get_i64(call, DISTANCES))
     visited, stopped = data_of(get_i64(call, VISITED)), data_of(get_i64(call, STOPPED))
+    hops = data_of(get_i64(call, HOPS))
     if allowed != 0:
         allowed = data_of(allowed)
+    ways = get_i64(call, WAYS)
+    if ways != 0:
+        ways = data_of(ways)
     for i in range(get_i64(call, FIRST), end):
         query = queries + i * dim * 4
         factor = length_factor(index, query, dim, i == get_i64(call, CHECKED))
@@ -542,26 +551,31 @@ def nng_search(call):
             return i
         unit = prepare(index, work, query, factor)
         factor = bias_factor(index, unit)
-        size, met, cut = 0, 0, 0
+        size, met, cut, steps = 0, 0, 0, 0
         if ef < 0:
             size, cut = gather(index, work, allowed, max_visited)
             answer(index, work, size, k, size, labels + i * k * 8, distances + i * k * 4)
             put_i64(visited, i, size)
             put_u8(stopped, i, cut)
+            put_i64(hops, i, 0)
+            original = get_i64(index, VECTORS) != 0 and get_i64(index, VECTORS_BY_PLACE) == 0
+            put_u8(ways, i, EXACT if original else SCAN)
             continue
         if ef > 0:
             pivots = rank_pivots(index, work, factor)
-            size, met, cut = walk(index, work, ef, factor, pivots, max_visited)
+            size, met, cut, steps = walk(index, work, ef, factor, pivots, max_visited)
             if allowed != 0:
                 size = keep_allowed(index, work, size, allowed)
         if allowed != 0 and size < enough and cut == 0:
             width = max(enough, min(8 * depth, get_i64(index, SIZE)))
             size, more, cut = scan(index, work, width, factor, allowed, max_visited - met)
             met += more
+            put_u8(ways, i, SCAN)
         # What is this far down in the coarse order does not come into the first `depth` of the fine one.
         size = min(size, 4 * depth)
         refine(index, work, size, factor)
         answer(index, work, size, k, depth, labels + i * k * 8, distances + i * k * 4)
         put_i64(visited, i, met)
         put_u8(stopped, i, cut)
+        put_i64(hops, i, steps)
     return end

@@ -46,7 +46,7 @@ QUERY_CODE: Final = 6  # (chunks * 128,) int8; with room for as many float32 whi
 RANKED: Final = 7  # (SEEDS * ROUNDS + 1,) int64
 WORK_SLOTS: Final = 8
 
-# --- what one call asks for; packed as sixteen int64, for each argument of its own costs a call 0.1 µs ------------
+# --- what one call asks for; packed as eighteen int64, for each argument of its own costs a call 0.1 µs ------------
 INDEX: Final = 0  # the blocks above
 WORK: Final = 1
 QUERIES: Final = 2  # (n, dim) float32; this and all other arrays by id(), see kernels.data_of
@@ -63,7 +63,12 @@ LABELS: Final = 12  # (n, k) int64
 DISTANCES: Final = 13  # (n, k) float32
 VISITED: Final = 14  # (n,) int64
 STOPPED: Final = 15  # (n,) bool
-CALL_SLOTS: Final = 16
+HOPS: Final = 16  # (n,) int64
+WAYS: Final = 17  # (n,) uint8, all 0: becomes SCAN or EXACT where that was done; 0 without a mask
+CALL_SLOTS: Final = 18
+
+SCAN: Final = 1  # places in types.WAYS
+EXACT: Final = 2
 
 MAX_DEGREE: Final = 256
 SEEDS: Final = 4  # pivots that a walk starts from, and as many that it goes on from where it is stuck
