@@ -205,7 +205,7 @@ def torch_eager(model: Path, threads: int) -> Encode:
     from transformers import AutoModel, AutoTokenizer
 
     torch.set_num_threads(threads)
-    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).train(False)
 
     def encode(texts: list[str]) -> Any:
         with torch.no_grad():

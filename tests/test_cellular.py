@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny_cnn_lstm import cnn_lstm_weights, write_tiny_cnn_lstm
 
-from index_builders.cnn_lstm_graph import BELOW_ALL, CELLS, MODEL, STATES, WEIGHTS, write_cnn_lstm
+from index_builders.cnn_lstm_graph import BELOW_ALL, CELLS, CONFIG, MODEL, STATES, WEIGHTS, write_cnn_lstm
 from vecsvc.batcher import Batcher, BatchSettings
 from vecsvc.config import ServeSettings
 from vecsvc.encoder_pool import EncoderPool
@@ -315,7 +315,7 @@ def test_the_writer_and_the_reader_of_cells_agree() -> None:
 
 
 def test_the_cells_belong_to_the_encoder_and_to_its_fingerprint(folder: Path, tmp_path: Path) -> None:
-    names = [MODEL, *CELLS.values(), WEIGHTS, "tokenizer.json", "sentence_bert_config.json"]
+    names = [MODEL, *CELLS.values(), WEIGHTS, "tokenizer.json", "sentence_bert_config.json", CONFIG]
     assert encoder_files(folder) == [folder / name for name in names]
     copy = shutil.copytree(folder, tmp_path / folder.name)
     before = open_encoder(copy).spec.fingerprint
