@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from index_builders.onnx_graph import IR_VERSION, OPSET, import_onnx
 from vecsvc.errors import EncoderError
+from vecsvc.storage import make_folder, replace_file
 
 if TYPE_CHECKING:
     import onnx
@@ -71,13 +72,13 @@ def write_cnn_lstm(folder: Path, weights: Mapping[str, NDArray[Any]], *, half: b
         CELLS["step"]: _step(store, sizes),
         CELLS["head"]: _head(store, sizes),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(store.data)
+    make_folder(folder)
     for name, model in models.items():
-        (folder / name).write_bytes(model.SerializeToString())
+        replace_file(folder / name, model.SerializeToString())
+    replace_file(folder / WEIGHTS, bytes(store.data))
     config = folder / CONFIG
     content = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-    config.write_text(json.dumps({**content, "cells": CELLS}, indent=2) + "\n", "utf-8")
+    replace_file(config, (json.dumps({**content, "cells": CELLS}, indent=2) + "\n").encode())
     return sizes
 
 
