@@ -92,9 +92,6 @@ class EmbedRoutes:
             made = msgspec.structs.replace(made, vectors=unit_length(made.vectors))
         body = await self._engine.in_thread(lambda: encode(made)) if made.vectors.size > INLINE_VALUES else encode(made)
         cut = int(np.count_nonzero(made.truncated))
-        self._metrics.embed(made.encoder).observe(made_at - asked_at)
-        self._metrics.embedded(made.encoder).inc(len(asked.texts))
-        self._metrics.tokens(made.encoder).inc(sum(made.tokens))
         self._metrics.truncated(made.encoder).inc(cut)
         spans = {"read": asked_at - started, "embed": made_at - asked_at, "answer": time.perf_counter() - made_at}
         timing = ", ".join(f"{name};dur={seconds * 1e3:.3f}" for name, seconds in spans.items())

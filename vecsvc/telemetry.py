@@ -88,15 +88,9 @@ class Metrics:
         self.search = Family(
             Spread, "vecsvc_search_seconds", "Seconds in the indexes of all shards", ("index", "strategy")
         )
-        self.embed = Family(
-            Spread,
-            "vecsvc_embed_seconds",
-            "Seconds to a request's vectors, waiting included",
-            ("encoder",),
+        self.truncated = Family(
+            Count, "vecsvc_truncated_texts", "Texts to embed that were longer than the encoder reads", ("encoder",)
         )
-        self.embedded = Family(Count, "vecsvc_embedded_texts", "Texts made into vectors on request", ("encoder",))
-        self.tokens = Family(Count, "vecsvc_embedded_tokens", "Tokens of these texts", ("encoder",))
-        self.truncated = Family(Count, "vecsvc_truncated_texts", "Those of them that were cut", ("encoder",))
         self.shortfall = Family(Count, "vecsvc_shortfall_places", "Places of k that stayed empty", ("index",))
         self.swaps = Family(Count, "vecsvc_version_swaps", "Versions opened and put to serve", ("index",))
         by_lane = ("encoder", "lane")
@@ -138,15 +132,13 @@ class Metrics:
             self.cache_hits,
             self.cache_misses,
             self.encoder_replaced,
-            self.embedded,
-            self.tokens,
             self.truncated,
         ):
             counted = CounterMetricFamily(counter.name, counter.help, labels=counter.labels)
             for labels, count in list(counter.children.items()):
                 counted.add_metric(labels, count.value)
             yield counted
-        timed = (self.latency, self.search, self.embed, self.encoder_run, self.encoder_queue)
+        timed = (self.latency, self.search, self.encoder_run, self.encoder_queue)
         histograms: list[Family[Spread]] = [*timed, cast("Family[Spread]", self.encoder_batch)]
         for histogram in histograms:
             spread_out = HistogramMetricFamily(histogram.name, histogram.help, labels=histogram.labels)
