@@ -124,7 +124,8 @@ def _configs(source: Path, asked: ImportSettings, positions: int) -> dict[str, A
         ]
         changed.setdefault(POOLING, {"pooling_mode": found.pooling})
     if asked.prompts:
-        prompts: dict[str, str] = {**found.prompts, **asked.prompts}
+        prompts: dict[str, str] = dict(found.prompts)
+        prompts.update((role, text) for role, text in asked.prompts.items())
         # sentence-transformers calls a passage document.
         names = {"query": prompts.get("query", ""), "document": prompts.get("passage", "")}
         changed[PROMPTS] = {"prompts": names, "default_prompt_name": None}

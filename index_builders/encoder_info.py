@@ -39,7 +39,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
     """The same for people."""
     unit = "unit length" if facts["normalize"] else "not normalised"
     found = [
-        f"{facts['name']}: dim {facts['dim']}, {facts['pooling']} pooling, {unit}, at most {facts['max_tokens']} tokens",
+        f"{facts['name']}: dim {facts['dim']}, {facts['pooling']} pooling, {unit}, "
+        f"at most {facts['max_tokens']} tokens",
         f"fingerprint {facts['fingerprint']}",
         *(f"{role} prompt: {text!r}" for role, text in facts["prompts"].items()),
         f"{facts['size_bytes'] / 1e6:.1f} MB; weights: "
