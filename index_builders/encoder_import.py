@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +34,6 @@ from vecsvc.errors import BackendMissing, EncoderError, InvalidParameter
 from vecsvc.storage import write_file
 from vecsvc.tokenizer import DEFAULT_MAX_TOKENS, MAX_TOKENS, check_text
 from vecsvc.types import MAX_DIM
-
-if TYPE_CHECKING:
-    import onnx
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
@@ -87,8 +84,8 @@ def import_encoder(source: Path, out: Path, settings: ImportSettings | None = No
         try:
             positions = MAX_TOKENS
             if model is None:
-                proto, positions = _convert(source, asked.layers)
-                write_file(staging / MODELS[0], proto.SerializeToString())
+                data, positions = _convert(source, asked.layers)
+                write_file(staging / MODELS[0], data)
                 files = [source / TOKENIZER, *(source / name for name in CONFIGS if (source / name).is_file())]
             else:
                 files = encoder_files(source)
@@ -124,7 +121,8 @@ def _configs(source: Path, asked: ImportSettings, positions: int) -> dict[str, A
         ]
         changed.setdefault(POOLING, {"pooling_mode": found.pooling})
     if asked.prompts:
-        prompts: dict[str, str] = {**found.prompts, **asked.prompts}
+        prompts: dict[str, str] = dict(found.prompts)
+        prompts.update((role, text) for role, text in asked.prompts.items())
         # sentence-transformers calls a passage document.
         names = {"query": prompts.get("query", ""), "document": prompts.get("passage", "")}
         changed[PROMPTS] = {"prompts": names, "default_prompt_name": None}
@@ -137,8 +135,8 @@ def _configs(source: Path, asked: ImportSettings, positions: int) -> dict[str, A
     return changed
 
 
-def _convert(source: Path, layers: int | None) -> tuple[onnx.ModelProto, int]:
-    """The model of a folder of safetensors, and how many positions it has."""
+def _convert(source: Path, layers: int | None) -> tuple[bytes, int]:
+    """The model file made of a folder of safetensors, and how many positions it has."""
     for name in (CONFIG, WEIGHTS, TOKENIZER):
         if not (source / name).is_file():
             weights = f"{CONFIG}, {WEIGHTS} and {TOKENIZER}"
@@ -153,7 +151,7 @@ def _convert(source: Path, layers: int | None) -> tuple[onnx.ModelProto, int]:
         model = bert_graph(config, read_safetensors(source / WEIGHTS), layers=layers)
     except EncoderError as error:
         raise EncoderError(f"{source}: {error}") from error
-    return model, bert.positions
+    return model.SerializeToString(), bert.positions
 
 
 def read_safetensors(file: Path) -> dict[str, NDArray[Any]]:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+import pyarrow as pa
+
 from index_builders.corpus import TEXT_COLUMN
 from index_builders.corpus_files import find_files, open_parquet
 from index_builders.encoder_compare import (
@@ -136,6 +138,9 @@ def corpus_texts(path: str, column: str = TEXT_COLUMN) -> list[str]:
                 raise MissingColumn(
                     f"{info.path}: has no column {column!r}; its columns: {', '.join(file.schema_arrow.names)}"
                 )
+            kind = file.schema_arrow.field(column).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise MissingColumn(f"{info.path}: column {column!r} is {kind}, not text; name another")
             for batch in file.iter_batches(4096, columns=[column]):
                 texts += [text for text in batch.column(0).to_pylist() if isinstance(text, str)]
                 if len(texts) >= MAX_TEXTS_READ:

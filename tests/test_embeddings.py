@@ -346,9 +346,11 @@ def test_the_deadline_of_embeddings_is_a_setting_of_its_own() -> None:
 
 def test_metrics_count_tokens_and_what_was_cut(one: Service, tiny: OnnxEncoder) -> None:
     before = one.metric("vecsvc_truncated_texts_total", encoder="tiny"), encoded_tokens(one)
-    openai_vectors(one, ["red cat", LONG])
+    openai_vectors(
+        one, ["red cat by the river", LONG + " water"]
+    )  # asked by no other test: nothing is remembered of them
     after = one.metric("vecsvc_truncated_texts_total", encoder="tiny"), encoded_tokens(one)
-    tokens = len(tiny.split(["red cat"])[0]) + MAX_TOKENS
+    tokens = len(tiny.split(["red cat by the river"])[0]) + MAX_TOKENS
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, tokens]
 
 

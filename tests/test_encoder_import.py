@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import bert_family
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from test_encoder import bert
@@ -19,12 +22,14 @@ from tiny_bert import (
     tiny_config,
     tiny_tokenizer,
     tiny_weights,
+    vocabulary,
     write_json,
     write_tiny_bert,
     write_tiny_source,
 )
 
-from index_builders.bert_graph import bert_graph
+from index_builders.bert_config import read_config
+from index_builders.bert_graph import bert_graph, relative_buckets
 from index_builders.encoder_import import ImportSettings, import_encoder, read_safetensors
 from index_builders.onnx_graph import IR_VERSION, OPSET
 from vecsvc import storage
@@ -309,3 +314,229 @@ def test_weights_beyond_the_limit_are_refused(source: Path, monkeypatch: pytest.
         read_safetensors(source / "model.safetensors")
     with pytest.raises(EncoderError, match="the weights have more than 1000 bytes"):
         bert_graph(tiny_config(), tiny_weights())
+
+
+# ------------------------------------------------------------------------------------------ the relatives
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+@pytest.mark.parametrize("kind", list(bert_family.CONFIGS))
+def test_every_family_agrees_with_one_written_in_numpy(kind: str, layers: int | None) -> None:
+    weights = bert_family.family_weights(kind, 50)
+    prefix = {"xlm-roberta": "roberta.", "camembert": "roberta."}.get(kind, f"{kind}.")
+    model = bert_graph(bert_family.family_config(kind, 50), {prefix + n: a for n, a in weights.items()}, layers=layers)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    longest = bert_family.POSITIONS - bert_family.FIRST.get(kind, 0)
+    random = np.random.default_rng(3)
+    texts = [random.integers(2, 50, size=length).tolist() for length in (longest, 1, 11)]
+    feed = {
+        "input_ids": np.array([text + [1] * (longest - len(text)) for text in texts]),
+        "attention_mask": np.array([[1] * len(text) + [0] * (longest - len(text)) for text in texts]),
+        "token_type_ids": np.zeros((len(texts), longest), dtype=np.int64),
+    }
+    known = {port.name for port in session.get_inputs()}
+    assert ("token_type_ids" in known) == (kind == "bert")
+    [found] = session.run(None, {name: value for name, value in feed.items() if name in known})
+    for row, text in zip(found, texts, strict=True):
+        want = bert_family.forward(kind, text, weights, layers or bert_family.LAYERS)
+        np.testing.assert_allclose(row[: len(text)], want, atol=1e-4)
+
+
+def test_far_distances_share_the_buckets_of_mpnet() -> None:
+    table = relative_buckets(300, 32)
+    assert table.tolist() == [bert_family.bucket(distance) for distance in range(-299, 300)]
+    assert table.min() == 0 and table.max() == 31
+
+
+@pytest.mark.parametrize("kind", list(bert_family.CONFIGS))
+def test_every_family_agrees_with_transformers(kind: str, tmp_path: Path) -> None:
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    torch.manual_seed(7)
+    config = transformers.AutoConfig.for_model(**bert_family.family_config(kind, 50))
+    model = transformers.AutoModel.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    proto = bert_graph(written, read_safetensors(tmp_path / "model.safetensors"))
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    ids = np.random.default_rng(3).integers(2, 50, size=(2, 30))
+    mask = np.ones_like(ids)
+    mask[1, 9:], ids[1, 9:] = 0, written.get("pad_token_id") or 0
+    feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    [found] = session.run(None, {port.name: feed[port.name] for port in session.get_inputs()})
+    with torch.no_grad():
+        want = model(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
+    assert np.abs(found - want)[mask == 1].max() < 1e-4
+
+
+def test_a_distilbert_folder_is_imported_whole(source: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    weights = bert_family.family_weights("distilbert", len(vocabulary()))
+    save_file({f"distilbert.{n}": a for n, a in weights.items()}, source / "model.safetensors")
+    write_json(source / "config.json", bert_family.family_config("distilbert", len(vocabulary())))
+    spec = import_encoder(source, tmp_path / "out")
+    assert (spec.dim, spec.max_tokens) == (bert_family.HIDDEN, MAX_TOKENS)
+    ids = TextTokenizer(source / "tokenizer.json", MAX_TOKENS).split([TEXTS[0]])[0].ids
+    mean = bert_family.forward("distilbert", ids, weights).mean(0)
+    np.testing.assert_allclose(
+        open_encoder(tmp_path / "out").encode([TEXTS[0]])[0], mean / np.linalg.norm(mean), atol=1e-5
+    )
+
+
+def test_robertas_positions_end_behind_the_padding() -> None:
+    config = bert_family.family_config("roberta", 50)
+    assert read_config(config).positions == bert_family.POSITIONS - 2
+    with pytest.raises(EncoderError, match=r"max_position_embeddings 2 leaves no position behind the first 2"):
+        read_config(config | {"max_position_embeddings": 2})
+
+
+# --------------------------------------------------------------------------------------- what is changed
+
+
+def test_the_first_layers_alone_are_taken(source: Path, tmp_path: Path) -> None:
+    import_encoder(source, tmp_path / "one", ImportSettings(layers=1))
+    found = open_encoder(tmp_path / "one").encode(TEXTS)
+    config = tiny_config() | {"num_hidden_layers": 1}
+    np.testing.assert_allclose(found, expected(source, tiny_weights(), config), atol=2e-5)
+    assert (tmp_path / "one/model.onnx").stat().st_size < len(
+        bert_graph(tiny_config(), tiny_weights()).SerializeToString()
+    )
+
+
+def test_layers_are_cut_of_weights_even_beside_an_onnx_model(source: Path, tmp_path: Path) -> None:
+    (source / "model.onnx").write_bytes(bert_graph(tiny_config(), tiny_weights()).SerializeToString())
+    one, two = (import_encoder(source, tmp_path / f"{n}", ImportSettings(layers=n)).fingerprint for n in (1, 2))
+    assert one != two
+    with pytest.raises(InvalidParameter, match="layers must be between 1 and 2, got 3"):
+        import_encoder(source, tmp_path / "out", ImportSettings(layers=3))
+    (source / "model.safetensors").unlink()
+    with pytest.raises(EncoderError, match=r"model\.safetensors: missing; layers are cut where a model is made from"):
+        import_encoder(source, tmp_path / "out", ImportSettings(layers=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "source"]
+
+
+def test_dim_cuts_the_vectors_and_makes_them_unit_length_again(source: Path, tmp_path: Path) -> None:
+    whole = import_encoder(source, tmp_path / "whole")
+    cut = import_encoder(source, tmp_path / "cut", ImportSettings(dim=5))
+    assert cut.dim == 5 and cut.fingerprint != whole.fingerprint
+    want = open_encoder(tmp_path / "whole").encode(TEXTS)[:, :5]
+    want /= np.linalg.norm(want, axis=1, keepdims=True)
+    np.testing.assert_allclose(open_encoder(tmp_path / "cut").encode(TEXTS), want, atol=1e-6)
+    raw = import_encoder(source, tmp_path / "raw", ImportSettings(dim=5, normalize=False))
+    assert raw.dim == 5 and not raw.normalize
+    with pytest.raises(EncoderError, match=r"source/encoder\.json: dim 33 is more than the 32 values"):
+        import_encoder(source, tmp_path / "out", ImportSettings(dim=33))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+def test_pooling_and_prompts_are_written_where_sentence_transformers_reads_them(
+    source: Path, tmp_path: Path, pooling: str
+) -> None:
+    settings = ImportSettings(pooling=pooling, normalize=False, prompts={"query": "query ", "passage": "passage "})
+    spec = import_encoder(source, tmp_path / "out", settings)
+    assert (spec.pooling, spec.normalize) == (pooling, False)
+    assert spec.prompts == {"query": "query ", "passage": "passage "}
+    written = json.loads((tmp_path / "out/config_sentence_transformers.json").read_text())
+    assert written["prompts"] == {"query": "query ", "document": "passage "}
+    steps = json.loads((tmp_path / "out/modules.json").read_text())
+    assert [step["type"].rpartition(".")[2] for step in steps] == ["Transformer", "Pooling"]
+    [ids] = [one.ids for one in TextTokenizer(source / "tokenizer.json", MAX_TOKENS).split(["query fox"])]
+    hidden = bert(ids, tiny_weights(), tiny_config())
+    want = {"mean": hidden.mean(0), "cls": hidden[0], "max": hidden.max(0)}[pooling]
+    np.testing.assert_allclose(open_encoder(tmp_path / "out").encode(["fox"])[0], want, atol=1e-4)
+
+
+def test_an_empty_prompt_takes_the_sources_away(source: Path, tmp_path: Path) -> None:
+    write_json(source / "config_sentence_transformers.json", {"prompts": {"query": "q ", "document": "d "}})
+    spec = import_encoder(source, tmp_path / "out", ImportSettings(prompts={"query": ""}))
+    assert spec.prompts == {"passage": "d "}
+
+
+def test_settings_out_of_bounds_are_refused_by_name() -> None:
+    with pytest.raises(InvalidParameter, match="pooling must be one of mean, cls, max, got 'sum'"):
+        ImportSettings(pooling="sum")
+    with pytest.raises(InvalidParameter, match="dim must be between 1 and 16384, got 0"):
+        ImportSettings(dim=0)
+    with pytest.raises(InvalidParameter, match="query prompt has 5000 characters, at most 4096 fit"):
+        ImportSettings(prompts={"query": "x" * 5000})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"dimension": 5}', r"encoder\.json: Object contains unknown field `dimension`"),
+        (b'{"dim": 0}', r"encoder\.json: Expected `int` >= 1 - at `\$\.dim`"),
+        (b'{"measured": 3}', r"encoder\.json: Expected `object"),
+    ],
+)
+def test_an_encoder_json_that_is_wrong_is_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
+    folder = write_tiny_bert(tmp_path / "tiny")
+    (folder / "encoder.json").write_bytes(content)
+    with pytest.raises(EncoderError, match=message):
+        open_encoder(folder)
+
+
+def test_figures_are_no_part_of_the_fingerprint_and_what_changes_vectors_is(tmp_path: Path) -> None:
+    folder = write_tiny_bert(tmp_path / "tiny")
+    prints = [open_encoder(folder).spec.fingerprint]
+    for own in ({"measured": {"a": 1}}, {"measured": {"a": 2}}, {"dim": 8}, {"cells": {"steps": 4}}):
+        write_json(folder / "encoder.json", own)
+        prints.append(open_encoder(folder).spec.fingerprint)
+    assert prints[0] == prints[1] == prints[2] and len(set(prints)) == 3
+    assert (folder / "encoder.json") in encoder_files(folder)
+
+
+# --------------------------------------------------------------------------------------------- cut short
+
+
+def test_what_a_killed_import_left_is_swept_by_the_next_of_the_same_target(source: Path, tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from vecsvc import storage;"
+        "from index_builders.encoder_import import import_encoder;"
+        "storage.failpoint = lambda point: os.kill(os.getpid(), 9) if point == 'rename out' else None;"
+        "import_encoder(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(source), str(tmp_path / "out")], timeout=60)
+    assert killed.returncode == -9
+    [left] = [path for path in tmp_path.iterdir() if path.name.startswith(storage.STAGING)]
+    other = tmp_path / f"{storage.STAGING}out-2-123"  # another target's
+    other.mkdir()
+    living = tmp_path / f"{storage.STAGING}out-1"
+    living.mkdir()
+    lease = storage.Lease.take(living, exclusive=True)
+    assert lease is not None
+    import_encoder(source, tmp_path / "out")
+    assert not left.exists() and other.is_dir() and living.is_dir()
+    lease.release()
+
+
+def test_an_onnx_source_with_weights_outside_its_folder_is_refused(tmp_path: Path) -> None:
+    source = write_tiny_bert(tmp_path / "source")
+    model = onnx.load(str(source / "model.onnx"))
+    onnx.external_data_helper.convert_model_to_external_data(model, location="../secret.bin", size_threshold=0)
+    for weight in model.graph.initializer:
+        weight.ClearField("raw_data")
+    (source / "model.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "secret.bin").write_bytes(b"\0" * 100_000)
+    with pytest.raises(
+        EncoderError, match=r"has weights in '\.\./secret\.bin'; they must lie in a file beside the model"
+    ):
+        import_encoder(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_pools_itself_cannot_be_pooled_otherwise(tmp_path: Path) -> None:
+    source = write_tiny_bert(tmp_path / "source")
+    model = onnx.load(str(source / "model.onnx"))
+    model.graph.node.append(
+        onnx.helper.make_node("ReduceMax", ["last_hidden_state"], ["sentence_embedding"], axes=[1], keepdims=0)
+    )
+    model.graph.output.append(onnx.helper.make_tensor_value_info("sentence_embedding", 1, ["batch", 32]))
+    (source / "model.onnx").write_bytes(model.SerializeToString())
+    assert import_encoder(source, tmp_path / "out").pooling == "none"
+    with pytest.raises(InvalidParameter, match=r"pooling 'cls' was asked for, but .*source's model pools itself"):
+        import_encoder(source, tmp_path / "cls", ImportSettings(pooling="cls"))
