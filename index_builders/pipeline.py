@@ -38,6 +38,7 @@ from vecsvc.errors import (
     ArtifactError,
     ConfigError,
     CorpusError,
+    RecallMissed,
     StorageError,
     UserError,
     VecsvcError,
@@ -131,12 +132,14 @@ def build_index(
     params: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
+    require_recall: bool = False,
     stream: TextIO | None = None,
 ) -> BuildResult:
     """Build an index of the corpus at `source` and publish it; what served before serves until the last step.
 
     With `resume`, an interrupted build of the same corpus with the same settings goes on after its last whole
-    step; without, what it left is deleted. Raises UserError, StorageError or BackendMissing.
+    step; without, what it left is deleted. With `require_recall`, an index whose certificate misses the target is left
+    unpublished, to be resumed. Raises UserError, StorageError, BackendMissing or RecallMissed.
     """
     corpus = open_corpus(
         source,
@@ -150,6 +153,8 @@ def build_index(
     if settings.version:
         check_version(settings.version)
     encoder_folder = _encoder_folder(corpus, settings)
+    if require_recall and not settings.certificate_queries:
+        raise ConfigError("--require-recall needs a certificate: let --certificate-queries be more than 0")
     # What the index step would refuse is refused now, and not after hours of encoding.
     base.build_params(*base.choose(settings.kind, corpus.rows, corpus.dim or MAX_DIM, params or {}))
     make_folder(folder.path)
@@ -165,7 +170,7 @@ def build_index(
         )
     build = _Build(folder, version, key, corpus, encoder_folder, settings, params or {}, stream)
     try:
-        return build.run()
+        return build.run(require_recall)
     except UserError:
         build.discard()
         raise
@@ -224,7 +229,7 @@ class _Build:
             delete_folder(self.staging)
         _forget(self._state_path)
 
-    def run(self) -> BuildResult:
+    def run(self, require_recall: bool) -> BuildResult:
         manifest = self._finished()
         if manifest is None:
             ingested = self._ingest()
@@ -232,6 +237,8 @@ class _Build:
                 delete_folder(self._encoded)
             manifest = self._manifest(ingested, self._index(ingested))
             write_manifest(self.staging, manifest)
+        if require_recall:
+            _check_recall(manifest)
         self.folder.publish(self.staging, self.version)
         # Whoever serves may open it from now on, and gc may not delete it before CURRENT names it.
         self._lease.share()
@@ -486,6 +493,17 @@ def _encoder_folder(corpus: Corpus, settings: BuildSettings) -> Path | None:
         raise CorpusError(
             f"{corpus.path} has texts and no vectors: name an encoder with --encoder DIR ({error})"
         ) from error
+
+
+def _check_recall(manifest: Manifest) -> None:
+    certificate = manifest.certificate
+    if certificate is not None and not certificate.reached:
+        best = max(certificate.points, key=lambda point: point.recall - point.recall_error)
+        raise RecallMissed(
+            f"recall@{certificate.k} is {best.recall:.4f} ± {best.recall_error:.4f} at best, which misses the target "
+            f"of {certificate.target}; nothing was published. Try --param values that buy recall, or --kind exact; "
+            "--resume without --require-recall publishes it as it is"
+        )
 
 
 def _metric(settings: BuildSettings) -> Metric:

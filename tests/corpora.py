@@ -72,9 +72,9 @@ def write_corpus(
 
 def build(source: Path | str, out: Path, params: Mapping[str, Any] | None = None, **settings: Any) -> BuildResult:
     """`build_index` with what suits tests, unless `settings` says otherwise: one thread, few certificate queries."""
-    resume = settings.pop("resume", False)
+    flags = {name: settings.pop(name, False) for name in ("resume", "require_recall")}
     wanted = {"out": str(out), "threads": 1, "certificate_queries": 8, **settings}
-    return build_index(str(source), BuildSettings(**wanted), params, resume=resume, stream=io.StringIO())
+    return build_index(str(source), BuildSettings(**wanted), params, **flags, stream=io.StringIO())
 
 
 def check_version(path: Path) -> Manifest:

@@ -44,6 +44,7 @@ from vecsvc.errors import (
     BadRow,
     ConfigError,
     InvalidParameter,
+    RecallMissed,
     StorageError,
     UnknownKind,
     UnknownParameter,
@@ -377,6 +378,30 @@ def test_a_target_that_was_not_reached_is_said(poor: Path, out: Path) -> None:
     assert certificate is not None and not certificate.reached
     assert result.manifest.search == certificate.points[-1].params == {"ef_search": 512}
     assert check_version(Path(result.path)).certificate == certificate
+
+
+@needs_hnswlib
+def test_a_target_that_is_required_and_missed_publishes_nothing_until_it_is_resumed_without(
+    poor: Path, out: Path
+) -> None:
+    build(poor, out, kind="exact", certificate_queries=40, require_recall=True, name="demo", version="v1")
+    wanted = {"kind": "hnsw", "certificate_queries": 40, "recall": 1.0, "name": "demo", "version": "v2"}
+    for resume in (False, True):
+        with pytest.raises(
+            RecallMissed, match=r"at best, which misses the target of 1.0; nothing was published"
+        ) as caught:
+            build(poor, out, POOR, require_recall=True, resume=resume, **wanted)
+    assert "--resume without --require-recall publishes it" in str(caught.value)
+    folder = IndexFolder(out / "demo")
+    assert folder.versions() == ["v1"] and folder.current() == "v1"
+    assert build(poor, out, POOR, resume=True, **wanted).resumed == ["everything but publishing"]
+    assert folder.current() == "v2" and not strays(folder)
+
+
+def test_a_recall_that_nobody_measures_cannot_be_required(corpus: Path, out: Path) -> None:
+    with pytest.raises(ConfigError, match="--require-recall needs a certificate"):
+        build(corpus, out, certificate_queries=0, require_recall=True)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,7 @@ import service
 from prometheus_client.parser import text_string_to_metric_families
 from service import BINARY, JSON, Service
 
-from vecsvc.telemetry import METRICS_CONTENT_TYPE, JsonFormatter, Metrics, configure_logging
+from vecsvc.telemetry import METRICS_CONTENT_TYPE, JsonFormatter, LineBudget, Metrics, configure_logging
 
 QUESTION = {"vector": [1.0] * service.DIM}
 
@@ -194,6 +194,36 @@ def test_histograms_add_up(chatty: Service) -> None:
             assert buckets == sorted(buckets) and [n for _, n in buckets] == sorted(n for _, n in buckets)
             assert buckets[-1] == (math.inf, count)
             assert 0 < total < 60 or family.name.endswith("_texts")
+
+
+def test_a_budget_of_lines_refills_with_time_and_counts_what_it_keeps_back() -> None:
+    now = [50.0]
+    budget = LineBudget(3, lambda: now[0])
+    assert [budget.take() for _ in range(5)] == [True, True, True, False, False] and budget.kept_back == 2
+    now[0] += 0.5
+    assert [budget.take(), budget.take()] == [True, False]
+    now[0] += 1000  # a long silence saves up no more than a second's lines
+    assert [budget.take() for _ in range(4)] == [True, True, True, False] and budget.kept_back == 4
+
+
+@pytest.mark.parametrize("log", ["errors", "all", "none"])
+def test_a_flood_of_bad_requests_is_counted_and_not_logged_line_by_line(log: str) -> None:
+    with service.running(service.index("texts"), log=log, log_lines_per_s=1, reload_poll_s=0) as running:
+        before = len(running.log())
+        connection = running.connect()
+        for _ in range(300):
+            assert service.ask(connection, "GET", "/nowhere").status == 404
+        connection.close()
+        assert running.raw(b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+        if log == "errors":
+            running.wait_for("lines left out")
+        lines = [line for line in running.log()[before:] if line["message"] == "request"]
+        told = [line["lines"] for line in running.log() if line["message"] == "lines left out"]
+        assert running.metric("vecsvc_requests_total", operation="unknown", status="404") == 300
+    if log == "errors":
+        assert 1 <= len(lines) < 200 and told and sum(told) + len(lines) <= 301
+    else:
+        assert len(lines) == {"all": 301, "none": 0}[log] and not told
 
 
 def test_an_observation_falls_into_the_buckets_that_are_not_below_it() -> None:

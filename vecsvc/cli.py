@@ -90,10 +90,17 @@ def _read(cls: type, table: str, flags: dict[str, Any], settings: Path | None) -
 @_options(BuildSettings)
 @click.option("--param", "params", multiple=True, metavar="KEY=VALUE", help="build parameter of the kind; repeatable")
 @click.option("--resume", is_flag=True, help="go on with an interrupted build of the same corpus and settings")
+@click.option("--require-recall", is_flag=True, help="publish nothing that misses --recall, and end with exit code 1")
 @_settings_option
 @_json_option
 def build_index(
-    corpus: str, params: tuple[str, ...], resume: bool, settings: Path | None, as_json: bool, **flags: Any
+    corpus: str,
+    params: tuple[str, ...],
+    resume: bool,
+    require_recall: bool,
+    settings: Path | None,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Build an index of CORPUS and publish it.
 
@@ -103,7 +110,7 @@ def build_index(
 
     read = _read(BuildSettings, "build", flags, settings)
     _keep_kernels(read)
-    result = build(corpus, read, _pairs(params), resume=resume)
+    result = build(corpus, read, _pairs(params), resume=resume, require_recall=require_recall)
     if as_json:
         click.echo(msgspec.json.encode(result))
         return

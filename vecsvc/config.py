@@ -136,6 +136,9 @@ class ServeSettings:
     max_filter_nodes: int = option(64, "most conditions in one filter", low=1, high=10_000)
     max_filter_values: int = option(1024, "most values of one $in", low=1, high=1_000_000)
     log: str = option("errors", "which requests are logged", choices=("none", "errors", "all"))
+    log_lines_per_s: int = option(
+        100, "lines a second about failed requests; further ones are counted in one line", low=1, high=1_000_000
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

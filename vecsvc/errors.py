@@ -28,6 +28,7 @@ VecsvcError
     ArtifactError                  what was built cannot be served
         ArtifactDamaged            a file differs from the manifest; names the file
         ArtifactUnfit              whole, but written for another format or library
+        RecallMissed               whole, but not as good as was required
     EncoderError
         EncoderMismatch            the encoder is not the one the index was built with
     StorageError                   the disk or the object store refused
@@ -148,6 +149,10 @@ class ArtifactDamaged(ArtifactError):
 
 class ArtifactUnfit(ArtifactError):
     code = "artifact_unfit"
+
+
+class RecallMissed(ArtifactError):
+    code = "recall_missed"
 
 
 class EncoderError(VecsvcError):

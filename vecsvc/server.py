@@ -41,7 +41,7 @@ from vecsvc.errors import (
 from vecsvc.reaper import Reaper
 from vecsvc.server_embed import EmbedRoutes
 from vecsvc.storage import index_folders
-from vecsvc.telemetry import METRICS_CONTENT_TYPE, Metrics
+from vecsvc.telemetry import METRICS_CONTENT_TYPE, LineBudget, Metrics
 from vecsvc.types import BatchAnswer, Query, SearchSettings
 
 log: Final = logging.getLogger("vecsvc.server")
@@ -94,6 +94,7 @@ class Service:
         self._counter = itertools.count(1)
         self._log_all = settings.log == "all"
         self._log_errors = settings.log != "none"
+        self._lines = LineBudget(settings.log_lines_per_s)
 
     # -------------------------------------------------------------------------------------- applications
 
@@ -145,7 +146,7 @@ class Service:
         except VecsvcError as error:
             status = next(status for kind, status in STATUS if isinstance(error, kind))
             why = str(error)
-            if status == 500:
+            if status == 500 and self.may_log():
                 log.error("failed", exc_info=error)
             response = _error(status, error.code, why, request.path)
             if isinstance(error, BodyTooLarge | UnsupportedMediaType) or request.content.exception() is not None:
@@ -161,7 +162,8 @@ class Service:
             raise
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
-            log.exception("a bug of ours", extra={"data": {"path": request.path}})
+            if self.may_log():
+                log.exception("a bug of ours", extra={"data": {"path": request.path}})
             response = _error(500, "internal", "the service failed; its log says why", request.path)
         finally:
             self.reaper.end(request)
@@ -176,7 +178,7 @@ class Service:
         operation = resource.canonical if resource is not None else "unknown"
         self.metrics.requests(operation, str(response.status)).inc()
         self.metrics.latency(operation).observe(seconds)
-        if self._log_all or (why and self._log_errors):
+        if self._log_all or (why and self._log_errors and self.may_log()):
             data = {
                 "request_id": request_id,
                 "method": request.method,
@@ -190,11 +192,23 @@ class Service:
     def refuse(self, why: str) -> web.Response:
         """The answer to bytes that are no HTTP, and so never became a request."""
         self.metrics.requests("unknown", "400").inc()
-        if self._log_errors:
+        if self._log_errors and (self._log_all or self.may_log()):
             log.info("request", extra={"data": {"status": 400, "why": why}})
         response = _error(400, MalformedRequest.code, why)
         response.force_close()
         return response
+
+    def may_log(self) -> bool:
+        """Whether there is room for another line about a failed request; those left out are told a second later."""
+        if self._lines.take():
+            return True
+        if self._lines.kept_back == 1:
+            asyncio.get_running_loop().call_later(1.0, self._tell_kept_back)
+        return False
+
+    def _tell_kept_back(self) -> None:
+        log.warning("lines left out", extra={"data": {"lines": self._lines.kept_back, "limit": "log_lines_per_s"}})
+        self._lines.kept_back = 0
 
     async def _read(self, request: web.Request, limit: int) -> bytes:
         """The whole body, within its limits of size and time; `limit` is that of this route."""
@@ -375,7 +389,8 @@ class Connection(web.RequestHandler):
             raise ConnectionError("the answer had begun, there is no room for another")
         if status == 400:
             return self._service.refuse(f"this is no HTTP request: {' '.join((message or '').split())[:200]}")
-        log.error("a bug of ours", exc_info=exc)
+        if self._service.may_log():
+            log.error("a bug of ours", exc_info=exc)
         return _error(500, "internal", "the service failed; its log says why")
 
 

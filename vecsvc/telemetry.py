@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any, Final, Generic, TypeVar, cast
 
@@ -150,6 +150,26 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class LineBudget:
+    """So many log lines a second, as many at once after a quiet one; counts those beyond. Belongs to one event loop."""
+
+    def __init__(self, lines_per_s: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lines_per_s, self._clock = lines_per_s, clock
+        self._left, self._at = float(lines_per_s), clock()
+        self.kept_back = 0
+
+    def take(self) -> bool:
+        """Whether a line may be logged now; where not, it is counted."""
+        now = self._clock()
+        self._left = min(float(self._lines_per_s), self._left + (now - self._at) * self._lines_per_s)
+        self._at = now
+        if self._left < 1.0:
+            self.kept_back += 1
+            return False
+        self._left -= 1.0
+        return True
 
 
 class JsonFormatter(logging.Formatter):
