@@ -337,7 +337,7 @@ def test_the_deadline_of_embeddings_is_a_setting_of_its_own() -> None:
         "onnx.OnnxEncoder.split, onnx.OnnxEncoder.run = watched, slowed"
     )
     with service.running(service.index("texts"), prelude, embed_timeout_ms=100) as running:
-        reply = running.post("/v1/embeddings", {"input": "slow", "model": "tiny"})
+        reply = running.post("/v1/embeddings", {"input": ["slow", "fox"], "model": "tiny"})
         assert reply.status == 504 and reply.json()["error"]["type"] == "server_error"
 
 
