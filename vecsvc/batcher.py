@@ -26,9 +26,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from vecsvc.encoders.base import Encoder
-from vecsvc.errors import DeadlineExceeded, EncoderError, NotReady, Overloaded, VecsvcError
-from vecsvc.lanes import LaneName, Lanes, Place, Request, cost
+from vecsvc.encoders.base import Encoder, run_checked
+from vecsvc.errors import DeadlineExceeded, EncoderError, NotReady, Overloaded
+from vecsvc.lanes import LaneName, Lanes, Place, Request, begin, cost, fail
 from vecsvc.run_times import RunTimes
 from vecsvc.tokenizer import Tokens
 from vecsvc.types import Vectors
@@ -251,7 +251,7 @@ class Batcher:
                     late = self._lanes.sweep(time.monotonic())
                     run = choose(self._lanes) if inside or self._lanes else None
                     if run is not None:
-                        run.waited_s = _begin(run.places)
+                        run.waited_s = begin(run.places)
                         self._runs[number] = run
                     if run is not None or late:
                         break
@@ -324,40 +324,6 @@ class Batcher:
         for loop, futures in loops.items():
             with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody is left to be told
                 loop.call_soon_threadsafe(_resolve, futures, error)
-
-
-def run_checked(encoder: Encoder, tokens: Sequence[Tokens]) -> Vectors:
-    """One run, whose errors are EncoderErrors whatever the encoder is made of."""
-    try:
-        vectors = encoder.run(tokens)
-    except VecsvcError:
-        raise
-    except Exception as error:
-        raise EncoderError(f"encoder {encoder.spec.name!r} failed: {type(error).__name__}: {error}") from error
-    if vectors.shape != (len(tokens), encoder.spec.dim):
-        raise EncoderError(
-            f"encoder {encoder.spec.name!r} gave {vectors.shape}, expected {(len(tokens), encoder.spec.dim)}"
-        )
-    return vectors
-
-
-def fail(places: Iterable[Place]) -> list[Request]:
-    """Mark the requests of these texts as failed, and return those that were not before."""
-    found = {id(request): request for request, _ in places if not request.failed}
-    for request in found.values():
-        request.failed = True
-    return list(found.values())
-
-
-def _begin(places: Sequence[Place]) -> tuple[float, ...]:
-    """Note that the requests' first texts are taken; the seconds that each has waited for that."""
-    now = time.perf_counter()
-    waited = []
-    for request, _ in places:
-        if not request.begun:
-            request.begun = True
-            waited.append(now - request.queued)
-    return tuple(waited)
 
 
 def _resolve(futures: Sequence[asyncio.Future[None]], error: Exception | None) -> None:

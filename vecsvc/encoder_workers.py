@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vecsvc.batcher import Batcher, Run, RunFacts, run_checked
-from vecsvc.encoders.base import Encoder, StepEncoder
+from vecsvc.batcher import Batcher, Run, RunFacts
+from vecsvc.encoders.base import Encoder, StepEncoder, run_checked
 from vecsvc.errors import EncoderError
 from vecsvc.lanes import Lanes, Place, cost
 from vecsvc.tokenizer import Tokens

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -80,6 +81,25 @@ Place: TypeAlias = tuple[Request, int]  # a request and the position of one of i
 def cost(tokens: Tokens) -> int:
     """What a text adds to a run; a text without any token is padded to one."""
     return len(tokens) or 1
+
+
+def begin(places: Sequence[Place]) -> tuple[float, ...]:
+    """Note that the requests' first texts are taken; the seconds that each has waited for that."""
+    now = time.perf_counter()
+    waited = []
+    for request, _ in places:
+        if not request.begun:
+            request.begun = True
+            waited.append(now - request.queued)
+    return tuple(waited)
+
+
+def fail(places: Iterable[Place]) -> list[Request]:
+    """Mark the requests of these texts as failed, and return those that were not before."""
+    found = {id(request): request for request, _ in places if not request.failed}
+    for request in found.values():
+        request.failed = True
+    return list(found.values())
 
 
 class Lane:

@@ -14,7 +14,7 @@ from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from vecsvc.errors import EncoderMismatch
+from vecsvc.errors import EncoderError, EncoderMismatch, VecsvcError
 from vecsvc.tokenizer import Tokens
 from vecsvc.types import Vectors
 
@@ -130,3 +130,18 @@ def check_canaries(name: str, found: Vectors, built_name: str, expected: Vectors
             f"encoder {name!r} is not {built_name!r}, which the index was built with: "
             f"canary cosine {float(cosines.min()):.4f}, at least {CANARY_COSINE} expected"
         )
+
+
+def run_checked(encoder: Encoder, tokens: Sequence[Tokens]) -> Vectors:
+    """One run, whose errors are EncoderErrors whatever the encoder is made of."""
+    try:
+        vectors = encoder.run(tokens)
+    except VecsvcError:
+        raise
+    except Exception as error:
+        raise EncoderError(f"encoder {encoder.spec.name!r} failed: {type(error).__name__}: {error}") from error
+    if vectors.shape != (len(tokens), encoder.spec.dim):
+        raise EncoderError(
+            f"encoder {encoder.spec.name!r} gave {vectors.shape}, expected {(len(tokens), encoder.spec.dim)}"
+        )
+    return vectors
