@@ -528,7 +528,9 @@ def _key(corpus: Corpus, settings: BuildSettings, params: Mapping[str, Any], enc
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for file in (encoder_files(encoder_folder) if encoder_folder is not None else ())
     ]
-    facts = [FORMAT_VERSION, corpus.identity(), encoder, same, dict(params)]
+    # Parts of other windows would not fit together.
+    windows = [bulk_encode.WINDOW_ROWS, bulk_encode.CALL_TEXTS]
+    facts = [FORMAT_VERSION, windows, corpus.identity(), encoder, same, dict(params)]
     return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
 
 

@@ -394,6 +394,18 @@ def test_a_batch_of_vectors_is_its_queries_one_by_one(every: Service, name: str)
     assert batch["stats"]["shortfall"] == 0
 
 
+def test_odd_and_long_texts_are_answered_and_leave_the_others_of_their_batch_alone(texts: Service) -> None:
+    odd = ["🦀🦀", "a\x00b", "\x01\x02 \x1f", "river " * 1300, "\u202e right to left"]
+    filter = {"year": {"$lt": 2000}}
+    batch = texts.post("/search/batch", {"texts": ["river", *odd, "river"], "k": 4, "filter": filter}).json()
+    assert [len(found) for found in batch["results"]] == [4] * 7
+    alone = texts.search(text="river", k=4, filter=filter)["results"]
+    for found in (batch["results"][0], batch["results"][-1]):
+        assert [hit["id"] for hit in found] == [hit["id"] for hit in alone]
+    for text in odd:
+        assert len(texts.search(text=text, k=4)["results"]) == 4
+
+
 def test_a_batch_of_texts_is_its_queries_one_by_one(texts: Service) -> None:
     asked = ["river", "stone fire", "a house and a tree", "日本"]
     batch = texts.post("/search/batch", {"texts": asked, "k": 4}).json()
