@@ -483,10 +483,10 @@ def test_an_encoder_json_that_is_wrong_is_refused_by_name(tmp_path: Path, conten
 def test_figures_are_no_part_of_the_fingerprint_and_what_changes_vectors_is(tmp_path: Path) -> None:
     folder = write_tiny_bert(tmp_path / "tiny")
     prints = [open_encoder(folder).spec.fingerprint]
-    for own in ({"measured": {"a": 1}}, {"measured": {"a": 2}}, {"dim": 8}, {"cells": {"steps": 4}}):
+    for own in ({"measured": {"a": 1}}, {"measured": {"a": 2}}, {"dim": 8}):
         write_json(folder / "encoder.json", own)
         prints.append(open_encoder(folder).spec.fingerprint)
-    assert prints[0] == prints[1] == prints[2] and len(set(prints)) == 3
+    assert prints[0] == prints[1] == prints[2] != prints[3]
     assert (folder / "encoder.json") in encoder_files(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -152,7 +153,9 @@ def test_what_cannot_be_optimized_is_refused_by_name(folder: Path, tmp_path: Pat
     with pytest.raises(CorpusError, match="of 3 texts 3 are different and have 8 words; at least 64 are needed"):
         optimize_encoder(folder, tmp_path / "out", texts=TEXTS[:3])
     cells = write_tiny_bert(tmp_path / "cells")
-    write_json(cells / "encoder.json", {"cells": {"steps": 4}})
+    for part in ("front", "step", "head"):
+        shutil.copy(cells / "model.onnx", cells / f"{part}.onnx")
+    write_json(cells / "encoder.json", {"cells": {part: f"{part}.onnx" for part in ("front", "step", "head")}})
     with pytest.raises(EncoderError, match="its parts share their weights"):
         optimize_encoder(cells, tmp_path / "out", texts=TEXTS)
     damaged = write_tiny_bert(tmp_path / "damaged")

@@ -39,12 +39,14 @@ BOUNDS = {
     "max_embed_texts": 913,
     "max_embed_chars": 1914,
     "embed_timeout_ms": 1915,
+    "max_waiting_tokens": 1916,
 }
 # Settings of the process, of which a request knows nothing.
 NOT_OF_REQUESTS = {
     *("host", "port", "admin_host", "admin_port", "encoder", "device", "verify", "reload_poll_s", "search_threads"),
     *("inline_ms", "max_connections", "header_timeout_s", "write_timeout_s", "keepalive_s", "drain_s", "shutdown_s"),
-    *("log", "memory", "kernels"),
+    *("log", "log_lines_per_s", "memory", "kernels", "bulk_run_ms", "encoder_provider", "encoder_threads"),
+    *("encoder_instances", "encoder_memory_mb", "encoder_stall_s", "encoder_batching", "encoder_cache"),
 }
 
 HOOKS = r"""
