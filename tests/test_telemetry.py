@@ -214,7 +214,7 @@ def test_a_flood_of_bad_requests_is_counted_and_not_logged_line_by_line(log: str
         for _ in range(300):
             assert service.ask(connection, "GET", "/nowhere").status == 404
         connection.close()
-        assert running.raw(b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+        assert running.raw(b"nonsense\r\n\r\n").split(b" ", 2)[1] == b"400"
         if log == "errors":
             running.wait_for("lines left out")
         lines = [line for line in running.log()[before:] if line["message"] == "request"]
