@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,24 +15,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from index_builders.cnn_lstm_graph import CONFIG, write_cnn_lstm
+from index_builders.cnn_lstm_graph import write_cnn_lstm
 from index_builders.cnn_lstm_train import Lesson, TokenLists, Training, import_torch, quantized, train
+from index_builders.encoder_folder import new_encoder_folder, refuse_existing, write_json
 from vecsvc.encoders.base import Encoder, EncoderSpec
-from vecsvc.encoders.folder import LENGTH, TOKENIZER, encoder_files
+from vecsvc.encoders.folder import LENGTH, OWN, TOKENIZER, encoder_files
 from vecsvc.encoders.onnx import open_encoder, unit_length
-from vecsvc.errors import ConfigError, CorpusError, StorageError
+from vecsvc.errors import CorpusError
 from vecsvc.exact_search import ExactSearch
-from vecsvc.storage import (
-    STAGING,
-    delete_folder,
-    make_folder,
-    open_array,
-    rename,
-    replace_file,
-    sync_folder,
-    write_array,
-    write_file,
-)
+from vecsvc.storage import make_folder, open_array, replace_file, write_array, write_file
 from vecsvc.types import Vectors
 
 PAD: Final = "[PAD]"
@@ -111,30 +100,21 @@ def distill(
     Raises ConfigError where `out` exists or there is no teacher, CorpusError that names the file and what is
     wrong with it, EncoderError, BackendMissing where torch, onnx or onnxruntime is not installed.
     """
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out} exists, and an encoder is never overwritten: choose another folder")
+    refuse_existing(out)
     import_torch()
     rows = read_rows(source, text_column, query_column)
     order = np.random.default_rng(student.training.seed).permutation(len(rows.texts))
     held = min(MAX_HELD_OUT, len(order) // 20)
     learnt, test = rows.take(order[held:]), rows.take(order[:held])
     teacher = open_encoder(teacher_folder)
-    staging = out.with_name(f"{STAGING}{out.name}-{os.getpid()}")
-    make_folder(out.parent)
     try:
-        make_folder(staging)
-        vectors = _learn(teacher, learnt, student, staging, cache, tell)
-        spec, measured = _measure(teacher, learnt, test, vectors, staging, out.name)
-        config = msgspec.json.decode((staging / CONFIG).read_bytes())
-        config["measured"] = msgspec.to_builtins(measured)
-        replace_file(staging / CONFIG, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
-        write_file(staging / CARD, card(spec, measured, student).encode())
-        sync_folder(staging)
-        rename(staging, out)
-    except BaseException:
-        with contextlib.suppress(StorageError):
-            delete_folder(staging)
-        raise
+        with new_encoder_folder(out) as staging:
+            vectors = _learn(teacher, learnt, student, staging, cache, tell)
+            spec, measured = _measure(teacher, learnt, test, vectors, staging, out.name)
+            config = msgspec.json.decode((staging / OWN).read_bytes())
+            config["measured"] = {"distill": msgspec.to_builtins(measured)}
+            replace_file(staging / OWN, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+            write_file(staging / CARD, card(spec, measured, student).encode())
     finally:
         teacher.close()
     return spec, measured
@@ -186,7 +166,7 @@ def _learn(
     lesson = Lesson(tokens=tokens, vectors=vectors, pairs=pairs, table=table, back=back)
     write_cnn_lstm(staging, quantized(train(lesson, student.training, tell)))
     write_file(staging / TOKENIZER, tokenizer.to_str().encode())
-    write_file(staging / LENGTH, msgspec.json.encode({"max_seq_length": student.max_tokens}) + b"\n")
+    write_json(staging / LENGTH, {"max_seq_length": student.max_tokens})
     return vectors[: len(rows.texts)]
 
 
