@@ -187,7 +187,9 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
     seen_file = tmp_path / "seen.json"
     # The document cannot count conditions over several levels either, so that bound is out of reach here.
-    with service.running(service.index("texts"), max_filter_nodes=10_000) as running:
+    # And it draws texts of every allowed length, which for the million of the default takes it minutes.
+    limits = {"max_filter_nodes": 10_000, "max_text_chars": 8192, "max_embed_chars": 8192}
+    with service.running(service.index("texts"), **limits) as running:
         command = [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json"),
             *("--phases", "examples,coverage,fuzzing", "--checks", "all", "--max-examples", "30", "--seed", "7"),

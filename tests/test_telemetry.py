@@ -193,7 +193,8 @@ def test_histograms_add_up(chatty: Service) -> None:
             [total] = [s.value for s in samples if s.name.endswith("_sum")]
             assert buckets == sorted(buckets) and [n for _, n in buckets] == sorted(n for _, n in buckets)
             assert buckets[-1] == (math.inf, count)
-            assert 0 < total < 60 or family.name.endswith("_texts")
+            # A query that runs at once has waited for nothing.
+            assert 0 < total < 60 or (total == 0 and family.name == "vecsvc_encoder_queue_seconds")
 
 
 def test_a_budget_of_lines_refills_with_time_and_counts_what_it_keeps_back() -> None:
