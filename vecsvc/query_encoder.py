@@ -24,6 +24,7 @@ from vecsvc.types import Vectors
 INLINE_CHARS: Final = 2048  # more are tokenised in a thread: they would hold up the event loop
 SLICE: Final = 64  # texts tokenised between two looks at the deadline
 MAX_CACHED_CHARS: Final = 512  # longer texts hardly come twice, and would fill the memory
+MAX_CACHED_TEXTS: Final = 16  # a longer list is a job, whose texts come once and would push out what people ask
 WARM_UP_RUNS: Final = 3  # of each canary: what the first run costs is no measure of the others
 
 Cached: TypeAlias = tuple[NDArray[np.float32], int, bool]  # vector (dim,), tokens, truncated
@@ -85,7 +86,8 @@ class QueryEncoder:
             return _gather(cached, 0.0, time.perf_counter() - started)
         tokens = await self._split(texts, missing, role, deadline)
         done = await self.batcher.encode(tokens, deadline, lane)
-        if len(missing) == len(texts) and not self._keeps(role):
+        keeps = self._keeps(role, len(texts))
+        if len(missing) == len(texts) and not keeps:
             return Encoded(
                 done.vectors,
                 [len(one) for one in tokens],
@@ -95,7 +97,7 @@ class QueryEncoder:
             )
         for at, one, vector in zip(missing, tokens, done.vectors, strict=True):
             cached[at] = (vector, len(one), one.truncated)
-            if self._keeps(role) and len(texts[at]) <= MAX_CACHED_CHARS:
+            if keeps and len(texts[at]) <= MAX_CACHED_CHARS:
                 # A row would keep the vectors of its whole request alive.
                 self._cache[role, texts[at]] = (vector.copy(), len(one), one.truncated)
         while len(self._cache) > self._cache_texts:
@@ -110,12 +112,12 @@ class QueryEncoder:
     def close(self) -> None:
         self.batcher.close()
 
-    def _keeps(self, role: Role) -> bool:
+    def _keeps(self, role: Role, count: int) -> bool:
         # Passages are what an index is made of, and come once.
-        return self._cache_texts > 0 and role == "query"
+        return self._cache_texts > 0 and role == "query" and count <= MAX_CACHED_TEXTS
 
     def _look_up(self, texts: Sequence[str], role: Role) -> list[Cached | None]:
-        if not self._keeps(role):
+        if not self._keeps(role, len(texts)):
             return [None] * len(texts)
         found = [self._cache.get((role, text)) for text in texts]
         hits = 0
