@@ -76,9 +76,9 @@ def read_sample(texts: Sequence[str], seed: int = 7) -> Sample:
 
 
 def library_texts() -> list[str]:
-    """The docstrings of Python's own top-level modules: English text that every machine has. Nothing is imported."""
+    """Docstrings of every second module of Python's own library: English that every machine has; none is imported."""
     found = []
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[::2]:  # more would be left out of a sample
         try:
             tree = ast.parse(file.read_bytes())
         except (OSError, SyntaxError, ValueError):

@@ -105,7 +105,7 @@ def optimize_encoder(
     original = open_encoder(source, device=asked.device, num_threads=asked.num_threads)
     try:
         with new_encoder_folder(out) as staging:
-            kept = [f for f in files if f.relative_to(source).as_posix() in (TOKENIZER, *CONFIGS) and f.name != OWN]
+            kept = [f for f in files if f.relative_to(source).as_posix() in (TOKENIZER, *CONFIGS)]
             copy_files(kept, source, staging)
             dim = read_settings(source).dim
             write_json(staging / OWN, OwnConfig(dim=dim))
