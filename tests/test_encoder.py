@@ -39,9 +39,6 @@ DIM = 32
 TEXTS = ("vector search", "the quick brown fox jumps over the lazy dog", "x", "", "How do I list files? " * 9)
 
 
-HUGGING_FACE = tuple(name for name in files.CONFIGS if name != files.OWN)  # the tiny BERT has no file of ours
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_bert(tmp_path_factory.mktemp("encoder") / "tiny")
@@ -124,7 +121,7 @@ def test_vectors_agree_with_a_bert_written_in_numpy(copy: Path, pooling: str, no
 
 
 def test_without_settings_the_mean_is_taken_at_unit_length_and_the_tokenizer_cuts(copy: Path) -> None:
-    for name in HUGGING_FACE:
+    for name in files.CONFIGS:
         (copy / name).unlink()
     spec = open_encoder(copy, num_threads=1).spec
     assert (spec.pooling, spec.normalize, spec.max_tokens, spec.prompts) == ("mean", True, 12, {})
@@ -253,7 +250,7 @@ def test_fingerprint_is_that_of_the_files_wherever_they_lie(folder: Path, tmp_pa
     assert open_encoder(again).spec.fingerprint == first.fingerprint
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", *HUGGING_FACE])
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", *files.CONFIGS])
 def test_one_changed_byte_in_any_file_changes_the_fingerprint(folder: Path, copy: Path, name: str) -> None:
     assert copy / name in encoder_files(copy)
     data = bytearray((copy / name).read_bytes())
@@ -406,7 +403,7 @@ def test_a_model_in_its_own_folder_is_found_with_its_weights(copy: Path, tmp_pat
     (copy / "onnx/model.onnx").write_bytes(model.SerializeToString())
     (copy / "onnx/model.onnx_data").write_bytes(table.tobytes())
     found = [file.relative_to(copy).as_posix() for file in encoder_files(copy)]
-    assert found == ["onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json", *HUGGING_FACE]
+    assert found == ["onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json", *files.CONFIGS]
     before = open_encoder(copy).spec.fingerprint
     (copy / "onnx/model.onnx_data").write_bytes((table + 1).tobytes())
     assert open_encoder(copy).spec.fingerprint != before

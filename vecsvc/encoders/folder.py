@@ -34,7 +34,7 @@ POOLING: Final = "1_Pooling/config.json"
 LENGTH: Final = "sentence_bert_config.json"
 PROMPTS: Final = "config_sentence_transformers.json"
 OWN: Final = "encoder.json"
-CONFIGS: Final = (MODULES, POOLING, LENGTH, PROMPTS, OWN)
+CONFIGS: Final = (MODULES, POOLING, LENGTH, PROMPTS)
 CELLS: Final = ("front", "step", "head")  # what they do is said in cellular.py
 
 MAX_CONFIG_BYTES: Final = 1 << 20
@@ -74,7 +74,7 @@ def encoder_files(folder: Path) -> list[Path]:
     # Models of one folder may share a file of weights.
     weights = dict.fromkeys(file for one in models for file in external_files(one))
     files = [*models, *weights, folder / TOKENIZER]
-    files += [folder / config for config in CONFIGS if (folder / config).is_file()]
+    files += [folder / config for config in (*CONFIGS, OWN) if (folder / config).is_file()]
     size = sum(file.stat().st_size for file in files)
     if size > MAX_ENCODER_BYTES:
         raise EncoderError(f"{folder}: the encoder has {size} bytes, at most {MAX_ENCODER_BYTES} are read")
