@@ -20,6 +20,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -29,8 +30,10 @@ import pyarrow.parquet as pq
 from common import machine, save, table
 from numpy.typing import NDArray
 
+from index_builders.bulk_encode import CALL_TEXTS
 from vecsvc.encoders.onnx import OnnxEncoder, open_encoder
 from vecsvc.exact_search import ExactSearch
+from vecsvc.onnx_session import usable_cores
 from vecsvc.types import Vectors
 
 PARTS: Final = ("latency", "quality", "bulk")
@@ -99,7 +102,8 @@ def latency(model: Path | None, folders: list[Path], rounds: int) -> list[dict[s
 
 
 def _query(encoder: OnnxEncoder) -> Encode:
-    return lambda texts: encoder.encode(texts, "query")
+    """As the service does it: tokens, then one run."""
+    return lambda texts: encoder.run(encoder.split(texts, "query"))
 
 
 def _tokens(encoders: list[OnnxEncoder], name: str) -> int:
@@ -181,11 +185,13 @@ def bulk(data: Path, model: Path | None, folders: list[Path], count: int, rounds
     """Texts a second, all cores."""
     paragraphs = pq.read_table(data / "peps.parquet")["text"].to_pylist()
     texts = [paragraphs[i] for i in np.random.default_rng(7).permutation(len(paragraphs))[:count]]
+    cores = usable_cores()
     systems: dict[str, Encode] = {}
     if model is not None:
         systems["sentence-transformers, ONNX"] = sentence_transformers_onnx(model, 0)
-    encoders = [open_encoder(folder) for folder in folders]
-    systems |= {f"vecsvc {e.spec.name}": (lambda t, e=e: e.encode(t, "passage")) for e in encoders}
+    for folder in folders:
+        for name, runs in {"a core a run": cores, "all cores a run": 1}.items():
+            systems[f"vecsvc {folder.resolve().name}, {name}"] = at_once(folder, runs, cores // runs)
     times = alternate({name: (lambda e=encode: e(texts)) for name, encode in systems.items()}, rounds, 1)
     base = times[next(iter(systems))]
     rows = [
@@ -194,6 +200,18 @@ def bulk(data: Path, model: Path | None, folders: list[Path], count: int, rounds
     ]
     _show(f"Bulk: {count:,} paragraphs, {machine()['cores']} cores", rows)
     return rows
+
+
+def at_once(folder: Path, runs: int, threads: int) -> Encode:
+    """As a build does it: texts of like length go together, and so many runs at the same time."""
+    encoder, pool = open_encoder(folder, num_threads=threads), ThreadPoolExecutor(runs)
+
+    def encode(texts: list[str]) -> None:
+        ordered = sorted(texts, key=len, reverse=True)
+        calls = [ordered[start : start + CALL_TEXTS] for start in range(0, len(ordered), CALL_TEXTS)]
+        list(pool.map(lambda part: encoder.encode(part, "passage"), calls))
+
+    return encode
 
 
 # ------------------------------------------------------------------------------------------------- the others
