@@ -72,7 +72,7 @@ class ServeSettings:
     )
     encoder_cache: int = option(4096, "vectors of query texts that are remembered; 0 for none", low=0, high=10_000_000)
     bulk_run_ms: float = option(
-        10.0,
+        5.0,
         "longest run of an encoder that is planned: so long may a query wait for a bulk request",
         low=0.1,
         high=1e4,

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Final, NoReturn
@@ -28,6 +29,7 @@ from vecsvc.telemetry import configure_logging
 log: Final = logging.getLogger("vecsvc.server")
 
 SPARE_FILES: Final = 1024  # open files besides connections: indexes, logs, libraries
+SWITCH_S: Final = 0.001
 GRACE_S: Final = 0.25  # for requests that were on their way when the port closed
 
 
@@ -36,6 +38,8 @@ def serve(directory: Path, settings: ServeSettings) -> None:
     configure_logging()
     machine_code.keep_in(Path(settings.kernels) if settings.kernels else None)
     _allow_files(settings.max_connections + SPARE_FILES)
+    # The event loop waits so long for a thread that works in Python: of Python's own 5 ms a query would feel each.
+    sys.setswitchinterval(SWITCH_S)
     # Searches run side by side in threads; a matrix product that took every core would fight the others.
     with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
         uvloop.run(_run(directory, settings))

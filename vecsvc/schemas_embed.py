@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -163,16 +163,24 @@ class OpenAIAnswer(Struct, frozen=True):
 
 
 def encode_openai(embedded: Embedded, *, as_base64: bool) -> bytes:
-    rows: Sequence[list[float] | str] = embedded.vectors.tolist()
-    if as_base64:
-        rows = [base64.b64encode(row).decode() for row in np.ascontiguousarray(embedded.vectors, dtype="<f4")]
-    data = [OpenAIEmbedding("embedding", index, row) for index, row in enumerate(rows)]
+    rows = np.ascontiguousarray(embedded.vectors, dtype="<f4")
+    data = (
+        OpenAIEmbedding("embedding", index, base64.b64encode(row).decode() if as_base64 else row.tolist())
+        for index, row in enumerate(rows)
+    )
     tokens = sum(embedded.tokens)
-    return msgspec.json.encode(OpenAIAnswer("list", data, embedded.encoder, OpenAIUsage(tokens, tokens)))
+    model, usage = msgspec.json.encode(embedded.encoder), msgspec.json.encode(OpenAIUsage(tokens, tokens))
+    return b'{"object":"list","data":%b,"model":%b,"usage":%b}' % (_list(data), model, usage)
 
 
 def encode_tei(embedded: Embedded) -> bytes:
-    return msgspec.json.encode(embedded.vectors.tolist())
+    return _list(row.tolist() for row in embedded.vectors)
+
+
+def _list(rows: Iterable[Any]) -> bytes:
+    """A JSON list, made row by row: in one piece a long one would hold the interpreter's lock for tens of
+    milliseconds, and queries that come meanwhile would wait for it."""
+    return b"[%b]" % b",".join(map(msgspec.json.encode, rows))
 
 
 # ------------------------------------------------------------------------------------------------- errors
