@@ -41,6 +41,7 @@ from vecsvc.tokenizer import Tokens
 
 LIBRARIES = ("onnxruntime", "onnx", "tokenizers")
 LOADS = (0.5, 0.8, 0.95)
+CLASSES = ("mixed", "short", "long", "alike")  # of the lengths of texts
 SIZES = {"H=128": (30_000, 256, 128, 128, 384), "H=512": (30_000, 256, 512, 512, 384)}
 MAX_TOKENS = 256
 FEWEST = 200  # queries in one measurement, however slow
@@ -288,7 +289,7 @@ def main() -> None:
     arguments.add_argument("--encoder", type=Path, help="folder of a CNN-LSTM encoder; random weights without it")
     arguments.add_argument("--seconds", type=float, default=3, help="of one measurement at full capacity")
     arguments.add_argument("--rounds", type=int, default=3, help="measurements of each point")
-    arguments.add_argument("--classes", nargs="*", default=["mixed", "short", "long", "alike"])
+    arguments.add_argument("--classes", nargs="*", default=list(CLASSES), choices=CLASSES)
     arguments.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES), help="of random weights")
     arguments.add_argument("--batch", type=int, default=32, help="most texts in a padded batch")
     arguments.add_argument("--tokens", type=int, default=1024, help="most tokens in a sorted batch, with padding")
