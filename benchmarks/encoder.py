@@ -1,6 +1,6 @@
 """How fast and how good encoders are: ours beside PyTorch, onnxruntime as it comes, and sentence-transformers.
 
-    python benchmarks/encoder.py --data DIR --model DIR --encoders DIR,DIR,... [--docstrings FILE] [--parts ...]
+    python benchmarks/encoder.py --data DIR [--model DIR] [--encoders DIR,DIR,...] [--docstrings FILE] [--parts ...]
 
 --model is the original's Hugging Face folder (safetensors, tokenizer.json): the framework and sentence-transformers
 open it. --encoders are folders of ours, the first of them the original's plain conversion, by which the others are
@@ -31,6 +31,7 @@ from common import machine, save, table
 from numpy.typing import NDArray
 
 from index_builders.bulk_encode import CALL_TEXTS
+from vecsvc.encoders import default_encoder
 from vecsvc.encoders.onnx import OnnxEncoder, open_encoder
 from vecsvc.exact_search import ExactSearch
 from vecsvc.onnx_session import usable_cores
@@ -52,7 +53,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="without it the framework and sentence-transformers are left out")
-    parser.add_argument("--encoders", required=True, help="folders of ours, separated by commas")
+    parser.add_argument(
+        "--encoders",
+        default=str(default_encoder()),
+        help="folders of ours, separated by commas; the default one without",
+    )
     parser.add_argument("--docstrings", type=Path)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--rounds", type=int, default=7)

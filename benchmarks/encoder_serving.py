@@ -1,6 +1,6 @@
 """What a user of the running service feels of its encoder: beside a bulk job, and after 100,000 texts.
 
-    python benchmarks/encoder_serving.py --encoder DIR [--data DIR] [--texts 100000] [--plot memory.png]
+    python benchmarks/encoder_serving.py [--encoder DIR] [--data DIR] [--texts 100000] [--plot memory.png]
 
 lanes: latency of text queries to /search, one client, on an idle service and while two connections keep it busy with
 lists of 256 texts to /embed. The vector cache is off.
@@ -23,6 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from common import Server, running, save, table, vecsvc, work_folder
+
+from vecsvc.encoders import DEFAULT
 
 LIST: Final = 256  # texts of one bulk request
 CONNECTIONS: Final = 2
@@ -50,7 +52,7 @@ _WORDS: Final = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", type=Path, required=True)
+    parser.add_argument("--encoder", default=DEFAULT, help="a folder; the one that comes with the package without")
     parser.add_argument("--data", type=Path, help="folder with peps.parquet and tldr_queries.parquet; made-up without")
     parser.add_argument("--queries", type=int, default=2000)
     parser.add_argument("--texts", type=int, default=100_000)
