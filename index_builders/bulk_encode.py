@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 from index_builders.corpus import Batch
 from vecsvc.distance import check_vector
 from vecsvc.encoders.base import Encoder
-from vecsvc.errors import ArtifactDamaged, BadRow, InvalidVector
+from vecsvc.errors import BadRow, InvalidVector
 from vecsvc.storage import (
     ArrayWriter,
     delete_file,
     delete_folder,
+    foreign_errors,
     make_folder,
     open_array,
-    release_pages,
     rename,
     sha256,
 )
@@ -81,24 +81,29 @@ class EncodedTexts:
         """What lies there and is no whole part goes."""
         self._folder = staging / FOLDER
         self._dim = dim
-        self._parts: dict[int, Vectors] = {}  # first row -> (rows, dim), mapped
+        # First row -> file and rows. Parts are opened when they are read: each map keeps a descriptor.
+        self._parts: dict[int, tuple[Path, int]] = {}
         make_folder(self._folder)
         for path in sorted(self._folder.iterdir()):
             named = _PART.fullmatch(path.name)
-            try:
-                if named is None or sha256(path) != named[2]:
-                    raise ArtifactDamaged(f"{path}: is no whole part")
-                self._parts[int(named[1])] = open_array(path, np.float32, (None, dim))
-            except ArtifactDamaged:
+            # A file that cannot be read now may be read later: only what is known to be no part goes.
+            with foreign_errors(path, "read"):
+                whole = named is not None and sha256(path) == named[2]
+            if named is None or not whole:
                 delete_file(path)
+            else:
+                self._parts[int(named[1])] = path, len(self._open(path))
+
+    def _open(self, path: Path) -> Vectors:
+        return open_array(path, np.float32, (None, self._dim))
 
     @property
     def rows(self) -> int:
-        return sum(map(len, self._parts.values()))
+        return sum(rows for _, rows in self._parts.values())
 
     def has(self, window: Window) -> bool:
         part = self._parts.get(window.first_row)
-        return part is not None and len(part) == len(window.texts)
+        return part is not None and part[1] == len(window.texts)
 
     def add(self, window: Window, vectors: Vectors) -> None:
         aside = self._folder / _UNFINISHED
@@ -110,7 +115,7 @@ class EncodedTexts:
             writer.abandon()
         path = self._folder / f"{window.first_row:012d}-{sha256(aside)}.npy"
         rename(aside, path)
-        self._parts[window.first_row] = open_array(path, np.float32, (len(vectors), self._dim))
+        self._parts[window.first_row] = path, len(vectors)
 
     def of(self, first_row: int, n: int) -> Vectors:
         """The vectors (n, dim) of consecutive rows, all of which were added."""
@@ -118,10 +123,8 @@ class EncodedTexts:
         row, end = first_row, first_row + n
         while row < end:
             start = row - row % WINDOW_ROWS
-            part = self._parts[start]
+            part = self._open(self._parts[start][0])
             found.append(np.array(part[row - start : end - start]))
-            # What was copied is not needed again: a pass over all parts stays as small as one of them.
-            release_pages(part)
             row += len(found[-1])
         return np.concatenate(found)
 

@@ -21,7 +21,7 @@ from index_builders.bulk_encode import EncodedTexts, encode_corpus, windows
 from index_builders.corpus import Batch
 from vecsvc import encoders, storage
 from vecsvc.encoders.onnx import OnnxEncoder, open_encoder
-from vecsvc.errors import BadRow, ConfigError, CorpusError, EncoderError
+from vecsvc.errors import BadRow, ConfigError, CorpusError, EncoderError, StorageError
 from vecsvc.storage import IndexFolder
 
 ROWS = 40
@@ -335,3 +335,24 @@ def test_without_a_default_encoder_the_error_says_what_to_do(
     with pytest.raises(ConfigError, match="no default encoder in"):
         build(corpus, tmp_path / "out", encoder="default")
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_hold_no_files_open_and_are_not_deleted_where_they_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    done = bulk_encode.EncodedTexts(tmp_path, 4)
+    for number in range(20):
+        first = number * bulk_encode.WINDOW_ROWS
+        done.add(bulk_encode.Window(first, ["a"], [first]), np.full((1, 4), number, dtype=np.float32))
+    again = bulk_encode.EncodedTexts(tmp_path, 4)
+    assert again.rows == 20 and float(again.of(bulk_encode.WINDOW_ROWS, 1)[0, 0]) == 1.0
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+
+    def refuse(path: Path) -> str:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(bulk_encode, "sha256", refuse)
+    with pytest.raises(StorageError, match="Too many open files"):
+        bulk_encode.EncodedTexts(tmp_path, 4)
+    assert len(list((tmp_path / bulk_encode.FOLDER).iterdir())) == 20

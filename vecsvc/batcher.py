@@ -159,7 +159,8 @@ class Batcher:
             vectors = run_checked(self.encoder, tokens)
         finally:
             seconds = time.perf_counter() - started
-            self.times.learn(1, cost(tokens[0]), seconds)
+            if vectors is not None:
+                self.times.learn(1, cost(tokens[0]), seconds)
             self.failures = self.failures + 1 if vectors is None else 0
             self._observe(RunFacts("interactive", 1, 1, len(tokens[0]), seconds, (0.0,), vectors is None))
         return Done(vectors, seconds, 0.0)
@@ -224,9 +225,15 @@ class Batcher:
         with self._changed:
             if not self._closed:
                 self.encoder = encoder
+                # Where no worker starts, it stays suspended: open doors without workers would let every text wait.
+                try:
+                    self._start()
+                except BaseException:
+                    self._workers.clear()
+                    encoder.close()
+                    raise
                 self.failures = 0
                 self.problem = ""
-                self._start()
                 return
         encoder.close()
 
@@ -308,6 +315,11 @@ class Batcher:
         with self._changed:
             told = fail(places)
         self._tell(told, EncoderError(self.problem or f"encoder {self.encoder.spec.name!r} was closed"))
+
+    def has_run(self, number: int) -> bool:
+        """False once the run of this worker was given up."""
+        with self._changed:
+            return number in self._runs
 
     def fail_all(self, number: int, error: Exception) -> None:
         """After a bug of ours in a worker: tell everybody, so that nobody waits for ever, and begin anew."""

@@ -232,7 +232,9 @@ class Catalog:
         served = self._served
         if not served or (model is not None and model not in served and model in self.problems):
             raise NotReady(f"no encoder is ready: {self.problem()}")
-        having = {name: one.encoder.spec for name, one in sorted(served.items()) if one.encoder is not None}
+        # Looked at once each: a version that retires meanwhile lets go of its encoder.
+        encoders = {name: one.encoder for name, one in sorted(served.items())}
+        having = {name: encoder.spec for name, encoder in encoders.items() if encoder is not None}
         if not having:
             raise UnknownModel("no index that is served has an encoder: build one with --encoder")
         found = [name for name in having if model == name]

@@ -103,13 +103,13 @@ class EncoderKeeper:
                 if problem:
                     fresh.close()
                     raise EncoderError(problem)
+                self._batcher.resume(fresh)
             except Exception as error:
                 self._batcher.problem = f"{why}; opening it anew failed: {error}"
                 log.warning("encoder not reopened", extra={"data": {"encoder": old.spec.name, "why": str(error)}})
                 self._closed.wait(pause)
                 pause = min(2 * pause, LAST_PAUSE_S)
                 continue
-            self._batcher.resume(fresh)
             self._replaced()
             log.info("encoder replaced", extra={"data": {"encoder": old.spec.name}})
             return

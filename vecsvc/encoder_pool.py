@@ -18,7 +18,7 @@ from vecsvc.encoders.folder import hash_files
 from vecsvc.encoders.measure import open_fastest
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import ArtifactDamaged, EncoderError
-from vecsvc.onnx_session import SessionSettings
+from vecsvc.onnx_session import SessionSettings, device_name
 from vecsvc.query_encoder import QueryEncoder
 from vecsvc.telemetry import Metrics
 from vecsvc.types import Vectors
@@ -110,7 +110,7 @@ class EncoderPool:
 
 def encoder_device(settings: ServeSettings) -> str:
     """Where encoders run: a provider of their own, or the device of the service."""
-    return settings.encoder_provider if settings.encoder_provider else settings.device
+    return device_name(settings.encoder_provider if settings.encoder_provider else settings.device)
 
 
 def _open(folder: Path, name: str, settings: ServeSettings, hashes: Mapping[str, str]) -> Encoder:

@@ -68,7 +68,8 @@ class _Worker:
         try:
             found = self._attempt(run.places)
             longest = max(cost(request.tokens[at]) for request, at in run.places)
-            self.batcher.times.learn(len(run.places), len(run.places) * longest, time.perf_counter() - started)
+            if self.batcher.has_run(self.number):  # what a wedged run took says nothing of others
+                self.batcher.times.learn(len(run.places), len(run.places) * longest, time.perf_counter() - started)
         except Exception as error:
             parts = [list(part) for _, part in itertools.groupby(run.places, key=lambda place: id(place[0]))]
             if len(parts) == 1:

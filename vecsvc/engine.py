@@ -16,7 +16,7 @@ from vecsvc import indexes
 from vecsvc.catalog import Catalog, Plan, Served
 from vecsvc.config import ServeSettings
 from vecsvc.distance import check_vector, score
-from vecsvc.encoders.base import Role
+from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.errors import (
     DeadlineExceeded,
     DimensionMismatch,
@@ -127,14 +127,26 @@ class Engine:
             self._metrics.shortfall(served.name).inc(stats.shortfall)
         return answer
 
-    async def embed(self, name: str | None, texts: list[str], *, role: Role, timeout_ms: float) -> Embedded:
-        """The vectors that the encoder of an index makes of the texts."""
+    async def embed(
+        self,
+        name: str | None,
+        texts: list[str],
+        *,
+        role: Role,
+        timeout_ms: float,
+        check: Callable[[EncoderSpec], None] = lambda spec: None,
+    ) -> Embedded:
+        """The vectors that the encoder of an index makes of the texts.
+
+        `check` sees the very encoder that will make them, and may refuse: the index may get another at any time.
+        """
         if self._in_flight >= self._settings.max_in_flight:
             raise Overloaded(f"{self._settings.max_in_flight} requests are in flight, the limit max_in_flight")
         served = self.retained(name)
         self._in_flight += 1
         try:
             encoder = _encoder(served)
+            check(encoder.spec)
             encoded = await encoder.encode(texts, role, deadline=time.monotonic() + timeout_ms / 1e3)
         finally:
             self._in_flight -= 1

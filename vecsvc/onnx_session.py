@@ -172,11 +172,16 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
+def device_name(device: str) -> str:
+    """The short name of a device that may be given by onnxruntime's full one: cpu for CPUExecutionProvider."""
+    return device.lower().removesuffix(_SUFFIX.lower())
+
+
 def find_provider(device: str, onnxruntime: Any = None) -> str:
     """onnxruntime's full name of the device. Raises BackendMissing where this onnxruntime does not have it."""
     onnxruntime = onnxruntime if onnxruntime is not None else _import_onnxruntime()
     available = onnxruntime.get_available_providers()
-    wanted = device.lower().removesuffix(_SUFFIX.lower())
+    wanted = device_name(device)
     found = next((name for name in available if name.lower() == wanted + _SUFFIX.lower()), None)
     if found is None:
         names = ", ".join(name.removesuffix(_SUFFIX).lower() for name in available)

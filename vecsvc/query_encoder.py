@@ -132,10 +132,10 @@ class QueryEncoder:
     async def _split(self, texts: Sequence[str], wanted: Sequence[int], role: Role, deadline: float) -> list[Tokens]:
         """The tokens of the wanted texts; what takes long is done in a thread."""
         encoder = self.batcher.encoder
-        if len(wanted) == 1 and len(texts[wanted[0]]) <= INLINE_CHARS:
-            return encoder.split([texts[wanted[0]]], role)
         for at in wanted:
             check_text(texts[at], f"text {at}")  # below it would be named by its place in a slice
+        if len(wanted) == 1 and len(texts[wanted[0]]) <= INLINE_CHARS:
+            return encoder.split([texts[wanted[0]]], role)
         tokens: list[Tokens] = []
         loop = asyncio.get_running_loop()
         for start in range(0, len(wanted), SLICE):

@@ -213,7 +213,7 @@ def error_body(path: str, status: int, code: str, message: str) -> bytes:
         found = _PARAM.match(message)
         param = "model" if code == "model_not_found" else found[1] if found else None
         return msgspec.json.encode(OpenAIErrorAnswer(OpenAIErrorDetail(message, kind, param, code)))
-    if path == TEI_PATH or (path.startswith("/indexes/") and path.endswith(TEI_PATH)):
+    if path == TEI_PATH or (path.startswith("/indexes/") and path.endswith(TEI_PATH) and path.count("/") == 3):
         known: dict[int, Literal["Unhealthy", "Overloaded"]] = {503: "Unhealthy", 429: "Overloaded"}
         return msgspec.json.encode(
             TeiErrorAnswer(message, known.get(status) or ("Validation" if status < 500 else "Backend"))

@@ -11,9 +11,10 @@ import numpy as np
 from aiohttp import hdrs, web
 
 from vecsvc.config import ServeSettings
+from vecsvc.encoders.base import EncoderSpec
 from vecsvc.encoders.onnx import unit_length
 from vecsvc.engine import Engine
-from vecsvc.errors import InvalidRequest, TextTooLong, UnsupportedMediaType
+from vecsvc.errors import NotReady, TextTooLong, UnsupportedMediaType
 from vecsvc.schemas import JSON
 from vecsvc.schemas_embed import (
     OPENAI_PATH,
@@ -74,14 +75,19 @@ class EmbedRoutes:
     ) -> web.Response:
         catalog = self._engine.catalog
         served = catalog.with_encoder(asked.model) if index is None else catalog.get(index)
-        if served.encoder is None:
-            raise InvalidRequest(f"index {served.name!r} has no encoder: build it or serve it with --encoder")
-        spec = served.encoder.spec
-        check_encoder(asked, spec)
+        specs: list[EncoderSpec] = []
+
+        def check(spec: EncoderSpec) -> None:
+            if index is None and catalog.with_encoder(asked.model).name != served.name:
+                raise NotReady(f"the index of model {asked.model!r} is just being replaced: ask again")
+            check_encoder(asked, spec)
+            specs.append(spec)
+
         asked_at = time.perf_counter()
         made = await self._engine.embed(
-            served.name, asked.texts, role=asked.role, timeout_ms=self._settings.embed_timeout_ms
+            served.name, asked.texts, role=asked.role, timeout_ms=self._settings.embed_timeout_ms, check=check
         )
+        [spec] = specs
         made_at = time.perf_counter()
         if not asked.truncate and any(made.truncated):
             raise TextTooLong(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.encoders.folder import MODULES, OWN, TOKENIZER, EncoderSettings, encoder_files, hash_files, read_settings
 from vecsvc.errors import EncoderError, InvalidParameter, InvalidRequest
-from vecsvc.onnx_session import OnnxSession, SessionSettings
+from vecsvc.onnx_session import OnnxSession, SessionSettings, device_name
 from vecsvc.tokenizer import TextTokenizer, TokenBatch, Tokens
 from vecsvc.types import MAX_DIM, Vectors
 
@@ -35,7 +35,7 @@ class OnnxEncoder:
         self._session = session
         self._tokenizer = tokenizer
         self._output = _output(session)
-        self._batch_tokens = BATCH_TOKENS if session.settings.device == "cpu" else GPU_BATCH_TOKENS
+        self._batch_tokens = BATCH_TOKENS if device_name(session.settings.device) == "cpu" else GPU_BATCH_TOKENS
 
     def split(self, texts: Sequence[str], role: Role = "query") -> list[Tokens]:
         """The tokens of each text, with the role's prompt before it, cut at `max_tokens`.
