@@ -618,3 +618,14 @@ def test_runs_of_one_size_give_a_rate() -> None:
 def test_an_encoder_is_an_encoder() -> None:
     encoder: Encoder = FakeEncoder()
     assert encoder.spec.dim == DIM
+
+
+def test_queries_that_take_all_room_of_a_running_batch_do_not_starve_bulk() -> None:
+    """Where texts join and leave, too: after sixteen joins that gave it nothing, one text of bulk goes first."""
+    lanes = Lanes()
+    lanes.add(request(*[3] * 40), "bulk")
+    for _ in range(40):
+        lanes.add(request(3), "interactive")
+    joined = [lanes.take_any(1, spare=0) for _ in range(18)]
+    sizes = [len(places[0][0].tokens) for places in joined]
+    assert sizes[:16] == [1] * 16 and sizes[16] == 40 and sizes[17] == 1

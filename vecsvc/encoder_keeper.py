@@ -1,4 +1,4 @@
-"""Watches over an opened encoder: one that is wedged or gives wrong vectors is replaced by a fresh session."""
+"""Watches over an opened encoder: one that is wedged, or keeps failing its runs and its self-test, is replaced."""
 
 from __future__ import annotations
 

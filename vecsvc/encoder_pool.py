@@ -52,8 +52,11 @@ class PooledEncoder(QueryEncoder):
             self.close()
             raise
         self.golden: Vectors = golden
-        replaced = metrics.encoder_replaced(self.spec.name)
-        self.keeper = EncoderKeeper(self.batcher, self._reopen, golden, settings.encoder_stall_s, replaced.inc)
+        self.keeper = EncoderKeeper(self.batcher, self._reopen, golden, settings.encoder_stall_s, self._replaced)
+
+    def _replaced(self) -> None:
+        self.forget()
+        self._metrics.encoder_replaced(self.spec.name).inc()
 
     def close(self) -> None:
         if hasattr(self, "keeper"):
@@ -101,7 +104,8 @@ class EncoderPool:
             if encoder.folders:
                 return
             self._open = {key: one for key, one in self._open.items() if one is not encoder}
-        encoder.close()
+        # The last user may be the event loop, and closing waits for the run under way.
+        threading.Thread(target=encoder.close, name="vecsvc-encoder-close", daemon=True).start()
 
     def encoders(self) -> list[PooledEncoder]:
         with self._lock:

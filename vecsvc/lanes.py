@@ -193,9 +193,19 @@ class Lanes:
         return name, self._lanes[name].take(budget)
 
     def take_any(self, room: int, spare: int) -> list[Place]:
-        """Texts of any length that may join a running batch; bulk leaves `spare` of the `room` to queries to come."""
-        found = self._lanes["interactive"].take_any(room)
-        return found + self._lanes["bulk"].take_any(room - len(found) - spare)
+        """Texts of any length that may join a running batch; bulk leaves `spare` of the `room` to queries to come.
+
+        Where queries took all that bulk may have so often in a row, one text of bulk goes first.
+        """
+        bulk = self._lanes["bulk"]
+        first = bulk.take_any(1) if room > 0 and self._overtaken >= OVERTAKING_RUNS else []
+        found = first + self._lanes["interactive"].take_any(room - len(first))
+        rest = bulk.take_any(room - len(found) - spare)
+        if first or rest or not bulk:
+            self._overtaken = 0
+        elif len(found) > len(first):
+            self._overtaken += 1
+        return found + rest
 
     def clear(self) -> list[Request]:
         """Forget all, and return them."""

@@ -80,7 +80,8 @@ class QueryEncoder:
         `Batcher.encode` does.
         """
         started = time.perf_counter()
-        cached = self._look_up(texts, role)
+        cache = self._cache
+        cached = self._look_up(cache, texts, role)
         missing = [at for at, found in enumerate(cached) if found is None]
         if not missing:
             return _gather(cached, 0.0, time.perf_counter() - started)
@@ -99,10 +100,15 @@ class QueryEncoder:
             cached[at] = (vector, len(one), one.truncated)
             if keeps and len(texts[at]) <= MAX_CACHED_CHARS:
                 # A row would keep the vectors of its whole request alive.
-                self._cache[role, texts[at]] = (vector.copy(), len(one), one.truncated)
-        while len(self._cache) > self._cache_texts:
-            self._cache.popitem(last=False)
+                cache[role, texts[at]] = (vector.copy(), len(one), one.truncated)
+        while len(cache) > self._cache_texts:
+            cache.popitem(last=False)
         return _gather(cached, done.queue_s, time.perf_counter() - started - done.queue_s)
+
+    def forget(self) -> None:
+        """Remember nothing of what was encoded so far: the session that did it is trusted no more. For any thread."""
+        # A new dictionary: callers in the event loop keep the one that they began with to themselves.
+        self._cache = OrderedDict()
 
     @property
     def problem(self) -> str:
@@ -116,14 +122,16 @@ class QueryEncoder:
         # Passages are what an index is made of, and come once.
         return self._cache_texts > 0 and role == "query" and count <= MAX_CACHED_TEXTS
 
-    def _look_up(self, texts: Sequence[str], role: Role) -> list[Cached | None]:
+    def _look_up(
+        self, cache: OrderedDict[tuple[Role, str], Cached], texts: Sequence[str], role: Role
+    ) -> list[Cached | None]:
         if not self._keeps(role, len(texts)):
             return [None] * len(texts)
-        found = [self._cache.get((role, text)) for text in texts]
+        found = [cache.get((role, text)) for text in texts]
         hits = 0
         for text, one in zip(texts, found, strict=True):
             if one is not None:
-                self._cache.move_to_end((role, text))
+                cache.move_to_end((role, text))
                 hits += 1
         self._metrics.cache_hits(self.spec.name).inc(hits)
         self._metrics.cache_misses(self.spec.name).inc(len(texts) - hits)
