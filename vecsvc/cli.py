@@ -15,7 +15,7 @@ import msgspec
 
 from vecsvc import __version__
 from vecsvc.cli_encoder import encoder, json_option
-from vecsvc.config import BuildSettings, ServeSettings, field_types, read_settings
+from vecsvc.config import BuildSettings, RouteSettings, ServeSettings, field_types, read_settings
 from vecsvc.errors import ArtifactDamaged, ConfigError, UserError, VecsvcError
 from vecsvc.storage import IndexFolder, index_folders
 
@@ -180,6 +180,19 @@ def serve(directory: Path, settings: Path | None, **flags: Any) -> None:
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no folder; give the --out folder of vecsvc build-index")
     run(directory, read)
+
+
+@cli.command()
+@_options(RouteSettings)
+@_settings_option
+def route(settings: Path | None, **flags: Any) -> None:
+    """Be the front door of nodes that `vecsvc serve --shard-port` answers on: the same REST, over all shards."""
+    from vecsvc.route import route as run
+
+    read = _read(RouteSettings, "route", flags, settings)
+    if not read.config:
+        raise ConfigError('--config is missing: a TOML file with nodes = ["host:port"] or dns = ["name:port"]')
+    run(read)
 
 
 @cli.command()

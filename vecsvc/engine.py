@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -23,16 +24,16 @@ from vecsvc.errors import (
     InvalidParameter,
     InvalidRequest,
     Overloaded,
+    ShardsMissing,
     UnknownId,
     UnknownParameter,
 )
-from vecsvc.query_encoder import QueryEncoder
+from vecsvc.manifest import Manifest
 from vecsvc.ranking import merge_top_k
-from vecsvc.shard import Found
+from vecsvc.shard import Found, Shard
 from vecsvc.telemetry import Metrics
 from vecsvc.types import (
     BatchAnswer,
-    Condition,
     Coverage,
     Embedded,
     Hit,
@@ -50,6 +51,17 @@ from vecsvc.types import (
 )
 
 T = TypeVar("T")
+E = TypeVar("E", covariant=True)
+
+
+class HasEncoder(Protocol[E]):
+    """A version of an index, here or elsewhere, that may take texts."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def encoder(self) -> E | None: ...
+
 
 # Who takes a part of the answer waits so much beyond the deadline for the search to notice it and stop.
 PARTIAL_GRACE_S: Final = 0.05
@@ -73,6 +85,9 @@ class Clock:
     encode: float = 0.0
     search: float = 0.0
     rerank: float = 0.0
+
+    def passed(self) -> bool:
+        return time.monotonic() >= self.deadline
 
     def took_ms(self) -> TookMs:
         total = time.perf_counter() - self.started
@@ -127,6 +142,33 @@ class Engine:
             self._metrics.shortfall(served.name).inc(stats.shortfall)
         return answer
 
+    async def search_part(
+        self, served: Served, shards: list[Shard], query: VectorQuery, settings: SearchSettings
+    ) -> tuple[_Search, list[Found], Clock]:
+        """What some shards of a version find, for a front door that merges it with what others do.
+
+        The caller has retained `served`, and releases it. What comes back is read while that is so.
+        """
+        clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
+        if self._in_flight >= self._settings.max_in_flight:
+            raise Overloaded(f"{self._settings.max_in_flight} requests are in flight, the limit max_in_flight")
+        served.retain()
+        self._in_flight += 1
+        work = _Work(self, served)
+        try:
+            search = _Search(served, query, settings, clock, self._threads, shards)
+            seconds = search.plan.seconds
+            if search.measurable and seconds is not None and seconds <= self._inline_s:
+                found = search.find()
+            else:
+                found = await self._in_thread(work, search.find, clock, 0.0)
+            if search.measurable:
+                search.plan.learn(clock.search + clock.rerank)
+        finally:
+            work.leave()
+        self._metrics.search(served.name, found[0].strategy).observe(clock.search)
+        return search, found, clock
+
     async def embed(
         self,
         name: str | None,
@@ -145,7 +187,7 @@ class Engine:
         served = self.retained(name)
         self._in_flight += 1
         try:
-            encoder = _encoder(served)
+            encoder = encoder_of(served)
             check(encoder.spec)
             encoded = await encoder.encode(texts, role, deadline=time.monotonic() + timeout_ms / 1e3)
         finally:
@@ -221,33 +263,63 @@ class _Work:
 class _Search:
     """One question against one version, checked against what that version holds."""
 
-    def __init__(self, served: Served, query: Query, settings: SearchSettings, clock: Clock, num_threads: int) -> None:
+    def __init__(
+        self,
+        served: Served,
+        query: Query,
+        settings: SearchSettings,
+        clock: Clock,
+        num_threads: int,
+        shards: list[Shard] | None = None,
+    ) -> None:
+        self.shards = shards if shards is not None else served.shards
         self.served, self.query, self.settings, self.clock = served, query, settings, clock
         self.num_threads = num_threads
         self.vectors: Vectors | None = query.vectors if isinstance(query, VectorQuery) else None
         self.cut: list[int] = []  # texts that were longer than the encoder reads
         self.plan = _plan(served, settings)
-        _check_fields(settings.conditions, served)
-        _check_size(query, settings, served)
+        if shards is None and not served.whole and not settings.partial:
+            held = ", ".join(map(str, served.numbers))
+            raise ShardsMissing(
+                f"this process holds shards {held} of {len(served.manifest.shards)}: "
+                "ask a front door, or with partial for what is here"
+            )
+        check_question(query, settings, served.manifest)
         if isinstance(query, VectorQuery):
-            _check_vectors(query.vectors, served)
+            check_vectors(query.vectors, served.manifest)
         elif isinstance(query, TextQuery):
-            _encoder(served)
+            encoder_of(served)
 
     @property
     def measurable(self) -> bool:
         """True for questions that cost about the same as others with their settings."""
         return self.vectors is not None and len(self.vectors) == 1
 
+    def find(self) -> list[Found]:
+        """What each shard finds for the vectors of the question, all of them."""
+        assert self.vectors is not None
+        before = time.perf_counter()
+        slices = []
+        for start in range(0, len(self.vectors), SLICE):
+            if time.monotonic() >= self.clock.deadline:
+                raise DeadlineExceeded(f"the deadline passed after {start} of {len(self.vectors)} queries")
+            slices.append(self._recall(self.vectors[start : start + SLICE], None))
+        found = slices[0]
+        if len(slices) > 1:
+            found = [_joined(parts) for parts in zip(*slices, strict=True)]
+        self.clock.rerank = sum(part.rerank_s for part in found)
+        self.clock.search = time.perf_counter() - before - self.clock.rerank
+        return found
+
     def run(self) -> BatchAnswer:
-        served, clock = self.served, self.clock
-        own: tuple[int, int] | None = None  # shard and label of the row that a query by id leaves out
+        clock = self.clock
+        own: tuple[Shard, int] | None = None  # shard and label of the row that a query by id leaves out
         if self.vectors is not None:
             queries = self.vectors
         else:
             assert isinstance(self.query, IdQuery)
             own = self._find(self.query)
-            queries = np.asarray(served.shards[own[0]].vectors[own[1] : own[1] + 1], dtype=np.float32)
+            queries = np.asarray(own[0].vectors[own[1] : own[1] + 1], dtype=np.float32)
         if time.monotonic() >= clock.deadline:
             raise DeadlineExceeded("the deadline passed before the search began")
         before = time.perf_counter()
@@ -263,7 +335,7 @@ class _Search:
         clock.search = time.perf_counter() - before - clock.rerank
         return self._answer(found, hits)
 
-    def _recall(self, queries: Vectors, own: tuple[int, int] | None) -> list[Found]:
+    def _recall(self, queries: Vectors, own: tuple[Shard, int] | None) -> list[Found]:
         """What each shard finds for a slice of the queries."""
         settings = self.settings
         limit = Limit(settings.max_visited, self.clock.deadline)
@@ -274,32 +346,32 @@ class _Search:
                 self.plan.params,
                 conditions=settings.conditions,
                 exact=settings.exact,
-                without=own[1] if own is not None and own[0] == shard.number else None,
+                without=own[1] if own is not None and own[0] is shard else None,
                 rerank_depth=settings.rerank_depth,
                 limit=limit,
                 num_threads=self.num_threads if len(queries) > 1 else 1,
             )
-            for shard in self.served.shards
+            for shard in self.shards
         ]
 
     async def encode(self, texts: list[str]) -> None:
         """From here on the question is one by vectors."""
-        encoded = await _encoder(self.served).encode(texts, "query", deadline=self.clock.deadline)
+        encoded = await encoder_of(self.served).encode(texts, "query", deadline=self.clock.deadline)
         self.vectors = encoded.vectors
         self.clock.queue += encoded.queue_s
         self.clock.encode = encoded.encode_s
         self.cut = [at for at, cut in enumerate(encoded.truncated) if cut]
 
-    def _find(self, query: IdQuery) -> tuple[int, int]:
-        for shard in self.served.shards:
+    def _find(self, query: IdQuery) -> tuple[Shard, int]:
+        for shard in self.shards:
             label = shard.ids.label(query.id)
             if label is not None:
-                return shard.number, label
+                return shard, label
         raise UnknownId(f"index {self.served.name!r} has no id {query.id!r}")
 
     def _name(self, found: list[Found], n: int) -> list[list[Hit]]:
         """Merge the shards' answers and turn labels into hits."""
-        shards, k, metric = self.served.shards, self.settings.k, self.served.manifest.metric
+        shards, k, metric = self.shards, self.settings.k, self.served.manifest.metric
         if len(shards) == 1 and not self.settings.include:
             # The common case, without the steps that it does not need: one shard's order is the answer's.
             part, ids = found[0], shards[0].ids
@@ -314,7 +386,7 @@ class _Search:
         return [self._merge(found, row, k) for row in range(n)]
 
     def _merge(self, found: list[Found], row: int, k: int) -> list[Hit]:
-        shards, metric, include = self.served.shards, self.served.manifest.metric, self.settings.include
+        shards, metric, include = self.shards, self.served.manifest.metric, self.settings.include
         parts = []
         for shard, part in zip(shards, found, strict=True):
             labels = part.labels[row]
@@ -340,7 +412,9 @@ class _Search:
         served, settings = self.served, self.settings
         degraded = []
         if self.cut:
-            degraded.append(_cut_note(self.cut, len(hits), _encoder(served).spec.max_tokens))
+            degraded.append(cut_note(self.cut, len(hits), encoder_of(served).spec.max_tokens))
+        if not served.whole:
+            degraded.append(f"shards that are not held here: {_missing(served)}")
         if any(part.stopped for part in found):
             degraded.append("the search was cut short")
             if not settings.partial and time.monotonic() >= self.clock.deadline:
@@ -353,14 +427,14 @@ class _Search:
         return BatchAnswer(
             hits,
             self.clock.took_ms(),
-            Coverage(len(found), len(served.shards), degraded),
+            Coverage(len(found), len(served.manifest.shards), degraded),
             Stats(strategy, visited, settings.k * len(hits) - sum(map(len, hits))),
             served.id,
             encoder.spec.name if encoder is not None else None,
-            self._explain(found) if "explain" in settings.include else None,
+            self.explain(found) if "explain" in settings.include else None,
         )
 
-    def _explain(self, found: list[Found]) -> list[ShardExplain]:
+    def explain(self, found: list[Found]) -> list[ShardExplain]:
         return [
             ShardExplain(
                 shard=shard.number,
@@ -372,8 +446,23 @@ class _Search:
                 hops=part.hops,
                 took_ms=round(part.took_s * 1e3, 3),
             )
-            for shard, part in zip(self.served.shards, found, strict=True)
+            for shard, part in zip(self.shards, found, strict=True)
         ]
+
+
+def _missing(served: Served) -> str:
+    missing = [n for n in range(len(served.manifest.shards)) if n not in served.numbers]
+    more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
+    return ", ".join(map(str, missing[:MAX_NAMED])) + more
+
+
+def _joined(parts: tuple[Found, ...]) -> Found:
+    """Slices of a batch as one."""
+    return msgspec.structs.replace(
+        functools.reduce(_sum, parts),
+        labels=np.concatenate([part.labels for part in parts]),
+        distances=np.concatenate([part.distances for part in parts]),
+    )
 
 
 def _sum(a: Found, b: Found) -> Found:
@@ -389,7 +478,8 @@ def _sum(a: Found, b: Found) -> Found:
     )
 
 
-def _encoder(served: Served) -> QueryEncoder:
+def encoder_of(served: HasEncoder[E]) -> E:
+    """What encodes the texts of an index. Raises InvalidRequest where nothing does."""
     if served.encoder is None:
         raise InvalidRequest(
             f"index {served.name!r} has no encoder, so it takes a vector or an id, no text: "
@@ -398,7 +488,7 @@ def _encoder(served: Served) -> QueryEncoder:
     return served.encoder
 
 
-def _cut_note(cut: list[int], texts: int, max_tokens: int) -> str:
+def cut_note(cut: list[int], texts: int, max_tokens: int) -> str:
     if texts == 1:
         return f"the text was cut at {max_tokens} tokens"
     more = f" and {len(cut) - MAX_NAMED} more" if len(cut) > MAX_NAMED else ""
@@ -417,14 +507,12 @@ def _plan(served: Served, settings: SearchSettings) -> Plan:
         raise InvalidRequest(f"params: {error}; every kind takes exact and max_visited") from error
 
 
-def _check_fields(conditions: tuple[Condition, ...], served: Served) -> None:
-    for condition in conditions:
-        if condition.field not in served.manifest.fields:
-            stored = ", ".join(served.manifest.fields) or "none"
-            raise InvalidRequest(f"filter: {condition.field!r} is no stored field of {served.name!r}: {stored}")
-
-
-def _check_size(query: Query, settings: SearchSettings, served: Served) -> None:
+def check_question(query: Query, settings: SearchSettings, manifest: Manifest) -> None:
+    """Refuse a question that no shard of the index could answer, or whose answer would be too large."""
+    for condition in settings.conditions:
+        if condition.field not in manifest.fields:
+            stored = ", ".join(manifest.fields) or "none"
+            raise InvalidRequest(f"filter: {condition.field!r} is no stored field of {manifest.name!r}: {stored}")
     hits = settings.k
     if isinstance(query, VectorQuery):
         hits *= len(query.vectors)
@@ -433,9 +521,9 @@ def _check_size(query: Query, settings: SearchSettings, served: Served) -> None:
     hit_bytes = _HIT_BYTES
     if settings.include:
         if "fields" in settings.include:
-            hit_bytes += _FIELD_BYTES * len(served.manifest.fields)
+            hit_bytes += _FIELD_BYTES * len(manifest.fields)
         if "vector" in settings.include:
-            hit_bytes += _VALUE_BYTES * served.manifest.spec.dim
+            hit_bytes += _VALUE_BYTES * manifest.spec.dim
     if hits * hit_bytes > MAX_ANSWER_BYTES:
         raise InvalidRequest(
             f"the answer may have {hits} hits of some {hit_bytes} bytes, the limit is {MAX_ANSWER_BYTES} bytes: "
@@ -446,10 +534,10 @@ def _check_size(query: Query, settings: SearchSettings, served: Served) -> None:
         raise InvalidRequest(f"k or rerank.depth times k_factor is {wide}, the limit is {MAX_CANDIDATES} candidates")
 
 
-def _check_vectors(vectors: Vectors, served: Served) -> None:
-    spec = served.manifest.spec
+def check_vectors(vectors: Vectors, manifest: Manifest) -> None:
+    spec = manifest.spec
     if vectors.shape[1] != spec.dim:
-        raise DimensionMismatch(f"the vector has {vectors.shape[1]} values, index {served.name!r} has dim {spec.dim}")
+        raise DimensionMismatch(f"the vector has {vectors.shape[1]} values, index {manifest.name!r} has dim {spec.dim}")
     if len(vectors) == 1:
         check_vector(vectors[0], spec.metric)
     else:

@@ -35,7 +35,11 @@ VecsvcError
     ServiceError                   the service cannot answer now
         Overloaded
         NotReady
+            ShardsMissing          shards that the question needs have no node that answers
         DeadlineExceeded
+        NodeFailed                 a node broke off, or sent what nobody can read
+            ProtocolError          bytes that are no frame of the shard protocol
+    InternalError                  a bug of ours, seen from another process
 """
 
 
@@ -179,5 +183,21 @@ class NotReady(ServiceError):
     code = "not_ready"
 
 
+class ShardsMissing(NotReady):
+    code = "shards_missing"
+
+
 class DeadlineExceeded(ServiceError):
     code = "deadline_exceeded"
+
+
+class NodeFailed(ServiceError):
+    code = "node_failed"
+
+
+class ProtocolError(NodeFailed):
+    code = "protocol"
+
+
+class InternalError(VecsvcError):
+    code = "internal"

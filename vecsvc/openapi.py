@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from vecsvc import __version__, indexes
-from vecsvc.catalog import Served
-from vecsvc.config import ServeSettings, field_types
+from vecsvc.config import HttpSettings, field_types
 from vecsvc.engine import MAX_ANSWER_BYTES
 from vecsvc.filters import MAX_DEPTH, OPERATORS
+from vecsvc.front_door import Described
 from vecsvc.indexes.base import module
 from vecsvc.openapi_embed import ANSWERS, ERRORS, VECTORS, embed_paths
 from vecsvc.schemas import ARROW, BINARY, JSON, MAX_URL_TEXT_CHARS, ErrorAnswer
@@ -33,7 +33,7 @@ _ERRORS: Final = {
     415: "the body has another type, or is compressed",
     422: "well-formed, but wrong: the message names the value and what would be right",
     429: "{max_in_flight} requests are in flight, or {max_buffered_bytes} bytes of bodies, "
-    "or {max_waiting_tokens} tokens wait for an encoder; see Retry-After",
+    "or too many tokens wait for an encoder; see Retry-After",
     500: "the service failed",
     503: "not ready; the message says why",
     504: "the deadline timeout_ms passed; for embeddings that is {embed_timeout_ms:g} ms",
@@ -75,11 +75,11 @@ class Status(msgspec.Struct, frozen=True):
     status: str
 
 
-def index_summary(served: Served) -> IndexSummary:
+def index_summary(served: Described) -> IndexSummary:
     return IndexSummary(**_summary(served))
 
 
-def index_detail(served: Served) -> IndexDetail:
+def index_detail(served: Described) -> IndexDetail:
     manifest = served.manifest
     return IndexDetail(
         **_summary(served),
@@ -90,7 +90,7 @@ def index_detail(served: Served) -> IndexDetail:
     )
 
 
-def _summary(served: Served) -> dict[str, Any]:
+def _summary(served: Described) -> dict[str, Any]:
     manifest = served.manifest
     return {
         "name": served.name,
@@ -106,7 +106,7 @@ def _summary(served: Served) -> dict[str, Any]:
     }
 
 
-def document(served: list[Served], settings: ServeSettings) -> dict[str, Any]:
+def document(served: Sequence[Described], settings: HttpSettings) -> dict[str, Any]:
     """What the service takes and answers now. Requests are described for each index: dim, fields, parameters."""
     _, components = msgspec.json.schema_components(
         [SearchAnswer, BatchAnswer, ErrorAnswer, IndexList, IndexDetail, Status, *ANSWERS], ref_template=_REF
@@ -152,14 +152,14 @@ def document(served: list[Served], settings: ServeSettings) -> dict[str, Any]:
     }
 
 
-def _get(summary: str, answer: str, operation: str, errors: Iterable[int], settings: ServeSettings) -> dict[str, Any]:
+def _get(summary: str, answer: str, operation: str, errors: Iterable[int], settings: HttpSettings) -> dict[str, Any]:
     return {"operationId": operation, "summary": summary, "responses": _responses(answer, errors, settings)}
 
 
 def _responses(
     answer: str,
     errors: Iterable[int],
-    settings: ServeSettings,
+    settings: HttpSettings,
     *,
     arrow: bool = False,
     error_name: str = "ErrorAnswer",
@@ -184,7 +184,7 @@ def _responses(
     }
 
 
-def _search_paths(path: str, prefix: str, served: Served, settings: ServeSettings) -> dict[str, Any]:
+def _search_paths(path: str, prefix: str, served: Described, settings: HttpSettings) -> dict[str, Any]:
     name = f"{prefix}_short" if not path else prefix
     dim = served.manifest.spec.dim
     errors = [400, 404, 408, 413, 415, 422, 429, 500, 503, 504]
@@ -251,7 +251,7 @@ def _rows(shape: str, what: str) -> dict[str, Any]:
     }
 
 
-def _request_schemas(prefix: str, served: Served, settings: ServeSettings) -> dict[str, Any]:
+def _request_schemas(prefix: str, served: Described, settings: HttpSettings) -> dict[str, Any]:
     """One schema a way to ask: exactly one of text, vector and id, so each closes its own list of fields."""
     common: dict[str, Any] = {
         "k": {**_k(settings), "description": "how many rows; limit, top_k and topK are other names of it"},
@@ -315,7 +315,7 @@ def _closed(name: str, schema: dict[str, Any], common: dict[str, Any]) -> dict[s
     }
 
 
-def _vector(served: Served) -> dict[str, Any]:
+def _vector(served: Described) -> dict[str, Any]:
     spec = served.manifest.spec
     numbers: dict[str, Any] = {
         "type": "array",
@@ -337,7 +337,7 @@ def _vector(served: Served) -> dict[str, Any]:
     return {"oneOf": [numbers, encoded]}
 
 
-def _params(served: Served) -> dict[str, Any]:
+def _params(served: Described) -> dict[str, Any]:
     """`exact` and `max_visited`, and the settings of the index's kind with their bounds."""
     cls = module(served.manifest.spec.kind).SearchParams
     properties: dict[str, Any] = {
@@ -358,7 +358,7 @@ def _params(served: Served) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def _filter(ref: str, served: Served, settings: ServeSettings) -> dict[str, Any] | None:
+def _filter(ref: str, served: Described, settings: HttpSettings) -> dict[str, Any] | None:
     """Conditions on the stored fields; None where nothing is stored that could be compared."""
     properties: dict[str, Any] = {}
     for name, column in _stored_types(served).items():
@@ -386,9 +386,8 @@ def _filter(ref: str, served: Served, settings: ServeSettings) -> dict[str, Any]
     }
 
 
-def _stored_types(served: Served) -> dict[str, pa.DataType]:
-    fields = served.shards[0].fields
-    return {field.name: field.type for field in fields.table.schema} if fields is not None else {}
+def _stored_types(served: Described) -> dict[str, pa.DataType]:
+    return {field.name: field.type for field in served.stored}
 
 
 def _operand(kind: pa.DataType) -> dict[str, Any] | None:
@@ -415,14 +414,14 @@ def _operand(kind: pa.DataType) -> dict[str, Any] | None:
     return None
 
 
-def _k(settings: ServeSettings) -> dict[str, Any]:
+def _k(settings: HttpSettings) -> dict[str, Any]:
     return {"type": "integer", "minimum": 1, "maximum": settings.max_k, "default": min(DEFAULT_K, settings.max_k)}
 
 
-def _timeout(settings: ServeSettings) -> dict[str, Any]:
+def _timeout(settings: HttpSettings) -> dict[str, Any]:
     return {"type": "number", "minimum": 1, "maximum": settings.max_timeout_ms, "default": settings.timeout_ms}
 
 
-def _text(settings: ServeSettings, most: int | None = None) -> dict[str, Any]:
+def _text(settings: HttpSettings, most: int | None = None) -> dict[str, Any]:
     longest = min(settings.max_text_chars, most or settings.max_text_chars)
     return {"type": "string", "minLength": 1, "maxLength": longest, "pattern": r"\S"}

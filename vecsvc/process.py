@@ -21,10 +21,13 @@ import uvloop
 from aiohttp import web
 
 from vecsvc import __version__, machine_code
-from vecsvc.config import ServeSettings
+from vecsvc.catalog import Catalog
+from vecsvc.config import HttpSettings, ServeSettings
+from vecsvc.engine import Engine
 from vecsvc.errors import ConfigError
 from vecsvc.server import Connection, Service
-from vecsvc.telemetry import configure_logging
+from vecsvc.shard_server import ShardServer
+from vecsvc.telemetry import Metrics, configure_logging
 
 log: Final = logging.getLogger("vecsvc.server")
 
@@ -37,7 +40,7 @@ def serve(directory: Path, settings: ServeSettings) -> None:
     """Serve a folder of indexes until SIGTERM or SIGINT. Raises ConfigError where a port cannot be had."""
     configure_logging()
     machine_code.keep_in(Path(settings.kernels) if settings.kernels else None)
-    _allow_files(settings.max_connections + SPARE_FILES)
+    allow_files(settings)
     # The event loop waits so long for a thread that works in Python: of Python's own 5 ms a query would feel each.
     sys.setswitchinterval(SWITCH_S)
     # Searches run side by side in threads; a matrix product that took every core would fight the others.
@@ -45,8 +48,9 @@ def serve(directory: Path, settings: ServeSettings) -> None:
         uvloop.run(_run(directory, settings))
 
 
-def _allow_files(wanted: int) -> None:
+def allow_files(settings: HttpSettings) -> None:
     """A connection is an open file, and many systems allow 1024 of them to those who do not ask for more."""
+    wanted = settings.max_connections + SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -57,25 +61,32 @@ def _allow_files(wanted: int) -> None:
 
 async def _run(directory: Path, settings: ServeSettings) -> None:
     started = time.perf_counter()
-    service = Service(directory, settings)
-    machine_code.announce = functools.partial(_compiling, service)
-    runner, listener = await _listen(service, service.app(), settings.host, settings.port)
-    admin, admin_listener = await _listen(service, service.admin_app(), settings.admin_host, settings.admin_port)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _stop, stop)
+    catalog, engine, service = node(directory, settings)
+    machine_code.announce = functools.partial(_compiling, catalog)
+    runner, listener = await listen(service, service.app(), settings.host, settings.port)
+    admin, admin_listener = await listen(service, service.admin_app(), settings.admin_host, settings.admin_port)
+    stop = stop_signal()
     port, admin_port = (server.sockets[0].getsockname()[1] for server in (listener, admin_listener))
     facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
+    shards: ShardServer | None = None
+    if settings.shard_port is not None:
+        shards = ShardServer(engine, catalog)
+        facts["shard_port"] = await shards.listen(settings.shard_host, settings.shard_port)
     log.info("listening", extra={"data": facts})
-    watch = asyncio.create_task(_watch(service, started))
+    watch = asyncio.create_task(_watch(service, settings, started))
     reap = asyncio.create_task(service.reaper.run([runner, admin]))
+    tell = asyncio.create_task(shards.watch()) if shards is not None else None
     await stop.wait()
     service.draining = True
     log.info("draining", extra={"data": {"in_flight": service.engine.in_flight}})
+    if shards is not None:
+        shards.drain()
     await asyncio.sleep(settings.drain_s)
-    await _close(listener, service, runner)
-    await _finish(service, runner)
+    await close_port(listener, service, runner)
+    await finish(service, runner)
+    if shards is not None and tell is not None:
+        await shards.finish(settings.shutdown_s)
+        tell.cancel()
     reap.cancel()
     watch.cancel()
     await runner.cleanup()
@@ -85,14 +96,31 @@ async def _run(directory: Path, settings: ServeSettings) -> None:
     if service.at_work:
         # A thread cannot be told to stop, and holds nothing that would have to be saved.
         _exit(0)
-    service.engine.close()
-    service.catalog.close()
+    engine.close()
+    catalog.close()
 
 
-def _compiling(service: Service, what: str) -> None:
+def node(directory: Path, settings: ServeSettings) -> tuple[Catalog, Engine, Service]:
+    """What one process is made of that serves a folder of indexes."""
+    metrics = Metrics()
+    catalog = Catalog(directory, settings, metrics)
+    engine = Engine(catalog, settings, metrics, settings.search_threads or os.cpu_count() or 1)
+    return catalog, engine, Service(engine, settings, metrics, directory)
+
+
+def stop_signal() -> asyncio.Event:
+    """Set at the first SIGTERM or SIGINT; a second one ends the process."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop, stop)
+    return stop
+
+
+def _compiling(catalog: Catalog, what: str) -> None:
     """Called in the thread that loads an index, for each kernel that has to be compiled."""
     log.info("compiling", extra={"data": {"what": what}})
-    service.catalog.waits_for(what)
+    catalog.waits_for(what)
 
 
 def _stop(stop: asyncio.Event) -> None:
@@ -108,7 +136,7 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-async def _listen(service: Service, app: web.Application, host: str, port: int) -> tuple[web.AppRunner, asyncio.Server]:
+async def listen(service: Service, app: web.Application, host: str, port: int) -> tuple[web.AppRunner, asyncio.Server]:
     # _finish waits for requests in flight; when that is over, aiohttp need not begin to wait anew.
     runner = web.AppRunner(app, shutdown_timeout=GRACE_S)
     await runner.setup()
@@ -123,7 +151,7 @@ async def _listen(service: Service, app: web.Application, host: str, port: int) 
     return runner, listener
 
 
-async def _close(listener: asyncio.Server, service: Service, runner: web.AppRunner) -> None:
+async def close_port(listener: asyncio.Server, service: Service, runner: web.AppRunner) -> None:
     """Close the port, and take in whom the kernel let in already: for a client, that is to be accepted."""
     held = [socket.socket(fileno=os.dup(port.fileno())) for port in listener.sockets]
     listener.close()
@@ -137,9 +165,8 @@ async def _close(listener: asyncio.Server, service: Service, runner: web.AppRunn
         await asyncio.get_running_loop().connect_accepted_socket(lambda: Connection(service, runner.server), client)
 
 
-async def _watch(service: Service, started: float) -> None:
+async def _watch(service: Service, settings: ServeSettings, started: float) -> None:
     """Open what there is, then look for new versions now and then."""
-    settings = service.settings
     told = ""
     while True:
         try:
@@ -163,7 +190,7 @@ async def _watch(service: Service, started: float) -> None:
         await asyncio.sleep(settings.reload_poll_s)
 
 
-async def _finish(service: Service, runner: web.AppRunner) -> None:
+async def finish(service: Service, runner: web.AppRunner) -> None:
     """Wait for requests in flight, and for those that were on their way when the port closed."""
     now = time.monotonic()
     end, quiet_since = now + service.settings.shutdown_s, now

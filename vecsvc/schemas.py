@@ -16,7 +16,7 @@ import pyarrow as pa
 from msgspec import UNSET, Struct, UnsetType
 
 from vecsvc import filters
-from vecsvc.config import ServeSettings
+from vecsvc.config import HttpSettings
 from vecsvc.errors import InvalidRequest, MalformedRequest
 from vecsvc.ids import IdType
 from vecsvc.types import (
@@ -48,6 +48,7 @@ K_ALIASES: Final = ("limit", "top_k", "topK")
 MAX_URL_TEXT_CHARS: Final = 2000
 _BODY_ONLY: Final = ("text", "vector", "id", "texts", "vectors", "filter", "params", "rerank")
 MAX_PARAMS: Final = 64
+INLINE_HITS: Final = 10_000  # longer answers are encoded in a thread
 EXPLAINED_BYTES: Final = 1 << 20  # a larger body is not decoded again for the sake of its error message
 _MAX_SHOWN: Final = 80
 _NOTHING: Final[frozenset[str]] = frozenset()
@@ -98,7 +99,7 @@ _encoder: Final = msgspec.json.Encoder(enc_hook=str)
 # ----------------------------------------------------------------------------------------------- requests
 
 
-def parse_search(body: bytes, limits: ServeSettings) -> tuple[Query, SearchSettings]:
+def parse_search(body: bytes, limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """A JSON question. Exactly one of `text`, `vector` and `id` must be there."""
     wire = decode(_search_decoder, body)
     settings = _settings(wire, limits)
@@ -112,7 +113,7 @@ def parse_search(body: bytes, limits: ServeSettings) -> tuple[Query, SearchSetti
     return IdQuery(_id(wire.id, limits)), settings  # type: ignore[arg-type]
 
 
-def parse_batch(body: bytes, limits: ServeSettings) -> tuple[Query, SearchSettings]:
+def parse_batch(body: bytes, limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """A JSON batch. Exactly one of `texts` and `vectors` must be there."""
     wire = decode(_batch_decoder, body)
     settings = _settings(wire, limits)
@@ -130,9 +131,7 @@ def parse_batch(body: bytes, limits: ServeSettings) -> tuple[Query, SearchSettin
     return VectorQuery(np.concatenate(rows)), settings
 
 
-def parse_binary(
-    body: bytes, dim: int, query: Mapping[str, str], limits: ServeSettings
-) -> tuple[Query, SearchSettings]:
+def parse_binary(body: bytes, dim: int, query: Mapping[str, str], limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """Rows of little-endian float32, with the settings in the URL: `?k=10&ef_search=64`."""
     settings = _url_settings(query, limits)
     if not body or len(body) % (4 * dim):
@@ -144,7 +143,7 @@ def parse_binary(
     return VectorQuery(vectors), settings
 
 
-def parse_get(query: Mapping[str, str], limits: ServeSettings) -> tuple[Query, SearchSettings]:
+def parse_get(query: Mapping[str, str], limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """A question in the URL: `?q=words&k=10`."""
     if "q" not in query:
         raise InvalidRequest("give the text as ?q=...")
@@ -192,7 +191,7 @@ def _explain(error: msgspec.ValidationError, body: bytes) -> MalformedRequest | 
     return InvalidRequest(f"{path}: {message}; the value is {shown(value)}")
 
 
-def _settings(wire: CommonBody, limits: ServeSettings) -> SearchSettings:
+def _settings(wire: CommonBody, limits: HttpSettings) -> SearchSettings:
     depth, exact, max_visited, timeout_ms = None, False, None, limits.timeout_ms
     params: tuple[tuple[str, int], ...] = ()
     conditions: tuple[Condition, ...] = ()
@@ -219,14 +218,14 @@ def _settings(wire: CommonBody, limits: ServeSettings) -> SearchSettings:
     )
 
 
-def _conditions(filter: Mapping[str, Any], limits: ServeSettings) -> tuple[Condition, ...]:
+def _conditions(filter: Mapping[str, Any], limits: HttpSettings) -> tuple[Condition, ...]:
     try:
         return filters.parse(filter, max_nodes=limits.max_filter_nodes, max_values=limits.max_filter_values)
     except RecursionError as error:  # the decoder just managed it, and showing it in a message did not
         raise MalformedRequest("filter is nested too deep") from error
 
 
-def _k(wire: CommonBody, limits: ServeSettings) -> int:
+def _k(wire: CommonBody, limits: HttpSettings) -> int:
     if wire.k is not UNSET and wire.limit is UNSET and wire.top_k is UNSET and wire.topK is UNSET:
         return _between("k", wire.k, 1, limits.max_k)
     given = {name: getattr(wire, name) for name in ("k", *K_ALIASES) if getattr(wire, name) is not UNSET}
@@ -257,7 +256,7 @@ def _params(params: Mapping[str, Any]) -> tuple[bool, int | None, tuple[tuple[st
     return exact, max_visited, tuple(own)
 
 
-def _timeout(timeout_ms: float, limits: ServeSettings) -> float:
+def _timeout(timeout_ms: float, limits: HttpSettings) -> float:
     if not 1 <= timeout_ms <= limits.max_timeout_ms:
         raise InvalidRequest(f"timeout_ms must be between 1 and {limits.max_timeout_ms:g}, got {timeout_ms:g}")
     return timeout_ms
@@ -283,7 +282,7 @@ def _vector(wire: list[float] | Base64Vector, name: str) -> Vectors:
     return row.reshape(1, -1)
 
 
-def _text(text: str, name: str, limits: ServeSettings) -> str:
+def _text(text: str, name: str, limits: HttpSettings) -> str:
     if not text.strip():
         raise InvalidRequest(f"{name} is empty")
     if len(text) > limits.max_text_chars:
@@ -291,7 +290,7 @@ def _text(text: str, name: str, limits: ServeSettings) -> str:
     return text
 
 
-def _id(id: Id, limits: ServeSettings) -> Id:
+def _id(id: Id, limits: HttpSettings) -> Id:
     if isinstance(id, str) and len(id.encode()) > limits.max_id_bytes:
         raise InvalidRequest(f"id has {len(id.encode())} bytes, the limit max_id_bytes is {limits.max_id_bytes}")
     if isinstance(id, int) and not -(2**63) <= id < 2**63:
@@ -299,12 +298,12 @@ def _id(id: Id, limits: ServeSettings) -> Id:
     return id
 
 
-def _check_batch(n: int, limits: ServeSettings) -> None:
+def _check_batch(n: int, limits: HttpSettings) -> None:
     if not 1 <= n <= limits.max_batch:
         raise InvalidRequest(f"the batch has {n} queries, expected 1 to {limits.max_batch}")
 
 
-def _url_settings(query: Mapping[str, str], limits: ServeSettings) -> SearchSettings:
+def _url_settings(query: Mapping[str, str], limits: HttpSettings) -> SearchSettings:
     """Settings of a URL: the same words, as text; those that are no words of ours are the kind's own."""
     body: dict[str, Any] = {}
     params: dict[str, Any] = {}

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from msgspec import UNSET, Struct, UnsetType
 
-from vecsvc.config import ServeSettings
+from vecsvc.config import HttpSettings
 from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.engine import MAX_ANSWER_BYTES
 from vecsvc.errors import InvalidRequest
@@ -72,7 +72,7 @@ _tei_decoder: Final = msgspec.json.Decoder(TeiBody)
 # ----------------------------------------------------------------------------------------------- requests
 
 
-def parse_openai(body: bytes, limits: ServeSettings) -> EmbedRequest:
+def parse_openai(body: bytes, limits: HttpSettings) -> EmbedRequest:
     wire = decode(_openai_decoder, body)
     return EmbedRequest(
         texts=_texts(wire.input, "input", limits),
@@ -83,7 +83,7 @@ def parse_openai(body: bytes, limits: ServeSettings) -> EmbedRequest:
     )
 
 
-def parse_tei(body: bytes, limits: ServeSettings) -> EmbedRequest:
+def parse_tei(body: bytes, limits: HttpSettings) -> EmbedRequest:
     wire = decode(_tei_decoder, body)
     if wire.truncation_direction.lower() != "right":
         raise InvalidRequest("truncation_direction must be right: texts are cut at their end, never at their beginning")
@@ -115,7 +115,7 @@ def check_encoder(asked: EmbedRequest, spec: EncoderSpec) -> None:
         )
 
 
-def _texts(given: str | list[Any], name: str, limits: ServeSettings) -> list[str]:
+def _texts(given: str | list[Any], name: str, limits: HttpSettings) -> list[str]:
     if isinstance(given, str):
         return [_text(given, name, limits)]
     if not 1 <= len(given) <= limits.max_embed_texts:
@@ -123,7 +123,7 @@ def _texts(given: str | list[Any], name: str, limits: ServeSettings) -> list[str
     return [_text(text, f"{name}[{i}]", limits) for i, text in enumerate(given)]
 
 
-def _text(text: Any, name: str, limits: ServeSettings) -> str:
+def _text(text: Any, name: str, limits: HttpSettings) -> str:
     if isinstance(text, int | list) and not isinstance(text, bool):
         # LangChain's OpenAIEmbeddings sends tokens of OpenAI's own vocabulary, which mean nothing to another model.
         raise InvalidRequest(

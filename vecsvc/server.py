@@ -6,7 +6,6 @@ import asyncio
 import functools
 import itertools
 import logging
-import os
 import re
 import secrets
 import time
@@ -19,8 +18,7 @@ from aiohttp import HttpVersion11, hdrs, web
 
 from vecsvc import openapi, schemas, schemas_embed
 from vecsvc.catalog import Catalog
-from vecsvc.config import ServeSettings
-from vecsvc.engine import Engine
+from vecsvc.config import HttpSettings
 from vecsvc.errors import (
     BodyTooLarge,
     DeadlineExceeded,
@@ -38,6 +36,7 @@ from vecsvc.errors import (
     UserError,
     VecsvcError,
 )
+from vecsvc.front_door import Backend
 from vecsvc.reaper import Reaper
 from vecsvc.server_embed import EmbedRoutes
 from vecsvc.storage import index_folders
@@ -69,21 +68,22 @@ STATUS: Final[tuple[tuple[type[VecsvcError], int], ...]] = (
 RETRY_AFTER_S: Final = "1"
 MAX_LINE_BYTES: Final = 32_768  # of a request line: room for the longest ?q= of percent-encoded UTF-8
 SMALL_BODY_BYTES: Final = 65_536  # shorter bodies need no room in max_buffered_bytes
-INLINE_HITS: Final = 10_000  # longer answers are encoded in a thread
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _JSON: Final = "application/json; charset=utf-8"
 
 
 class Service:
-    """One process that serves a folder of indexes: its handlers, and the state that they share."""
+    """HTTP for one process, be it an engine over a folder of indexes or a front door: handlers and what they share."""
 
-    def __init__(self, directory: Path, settings: ServeSettings) -> None:
-        threads = settings.search_threads or os.cpu_count() or 1
+    def __init__(
+        self, engine: Backend, settings: HttpSettings, metrics: Metrics, directory: Path | None = None
+    ) -> None:
+        """`directory` is the folder whose versions can be reloaded and rolled back; a front door has none."""
         self.settings = settings
-        self.metrics = Metrics()
-        self.catalog = Catalog(directory, settings, self.metrics)
-        self.engine = Engine(self.catalog, settings, self.metrics, threads)
+        self.metrics = metrics
+        self.engine = engine
+        self.catalog = engine.catalog
         self.reaper = Reaper(settings)
         self.embed_routes = EmbedRoutes(self.engine, settings, self.metrics, self._read)
         self.draining = False
@@ -118,14 +118,10 @@ class Service:
 
     def admin_app(self) -> web.Application:
         """The routes of the admin port."""
-        return self._app(
-            65_536,
-            [
-                ("GET", "/metrics", self._metrics),
-                ("POST", "/reload", self._reload),
-                ("POST", "/indexes/{name}/rollback", self._rollback),
-            ],
-        )
+        routes: list[tuple[str, str, Handler]] = [("GET", "/metrics", self._metrics)]
+        if self._directory is not None:
+            routes += [("POST", "/reload", self._reload), ("POST", "/indexes/{name}/rollback", self._rollback)]
+        return self._app(65_536, routes)
 
     def _app(self, max_body_bytes: int, routes: list[tuple[str, str, Handler]]) -> web.Application:
         app = web.Application(client_max_size=max_body_bytes, middlewares=[self._border])
@@ -281,7 +277,7 @@ class Service:
         if arrow:
             encode = functools.partial(schemas.encode_arrow, id_type=self.catalog.get(name).manifest.id_type)
         # So many hits take long enough to encode to hold up the event loop.
-        long = settings.k * len(answer.results) > INLINE_HITS
+        long = settings.k * len(answer.results) > schemas.INLINE_HITS
         data = await self.engine.in_thread(lambda: encode(answer)) if long else encode(answer)
         return web.Response(body=data, headers={hdrs.CONTENT_TYPE: schemas.ARROW if arrow else _JSON})
 
@@ -319,11 +315,8 @@ class Service:
         self.metrics.in_flight.set(self.engine.in_flight)
         self.metrics.ready.set(0 if self.draining or self.catalog.problem() else 1)
         self.metrics.encoder_waiting.clear()
-        for encoder in self.catalog.encoders.encoders():
-            self.metrics.encoder_waiting.labels(encoder.spec.name).inc(encoder.batcher.waiting_tokens)
         self.metrics.version_info.clear()
-        for name in self.catalog.names():
-            self.metrics.version_info.labels(name, self.catalog.get(name).version).set(1)
+        self.catalog.gauges(self.metrics)
         return web.Response(body=self.metrics.text(), headers={hdrs.CONTENT_TYPE: METRICS_CONTENT_TYPE})
 
     async def _reload(self, request: web.Request) -> web.Response:
@@ -337,6 +330,7 @@ class Service:
         """Serve the version before, or `?to=VERSION`."""
         _no_page(request)
         name, to = request.match_info["name"], _only(_single(request), "to").get("to")
+        assert self._directory is not None, "a front door has no such route"
         folders = {folder.name: folder for folder in index_folders(self._directory)}
         if name not in folders:
             raise UnknownIndex(f"no index {name[:80]!r}; there are: {', '.join(folders)}")
@@ -350,7 +344,9 @@ class Service:
         return bool(self.engine.in_flight or self._loading)
 
     async def refresh(self, *, again: bool = False) -> list[tuple[str, str]]:
-        look = asyncio.ensure_future(self.engine.in_thread(lambda: self.catalog.refresh(again=again)))
+        catalog = self.catalog
+        assert isinstance(catalog, Catalog), "a front door looks at its nodes, not at folders"
+        look = asyncio.ensure_future(self.engine.in_thread(lambda: catalog.refresh(again=again)))
         self._loading.add(look)
         look.add_done_callback(self._loading.discard)
         changed = await asyncio.shield(look)  # whoever waited may go, the thread stays at work

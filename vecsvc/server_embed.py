@@ -10,11 +10,11 @@ import msgspec
 import numpy as np
 from aiohttp import hdrs, web
 
-from vecsvc.config import ServeSettings
+from vecsvc.config import HttpSettings
 from vecsvc.encoders.base import EncoderSpec
 from vecsvc.encoders.onnx import unit_length
-from vecsvc.engine import Engine
 from vecsvc.errors import NotReady, TextTooLong, UnsupportedMediaType
+from vecsvc.front_door import Backend
 from vecsvc.schemas import JSON
 from vecsvc.schemas_embed import (
     OPENAI_PATH,
@@ -39,8 +39,8 @@ class EmbedRoutes:
 
     def __init__(
         self,
-        engine: Engine,
-        settings: ServeSettings,
+        engine: Backend,
+        settings: HttpSettings,
         metrics: Metrics,
         read: Callable[[web.Request, int], Awaitable[bytes]],
     ) -> None:
