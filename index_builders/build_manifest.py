@@ -12,7 +12,9 @@ from index_builders.build_state import Ingested, Job
 from index_builders.certify import Certifier
 from vecsvc.errors import RecallMissed
 from vecsvc.manifest import (
+    CENTROIDS_FILE,
     FORMAT_VERSION,
+    Clusters,
     Manifest,
     Provenance,
     ShardEntry,
@@ -38,14 +40,16 @@ _LIBRARIES: Final = (
 def make_manifest(job: Job, name: str, version: str, ingested: Ingested, certifier: Certifier) -> Manifest:
     shards = shard_entries(job, ingested)
     certificate, search = certifier.certificate(job.settings.recall)
+    centroids = next((file for file in ingested.files if file.path == CENTROIDS_FILE), None)
+    rows = ingested.corpus.rows
     return Manifest(
         format_version=FORMAT_VERSION,
         name=name,
         version=version,
         created=now(),
-        spec=replace(shards[0].spec, size=sum(ingested.sizes)),
+        spec=replace(shards[0].spec, size=rows),
         search=search,
-        partition="hash",
+        partition="hash" if centroids is None else "cluster",
         id_type=ingested.id_type,  # type: ignore[arg-type]
         vector_dtype=ingested.dtype,  # type: ignore[arg-type]
         fields=ingested.fields,
@@ -54,7 +58,8 @@ def make_manifest(job: Job, name: str, version: str, ingested: Ingested, certifi
         corpus=ingested.corpus,
         provenance=provenance(job),
         certificate=certificate,
-        bytes_per_vector=bytes_per_vector(shards),
+        bytes_per_vector=bytes_per_vector(shards, rows),
+        clusters=None if centroids is None else Clusters(centroids, ingested.copies, certifier.probes(search)),
     )
 
 

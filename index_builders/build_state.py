@@ -26,7 +26,8 @@ from vecsvc.types import IndexSpec, Metric
 class Ingested(msgspec.Struct):
     """What the first step left: enough to go on without the corpus."""
 
-    sizes: list[int]
+    sizes: list[int]  # of the shards; a row that lives in two counts in both
+    copies: int  # rows that live in two shards
     dim: int
     dtype: str
     files: list[FileEntry]

@@ -13,16 +13,24 @@ from index_builders.build_state import Indexed, Ingested, Job, whole
 from index_builders.certify import Certifier
 from index_builders.progress import Phase as Shown
 from vecsvc.errors import ArtifactError, StorageError
-from vecsvc.manifest import INDEX_FOLDER, VECTORS_FILE, file_entries
+from vecsvc.manifest import CENTROIDS_FILE, INDEX_FOLDER, VECTORS_FILE, file_entries
+from vecsvc.shard import ROWS_FILE
 from vecsvc.storage import delete_folder, make_folder, open_array
-from vecsvc.types import IndexSpec
+from vecsvc.types import IndexSpec, Vectors
 
 
 def index_shards(job: Job, ingested: Ingested) -> Certifier:
     """Build every shard's index, unless an earlier build had, and measure each while it is in memory."""
     settings = job.settings
     kind, params = base.choose(settings.kind, max(ingested.sizes), ingested.dim, job.params)
-    certifier = Certifier(_vectors(job, ingested), job.metric, settings.certificate_queries, settings.seed)
+    certifier = Certifier(
+        _vectors(job, ingested),
+        _rows(job, ingested),
+        job.metric,
+        settings.certificate_queries,
+        settings.seed,
+        centroids=_centroids(job, ingested),
+    )
     for number in range(len(ingested.sizes)):
         folder = job.shard_folder(number) / INDEX_FOLDER
         done = job.state.indexed.get(number)
@@ -75,3 +83,17 @@ def _vectors(job: Job, ingested: Ingested) -> list[NDArray[Any]]:
         open_array(job.shard_folder(number) / VECTORS_FILE, np.dtype(ingested.dtype), (size, ingested.dim))
         for number, size in enumerate(ingested.sizes)
     ]
+
+
+def _rows(job: Job, ingested: Ingested) -> list[NDArray[np.int64]]:
+    return [
+        open_array(job.shard_folder(number) / ROWS_FILE, np.int64, (size,))
+        for number, size in enumerate(ingested.sizes)
+    ]
+
+
+def _centroids(job: Job, ingested: Ingested) -> Vectors | None:
+    path = job.staging / CENTROIDS_FILE
+    if not path.exists():
+        return None
+    return open_array(path, np.float32, (len(ingested.sizes), ingested.dim + 1), mmap=False)

@@ -13,6 +13,7 @@ import pyarrow as pa
 from index_builders import bulk_encode
 from index_builders.build_state import Ingested, Job, empty, whole
 from index_builders.bulk_encode import EncodedTexts, encode_corpus
+from index_builders.clusters import Clustering, Spreader, sample_size
 from index_builders.corpus import Batch, Corpus
 from index_builders.progress import Phase as Shown
 from index_builders.shard_writer import ShardWriter, stored_schema
@@ -20,8 +21,9 @@ from vecsvc.encoders.base import CANARY_TEXTS, Encoder
 from vecsvc.encoders.folder import encoder_files
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import ConfigError
-from vecsvc.manifest import Canary, CorpusEntry, EncoderEntry, file_entries
-from vecsvc.storage import copy_file, delete_folder, make_folder
+from vecsvc.manifest import CENTROIDS_FILE, Canary, CorpusEntry, EncoderEntry, file_entries
+from vecsvc.storage import copy_file, delete_folder, make_folder, write_array
+from vecsvc.types import StoredVectors
 
 
 def ingest(job: Job) -> Ingested:
@@ -35,8 +37,9 @@ def ingest(job: Job) -> Ingested:
         empty(job.staging, but=encoded_folder)
         with _opened_encoder(job) as encoder:
             encoded = _encode(job, encoder) if encoder is not None and not job.corpus.has_vectors else None
+            spreader = _learn_clusters(job, encoded) if job.settings.partition == "cluster" else None
             with job.phase("ingest"):
-                done = _write_shards(job, encoder, encoded)
+                done = _write_shards(job, encoder, encoded, spreader)
         job.state.ingested = done
         job.save()
     if encoded_folder.exists():
@@ -44,7 +47,42 @@ def ingest(job: Job) -> Ingested:
     return done
 
 
-def _write_shards(job: Job, encoder: Encoder | None, encoded: EncodedTexts | None) -> Ingested:
+def _learn_clusters(job: Job, encoded: EncodedTexts | None) -> Spreader:
+    """Where the shards are, from a first pass over the vectors; written into the version for who asks them."""
+    settings, rows = job.settings, job.corpus.rows
+    if rows < settings.shards:
+        raise ConfigError(f"{rows} rows cannot fill {settings.shards} shards: use fewer --shards")
+    with job.phase("cluster"):
+        dim = job.corpus.dim or (encoded.dim if encoded is not None else 0)
+        rng = np.random.default_rng(settings.seed)
+        wanted = np.sort(rng.choice(rows, size=min(rows, sample_size(settings.shards, dim)), replace=False))
+        sample = np.empty((len(wanted), dim), dtype=np.float32)
+        with Shown("sampling", rows, job.stream) as shown:
+            for first_row, vectors in _vectors_of(job, encoded):
+                mine = slice(*np.searchsorted(wanted, (first_row, first_row + len(vectors))))
+                sample[mine] = vectors[wanted[mine] - first_row]
+                shown(len(vectors))
+        clustering = Clustering(
+            sample, settings.shards, job.metric, border_share=settings.border_share, seed=settings.seed
+        )
+        write_array(job.staging / CENTROIDS_FILE, clustering.centroids(dim))
+    return Spreader(clustering, rows, settings.border_share)
+
+
+def _vectors_of(job: Job, encoded: EncodedTexts | None) -> Iterator[tuple[int, StoredVectors]]:
+    """Every vector of the corpus once, in order: (first row, vectors (n, dim))."""
+    if encoded is not None:
+        for start in range(0, encoded.rows, bulk_encode.WINDOW_ROWS):
+            yield start, encoded.of(start, min(bulk_encode.WINDOW_ROWS, encoded.rows - start))
+        return
+    for batch in job.corpus.read_batches(job.settings.batch_rows):
+        assert batch.vectors is not None
+        yield batch.first_row, batch.vectors
+
+
+def _write_shards(
+    job: Job, encoder: Encoder | None, encoded: EncodedTexts | None, spreader: Spreader | None
+) -> Ingested:
     corpus = job.corpus
     with contextlib.ExitStack() as stack:
         writers = [
@@ -54,7 +92,7 @@ def _write_shards(job: Job, encoder: Encoder | None, encoded: EncodedTexts | Non
             for batch in corpus.read_batches(job.settings.batch_rows, checked=encoded is not None):
                 n = len(batch.hashes)
                 vectors = batch.vectors if encoded is None else encoded.of(batch.first_row, n)
-                _spread(writers, batch, vectors)
+                _spread(writers, batch, vectors, spreader)
                 shown(n)
         for writer in writers:
             writer.finish()
@@ -68,24 +106,28 @@ def _write_shards(job: Job, encoder: Encoder | None, encoded: EncodedTexts | Non
     files = [path for path in job.staging.rglob("*") if path.is_file() and path.parent != encoded_folder]
     return Ingested(
         sizes=sizes,
+        copies=spreader.copies if spreader is not None else 0,
         dim=writers[0].dim,
         dtype=writers[0].dtype,
         files=file_entries(job.staging, files),
-        corpus=CorpusEntry(corpus.path, sum(sizes), corpus.columns, corpus.sha256()),
+        corpus=CorpusEntry(corpus.path, corpus.rows, corpus.columns, corpus.sha256()),
         id_type=corpus.id_type,
         fields={field.name: str(field.type) for field in stored_schema(corpus)},
         encoder=entry,
     )
 
 
-def _spread(writers: list[ShardWriter], batch: Batch, vectors: Any) -> None:
+def _spread(writers: list[ShardWriter], batch: Batch, vectors: Any, spreader: Spreader | None) -> None:
     rows = np.arange(batch.first_row, batch.first_row + len(batch.hashes), dtype=np.int64)
     if len(writers) == 1:
         writers[0].write(rows, batch.hashes, vectors, batch.ids, batch.fields)
         return
-    shard_of = batch.hashes % np.uint64(len(writers))
+    if spreader is None:
+        first = second = (batch.hashes % np.uint64(len(writers))).astype(np.int64)
+    else:
+        first, second = spreader.spread(vectors)
     for number, writer in enumerate(writers):
-        mine = np.flatnonzero(shard_of == number)
+        mine = np.flatnonzero((first == number) | (second == number))
         if len(mine):
             fields = batch.fields.take(pa.array(mine)) if batch.fields is not None else None
             writer.write(rows[mine], batch.hashes[mine], vectors[mine], batch.ids.take(pa.array(mine)), fields)

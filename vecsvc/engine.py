@@ -27,8 +27,8 @@ from vecsvc.errors import (
     UnknownParameter,
 )
 from vecsvc.query_encoder import QueryEncoder
-from vecsvc.ranking import merge_top_k
-from vecsvc.shard import Found
+from vecsvc.ranking import merge_top_k, nearest_shards, queries_of_shards
+from vecsvc.shard import Found, Shard, placed
 from vecsvc.telemetry import Metrics
 from vecsvc.types import (
     BatchAnswer,
@@ -228,6 +228,7 @@ class _Search:
         self.cut: list[int] = []  # texts that were longer than the encoder reads
         self.plan = _plan(served, settings)
         _check_fields(settings.conditions, served)
+        _check_probe(settings, served)
         _check_size(query, settings, served)
         if isinstance(query, VectorQuery):
             _check_vectors(query.vectors, served)
@@ -241,13 +242,15 @@ class _Search:
 
     def run(self) -> BatchAnswer:
         served, clock = self.served, self.clock
-        own: tuple[int, int] | None = None  # shard and label of the row that a query by id leaves out
+        own: dict[int, int] = {}  # shard -> label of the row that a query by id leaves out
         if self.vectors is not None:
             queries = self.vectors
         else:
             assert isinstance(self.query, IdQuery)
             own = self._find(self.query)
-            queries = np.asarray(served.shards[own[0]].vectors[own[1] : own[1] + 1], dtype=np.float32)
+            first = next(shard for shard in served.shards if shard.number in own)
+            label = own[first.number]
+            queries = np.asarray(first.vectors[label : label + 1], dtype=np.float32)
         if time.monotonic() >= clock.deadline:
             raise DeadlineExceeded("the deadline passed before the search began")
         before = time.perf_counter()
@@ -256,31 +259,39 @@ class _Search:
         for start in range(SLICE, len(queries), SLICE):
             if time.monotonic() >= clock.deadline:
                 raise DeadlineExceeded(f"the deadline passed after {start} of {len(queries)} queries")
-            part = self._recall(queries[start : start + SLICE], None)
+            part = self._recall(queries[start : start + SLICE], own)
             hits += self._name(part, len(queries[start : start + SLICE]))
             found = list(map(_sum, found, part))
-        clock.rerank = sum(part.rerank_s for part in found)
+        clock.rerank = sum(part.rerank_s for part in found if part is not None)
         clock.search = time.perf_counter() - before - clock.rerank
         return self._answer(found, hits)
 
-    def _recall(self, queries: Vectors, own: tuple[int, int] | None) -> list[Found]:
-        """What each shard finds for a slice of the queries."""
+    def _recall(self, queries: Vectors, own: dict[int, int]) -> list[Found | None]:
+        """What each shard finds for a slice of the queries; None where none of them asks it."""
+        served, probe = self.served, self.settings.probe_shards
+        if probe is None or served.centroids is None:
+            return [self._ask(shard, queries, own) for shard in served.shards]
+        asking = queries_of_shards(nearest_shards(queries, served.centroids, probe, served.manifest.metric))
+        found: list[Found | None] = []
+        for shard in served.shards:
+            rows = asking.get(shard.number)
+            part = None if rows is None else placed(self._ask(shard, queries[rows], own), rows, len(queries))
+            found.append(part)
+        return found
+
+    def _ask(self, shard: Shard, queries: Vectors, own: dict[int, int]) -> Found:
         settings = self.settings
-        limit = Limit(settings.max_visited, self.clock.deadline)
-        return [
-            shard.search(
-                queries,
-                settings.k,
-                self.plan.params,
-                conditions=settings.conditions,
-                exact=settings.exact,
-                without=own[1] if own is not None and own[0] == shard.number else None,
-                rerank_depth=settings.rerank_depth,
-                limit=limit,
-                num_threads=self.num_threads if len(queries) > 1 else 1,
-            )
-            for shard in self.served.shards
-        ]
+        return shard.search(
+            queries,
+            settings.k,
+            self.plan.params,
+            conditions=settings.conditions,
+            exact=settings.exact,
+            without=own.get(shard.number),
+            rerank_depth=settings.rerank_depth,
+            limit=Limit(settings.max_visited, self.clock.deadline),
+            num_threads=self.num_threads if len(queries) > 1 else 1,
+        )
 
     async def encode(self, texts: list[str]) -> None:
         """From here on the question is one by vectors."""
@@ -290,19 +301,21 @@ class _Search:
         self.clock.encode = encoded.encode_s
         self.cut = [at for at, cut in enumerate(encoded.truncated) if cut]
 
-    def _find(self, query: IdQuery) -> tuple[int, int]:
-        for shard in self.served.shards:
-            label = shard.ids.label(query.id)
-            if label is not None:
-                return shard.number, label
+    def _find(self, query: IdQuery) -> dict[int, int]:
+        """Shard -> label of a row; near a border a row lives in two shards."""
+        shards = self.served.shards
+        found = {shard.number: label for shard in shards if (label := shard.ids.label(query.id)) is not None}
+        if found:
+            return found
         raise UnknownId(f"index {self.served.name!r} has no id {query.id!r}")
 
-    def _name(self, found: list[Found], n: int) -> list[list[Hit]]:
+    def _name(self, found: list[Found | None], n: int) -> list[list[Hit]]:
         """Merge the shards' answers and turn labels into hits."""
         shards, k, metric = self.served.shards, self.settings.k, self.served.manifest.metric
-        if len(shards) == 1 and not self.settings.include:
+        part = found[0]
+        if len(shards) == 1 and part is not None and not self.settings.include:
             # The common case, without the steps that it does not need: one shard's order is the answer's.
-            part, ids = found[0], shards[0].ids
+            ids = shards[0].ids
             answers = []
             for row in range(n):
                 labels = part.labels[row].tolist()
@@ -311,18 +324,19 @@ class _Search:
                 distances = part.distances[row]
                 answers.append(list(map(Hit, ids.of(labels), score(distances, metric).tolist(), distances.tolist())))
             return answers
-        return [self._merge(found, row, k) for row in range(n)]
+        asked = [(shard, part) for shard, part in zip(shards, found, strict=True) if part is not None]
+        return [self._merge(asked, row, k) for row in range(n)]
 
-    def _merge(self, found: list[Found], row: int, k: int) -> list[Hit]:
-        shards, metric, include = self.served.shards, self.served.manifest.metric, self.settings.include
+    def _merge(self, asked: list[tuple[Shard, Found]], row: int, k: int) -> list[Hit]:
+        metric, include = self.served.manifest.metric, self.settings.include
         parts = []
-        for shard, part in zip(shards, found, strict=True):
+        for shard, part in asked:
             labels = part.labels[row]
             parts.append((part.distances[row], np.where(labels >= 0, shard.rows[labels], -1)))
         which, position = merge_top_k(parts, k)
         hits = []
         for number, at in zip(which.tolist(), position.tolist(), strict=True):
-            shard, part = shards[number], found[number]
+            shard, part = asked[number]
             labels = [int(part.labels[row, at])]
             distance = part.distances[row, at : at + 1]
             hits.append(
@@ -336,31 +350,32 @@ class _Search:
             )
         return hits
 
-    def _answer(self, found: list[Found], hits: list[list[Hit]]) -> BatchAnswer:
+    def _answer(self, found: list[Found | None], hits: list[list[Hit]]) -> BatchAnswer:
         served, settings = self.served, self.settings
+        asked = [part for part in found if part is not None]
         degraded = []
         if self.cut:
             degraded.append(_cut_note(self.cut, len(hits), _encoder(served).spec.max_tokens))
-        if any(part.stopped for part in found):
+        if any(part.stopped for part in asked):
             degraded.append("the search was cut short")
             if not settings.partial and time.monotonic() >= self.clock.deadline:
                 raise DeadlineExceeded("no full answer within timeout_ms; allow more time, or ask with partial")
-        strategy, visited = found[0].strategy, found[0].visited
-        for part in found[1:]:
+        strategy, visited = asked[0].strategy, asked[0].visited
+        for part in asked[1:]:
             strategy = strategy if part.strategy == strategy else "mixed"
             visited = -1 if min(visited, part.visited) < 0 else visited + part.visited
         encoder = served.encoder if isinstance(self.query, TextQuery) else None
         return BatchAnswer(
             hits,
             self.clock.took_ms(),
-            Coverage(len(found), len(served.shards), degraded),
+            Coverage(len(asked), len(asked), degraded),
             Stats(strategy, visited, settings.k * len(hits) - sum(map(len, hits))),
             served.id,
             encoder.spec.name if encoder is not None else None,
             self._explain(found) if "explain" in settings.include else None,
         )
 
-    def _explain(self, found: list[Found]) -> list[ShardExplain]:
+    def _explain(self, found: list[Found | None]) -> list[ShardExplain]:
         return [
             ShardExplain(
                 shard=shard.number,
@@ -373,11 +388,14 @@ class _Search:
                 took_ms=round(part.took_s * 1e3, 3),
             )
             for shard, part in zip(self.served.shards, found, strict=True)
+            if part is not None
         ]
 
 
-def _sum(a: Found, b: Found) -> Found:
+def _sum(a: Found | None, b: Found | None) -> Found | None:
     """What two slices of a batch took together; their labels were named already."""
+    if a is None or b is None:
+        return b if a is None else a
     return msgspec.structs.replace(
         b,
         visited=-1 if min(a.visited, b.visited) < 0 else a.visited + b.visited,
@@ -414,7 +432,15 @@ def _plan(served: Served, settings: SearchSettings) -> Plan:
     try:
         return served.plan(settings)
     except (UnknownParameter, InvalidParameter) as error:
-        raise InvalidRequest(f"params: {error}; every kind takes exact and max_visited") from error
+        raise InvalidRequest(f"params: {error}; every kind takes exact, max_visited and probe_shards") from error
+
+
+def _check_probe(settings: SearchSettings, served: Served) -> None:
+    if settings.probe_shards is not None and served.centroids is None:
+        raise InvalidRequest(
+            f"params.probe_shards is {settings.probe_shards}, and a hash spread the rows of index {served.name!r}, so "
+            "that every shard has a part of every answer: leave it out, or build with --partition cluster"
+        )
 
 
 def _check_fields(conditions: tuple[Condition, ...], served: Served) -> None:

@@ -19,7 +19,7 @@ from vecsvc.filters import MAX_DEPTH, OPERATORS
 from vecsvc.indexes.base import module
 from vecsvc.openapi_embed import ANSWERS, ERRORS, VECTORS, embed_paths
 from vecsvc.schemas import ARROW, BINARY, JSON, MAX_URL_TEXT_CHARS, ErrorAnswer
-from vecsvc.types import DEFAULT_K, INCLUDES, MAX_ABS, BatchAnswer, SearchAnswer
+from vecsvc.types import DEFAULT_K, INCLUDES, MAX_ABS, MAX_SHARDS, BatchAnswer, SearchAnswer
 
 _REF: Final = "#/components/schemas/{name}"
 
@@ -338,12 +338,19 @@ def _vector(served: Served) -> dict[str, Any]:
 
 
 def _params(served: Served) -> dict[str, Any]:
-    """`exact` and `max_visited`, and the settings of the index's kind with their bounds."""
+    """What every kind takes, and the settings of the index's kind with their bounds."""
     cls = module(served.manifest.spec.kind).SearchParams
     properties: dict[str, Any] = {
         "exact": {"type": "boolean", "default": False, "description": "compare with every vector"},
         "max_visited": {"type": "integer", "minimum": 1, "maximum": 2**53, "description": "vectors to compare at most"},
     }
+    if served.centroids is not None:
+        properties["probe_shards"] = {
+            "type": "integer",
+            "minimum": 1,
+            "maximum": MAX_SHARDS,
+            "description": "ask so many shards, those nearest to the query; all of them unless it is given",
+        }
     defaults = {**indexes.params_dict(cls()), **served.manifest.search}
     for field in dataclasses.fields(cls):
         schema: dict[str, Any] = {"type": "integer", "description": field.metadata.get("meaning", "")}
