@@ -137,6 +137,8 @@ def index(name: str) -> Path:
         options["kind"] = "exact"
     if name == "sharded":
         options["shards"] = 3
+    if name == "squared":
+        options |= {"shards": 4, "partition": "cluster", "border_share": 0.3}
     if name == "texts":
         options["encoder"] = str(encoder_folder())
     return build(corpus, work_folder() / "all", name, **options)

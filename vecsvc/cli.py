@@ -349,6 +349,11 @@ def _print_manifest(name: str, facts: dict[str, Any]) -> None:
                 f"    {_settings_text(point['params']):<24} recall {point['recall']:.4f} ± {point['recall_error']:.4f}"
                 f"  {point['latency_ms']:.3f} ms{mark}"
             )
+    if facts["clusters"]:
+        share = facts["clusters"]["copies"] / spec["size"]
+        click.echo(f"  clusters, {share:.1%} of the rows in two shards; recall with so many probe_shards:")
+        for point in facts["clusters"]["probes"]:
+            click.echo(f"    {point['shards']:<24} recall {point['recall']:.4f} ± {point['recall_error']:.4f}")
 
 
 @cli.command()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 from vecsvc.errors import ConfigError, InvalidParameter, UnknownParameter, VecsvcError
+from vecsvc.types import MAX_SHARDS
 
 T = TypeVar("T")
 ENV_PREFIX: Final = "VECSVC_"
@@ -189,7 +190,20 @@ class BuildSettings:
     name: str = option("", "name of the index; empty for the corpus file's stem")
     kind: str = option("auto", "kind of index: auto, exact, nng, tp_tree, hnsw, kd_tree, faiss, or a plug-in's")
     metric: str = option("cosine", "what near means", choices=("l2", "ip", "cosine"))
-    shards: int = option(1, "parts the corpus is split into by a hash of the id", low=1, high=256)
+    shards: int = option(1, "parts the corpus is split into", low=1, high=MAX_SHARDS)
+    partition: str = option(
+        "hash",
+        "how rows are spread over shards: by a hash of the id, or by nearness (cluster), so that a question with "
+        "probe_shards need not ask all",
+        choices=("hash", "cluster"),
+    )
+    border_share: float = option(
+        0.1,
+        "with --partition cluster: the share of the rows that may live in two shards, those nearest to a border; "
+        "more buys recall where few shards are asked",
+        low=0.0,
+        high=1.0,
+    )
     version: str = option("", "name of the version; empty for the time")
     encoder: str = option(
         "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
@@ -27,10 +27,11 @@ from vecsvc.errors import (
     ShardsMissing,
     UnknownId,
     UnknownParameter,
+    listed,
 )
 from vecsvc.manifest import Manifest
-from vecsvc.ranking import merge_top_k
-from vecsvc.shard import Found, Shard
+from vecsvc.ranking import merge_top_k, nearest_shards, queries_of_shards
+from vecsvc.shard import Found, Shard, placed
 from vecsvc.telemetry import Metrics
 from vecsvc.types import (
     BatchAnswer,
@@ -71,7 +72,6 @@ _HIT_BYTES: Final = 256
 _FIELD_BYTES: Final = 256
 _VALUE_BYTES: Final = 32
 SLICE: Final = 64  # queries of a batch between two looks at the deadline
-MAX_NAMED: Final = 10  # texts that an answer names one by one
 MAX_CANDIDATES: Final = 100_000  # of one query: k or rerank.depth, times k_factor
 
 
@@ -277,6 +277,7 @@ class _Search:
         self.num_threads = num_threads
         self.vectors: Vectors | None = query.vectors if isinstance(query, VectorQuery) else None
         self.cut: list[int] = []  # texts that were longer than the encoder reads
+        self.wanted: set[int] = set()  # shards that some query probes; empty where all are asked
         self.plan = _plan(served, settings)
         if shards is None and not served.whole and not settings.partial:
             held = ", ".join(map(str, served.numbers))
@@ -303,7 +304,8 @@ class _Search:
         for start in range(0, len(self.vectors), SLICE):
             if time.monotonic() >= self.clock.deadline:
                 raise DeadlineExceeded(f"the deadline passed after {start} of {len(self.vectors)} queries")
-            slices.append(self._recall(self.vectors[start : start + SLICE], None))
+            queries = self.vectors[start : start + SLICE]
+            slices.append([self._ask(shard, queries, {}) for shard in self.shards])
         found = slices[0]
         if len(slices) > 1:
             found = [_joined(parts) for parts in zip(*slices, strict=True)]
@@ -313,13 +315,15 @@ class _Search:
 
     def run(self) -> BatchAnswer:
         clock = self.clock
-        own: tuple[Shard, int] | None = None  # shard and label of the row that a query by id leaves out
+        own: dict[int, int] = {}  # shard -> label of the row that a query by id leaves out
         if self.vectors is not None:
             queries = self.vectors
         else:
             assert isinstance(self.query, IdQuery)
             own = self._find(self.query)
-            queries = np.asarray(own[0].vectors[own[1] : own[1] + 1], dtype=np.float32)
+            first = next(shard for shard in self.shards if shard.number in own)
+            label = own[first.number]
+            queries = np.asarray(first.vectors[label : label + 1], dtype=np.float32)
         if time.monotonic() >= clock.deadline:
             raise DeadlineExceeded("the deadline passed before the search began")
         before = time.perf_counter()
@@ -328,31 +332,40 @@ class _Search:
         for start in range(SLICE, len(queries), SLICE):
             if time.monotonic() >= clock.deadline:
                 raise DeadlineExceeded(f"the deadline passed after {start} of {len(queries)} queries")
-            part = self._recall(queries[start : start + SLICE], None)
+            part = self._recall(queries[start : start + SLICE], own)
             hits += self._name(part, len(queries[start : start + SLICE]))
-            found = list(map(_sum, found, part))
-        clock.rerank = sum(part.rerank_s for part in found)
+            found = [_either(a, b) for a, b in zip(found, part, strict=True)]
+        clock.rerank = sum(part.rerank_s for part in found if part is not None)
         clock.search = time.perf_counter() - before - clock.rerank
         return self._answer(found, hits)
 
-    def _recall(self, queries: Vectors, own: tuple[Shard, int] | None) -> list[Found]:
-        """What each shard finds for a slice of the queries."""
+    def _recall(self, queries: Vectors, own: dict[int, int]) -> list[Found | None]:
+        """What each shard finds for a slice of the queries; None where none of them asks it."""
+        served, probe = self.served, self.settings.probe_shards
+        if probe is None or served.centroids is None:
+            return [self._ask(shard, queries, own) for shard in self.shards]
+        asking = queries_of_shards(nearest_shards(queries, served.centroids, probe, served.manifest.metric))
+        self.wanted |= asking.keys()
+        found: list[Found | None] = []
+        for shard in self.shards:
+            rows = asking.get(shard.number)
+            part = None if rows is None else placed(self._ask(shard, queries[rows], own), rows, len(queries))
+            found.append(part)
+        return found
+
+    def _ask(self, shard: Shard, queries: Vectors, own: dict[int, int]) -> Found:
         settings = self.settings
-        limit = Limit(settings.max_visited, self.clock.deadline)
-        return [
-            shard.search(
-                queries,
-                settings.k,
-                self.plan.params,
-                conditions=settings.conditions,
-                exact=settings.exact,
-                without=own[1] if own is not None and own[0] is shard else None,
-                rerank_depth=settings.rerank_depth,
-                limit=limit,
-                num_threads=self.num_threads if len(queries) > 1 else 1,
-            )
-            for shard in self.shards
-        ]
+        return shard.search(
+            queries,
+            settings.k,
+            self.plan.params,
+            conditions=settings.conditions,
+            exact=settings.exact,
+            without=own.get(shard.number),
+            rerank_depth=settings.rerank_depth,
+            limit=Limit(settings.max_visited, self.clock.deadline),
+            num_threads=self.num_threads if len(queries) > 1 else 1,
+        )
 
     async def encode(self, texts: list[str]) -> None:
         """From here on the question is one by vectors."""
@@ -362,19 +375,20 @@ class _Search:
         self.clock.encode = encoded.encode_s
         self.cut = [at for at, cut in enumerate(encoded.truncated) if cut]
 
-    def _find(self, query: IdQuery) -> tuple[Shard, int]:
-        for shard in self.shards:
-            label = shard.ids.label(query.id)
-            if label is not None:
-                return shard, label
+    def _find(self, query: IdQuery) -> dict[int, int]:
+        """Shard -> label of a row; near a border a row lives in two shards."""
+        found = {shard.number: label for shard in self.shards if (label := shard.ids.label(query.id)) is not None}
+        if found:
+            return found
         raise UnknownId(f"index {self.served.name!r} has no id {query.id!r}")
 
-    def _name(self, found: list[Found], n: int) -> list[list[Hit]]:
+    def _name(self, found: list[Found | None], n: int) -> list[list[Hit]]:
         """Merge the shards' answers and turn labels into hits."""
         shards, k, metric = self.shards, self.settings.k, self.served.manifest.metric
-        if len(shards) == 1 and not self.settings.include:
+        part = found[0]
+        if len(shards) == 1 and part is not None and not self.settings.include:
             # The common case, without the steps that it does not need: one shard's order is the answer's.
-            part, ids = found[0], shards[0].ids
+            ids = shards[0].ids
             answers = []
             for row in range(n):
                 labels = part.labels[row].tolist()
@@ -383,18 +397,19 @@ class _Search:
                 distances = part.distances[row]
                 answers.append(list(map(Hit, ids.of(labels), score(distances, metric).tolist(), distances.tolist())))
             return answers
-        return [self._merge(found, row, k) for row in range(n)]
+        asked = [(shard, part) for shard, part in zip(shards, found, strict=True) if part is not None]
+        return [self._merge(asked, row, k) for row in range(n)]
 
-    def _merge(self, found: list[Found], row: int, k: int) -> list[Hit]:
-        shards, metric, include = self.shards, self.served.manifest.metric, self.settings.include
+    def _merge(self, asked: list[tuple[Shard, Found]], row: int, k: int) -> list[Hit]:
+        metric, include = self.served.manifest.metric, self.settings.include
         parts = []
-        for shard, part in zip(shards, found, strict=True):
+        for shard, part in asked:
             labels = part.labels[row]
             parts.append((part.distances[row], np.where(labels >= 0, shard.rows[labels], -1)))
         which, position = merge_top_k(parts, k)
         hits = []
         for number, at in zip(which.tolist(), position.tolist(), strict=True):
-            shard, part = shards[number], found[number]
+            shard, part = asked[number]
             labels = [int(part.labels[row, at])]
             distance = part.distances[row, at : at + 1]
             hits.append(
@@ -408,33 +423,36 @@ class _Search:
             )
         return hits
 
-    def _answer(self, found: list[Found], hits: list[list[Hit]]) -> BatchAnswer:
+    def _answer(self, found: list[Found | None], hits: list[list[Hit]]) -> BatchAnswer:
         served, settings = self.served, self.settings
+        asked = [part for part in found if part is not None]
         degraded = []
         if self.cut:
             degraded.append(cut_note(self.cut, len(hits), encoder_of(served).spec.max_tokens))
-        if not served.whole:
-            degraded.append(f"shards that are not held here: {_missing(served)}")
-        if any(part.stopped for part in found):
+        wanted = self.wanted if self.wanted else set(range(len(served.manifest.shards)))
+        missing = sorted(wanted - set(served.numbers))
+        if missing:
+            degraded.append(f"shards that are not held here: {listed(missing)}")
+        if any(part.stopped for part in asked):
             degraded.append("the search was cut short")
             if not settings.partial and time.monotonic() >= self.clock.deadline:
                 raise DeadlineExceeded("no full answer within timeout_ms; allow more time, or ask with partial")
-        strategy, visited = found[0].strategy, found[0].visited
-        for part in found[1:]:
+        strategy, visited = asked[0].strategy, asked[0].visited
+        for part in asked[1:]:
             strategy = strategy if part.strategy == strategy else "mixed"
             visited = -1 if min(visited, part.visited) < 0 else visited + part.visited
         encoder = served.encoder if isinstance(self.query, TextQuery) else None
         return BatchAnswer(
             hits,
             self.clock.took_ms(),
-            Coverage(len(found), len(served.manifest.shards), degraded),
+            Coverage(len(wanted) - len(missing), len(wanted), degraded),
             Stats(strategy, visited, settings.k * len(hits) - sum(map(len, hits))),
             served.id,
             encoder.spec.name if encoder is not None else None,
             self.explain(found) if "explain" in settings.include else None,
         )
 
-    def explain(self, found: list[Found]) -> list[ShardExplain]:
+    def explain(self, found: Sequence[Found | None]) -> list[ShardExplain]:
         return [
             ShardExplain(
                 shard=shard.number,
@@ -447,25 +465,24 @@ class _Search:
                 took_ms=round(part.took_s * 1e3, 3),
             )
             for shard, part in zip(self.shards, found, strict=True)
+            if part is not None
         ]
-
-
-def _missing(served: Served) -> str:
-    missing = [n for n in range(len(served.manifest.shards)) if n not in served.numbers]
-    more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
-    return ", ".join(map(str, missing[:MAX_NAMED])) + more
 
 
 def _joined(parts: tuple[Found, ...]) -> Found:
     """Slices of a batch as one."""
     return msgspec.structs.replace(
-        functools.reduce(_sum, parts),
+        functools.reduce(_total, parts),
         labels=np.concatenate([part.labels for part in parts]),
         distances=np.concatenate([part.distances for part in parts]),
     )
 
 
-def _sum(a: Found, b: Found) -> Found:
+def _either(a: Found | None, b: Found | None) -> Found | None:
+    return _total(a, b) if a is not None and b is not None else a if b is None else b
+
+
+def _total(a: Found, b: Found) -> Found:
     """What two slices of a batch took together; their labels were named already."""
     return msgspec.structs.replace(
         b,
@@ -491,8 +508,7 @@ def encoder_of(served: HasEncoder[E]) -> E:
 def cut_note(cut: list[int], texts: int, max_tokens: int) -> str:
     if texts == 1:
         return f"the text was cut at {max_tokens} tokens"
-    more = f" and {len(cut) - MAX_NAMED} more" if len(cut) > MAX_NAMED else ""
-    return f"cut at {max_tokens} tokens: texts {', '.join(map(str, cut[:MAX_NAMED]))}{more}"
+    return f"cut at {max_tokens} tokens: texts {listed(cut)}"
 
 
 def _ms(seconds: float) -> float:
@@ -504,11 +520,16 @@ def _plan(served: Served, settings: SearchSettings) -> Plan:
     try:
         return served.plan(settings)
     except (UnknownParameter, InvalidParameter) as error:
-        raise InvalidRequest(f"params: {error}; every kind takes exact and max_visited") from error
+        raise InvalidRequest(f"params: {error}; every kind takes exact, max_visited and probe_shards") from error
 
 
 def check_question(query: Query, settings: SearchSettings, manifest: Manifest) -> None:
     """Refuse a question that no shard of the index could answer, or whose answer would be too large."""
+    if settings.probe_shards is not None and manifest.clusters is None:
+        raise InvalidRequest(
+            f"params.probe_shards is {settings.probe_shards}, and a hash spread the rows of index {manifest.name!r}, "
+            "so that every shard has a part of every answer: leave it out, or build with --partition cluster"
+        )
     for condition in settings.conditions:
         if condition.field not in manifest.fields:
             stored = ", ".join(manifest.fields) or "none"

@@ -42,6 +42,17 @@ VecsvcError
     InternalError                  a bug of ours, seen from another process
 """
 
+from collections.abc import Sequence
+from typing import Final
+
+MAX_LISTED: Final = 10  # things that a message names one by one
+
+
+def listed(things: Sequence[object]) -> str:
+    """Things as a message names them, with the number of those left out."""
+    more = f" and {len(things) - MAX_LISTED} more" if len(things) > MAX_LISTED else ""
+    return ", ".join(map(str, things[:MAX_LISTED])) + more
+
 
 class VecsvcError(Exception):
     code = "internal"

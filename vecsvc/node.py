@@ -149,7 +149,10 @@ class Node:
                 try:
                     await self._connected()
                     wait = first
-                except (OSError, TimeoutError, NodeFailed, ssl.SSLError) as error:
+                except (OSError, TimeoutError, NodeFailed) as error:
+                    self._lost(error)
+                except Exception as error:
+                    log.exception("a bug of ours", extra={"data": {"node": self.name}})
                     self._lost(error)
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))
                 wait = min(longest, 2 * wait)

@@ -19,7 +19,7 @@ from vecsvc.front_door import Described
 from vecsvc.indexes.base import module
 from vecsvc.openapi_embed import ANSWERS, ERRORS, VECTORS, embed_paths
 from vecsvc.schemas import ARROW, BINARY, JSON, MAX_URL_TEXT_CHARS, ErrorAnswer
-from vecsvc.types import DEFAULT_K, INCLUDES, MAX_ABS, BatchAnswer, SearchAnswer
+from vecsvc.types import DEFAULT_K, INCLUDES, MAX_ABS, MAX_SHARDS, BatchAnswer, SearchAnswer
 
 _REF: Final = "#/components/schemas/{name}"
 
@@ -33,7 +33,7 @@ _ERRORS: Final = {
     415: "the body has another type, or is compressed",
     422: "well-formed, but wrong: the message names the value and what would be right",
     429: "{max_in_flight} requests are in flight, or {max_buffered_bytes} bytes of bodies, "
-    "or too many tokens wait for an encoder; see Retry-After",
+    "or {max_waiting_tokens} tokens wait for an encoder; see Retry-After",
     500: "the service failed",
     503: "not ready; the message says why",
     504: "the deadline timeout_ms passed; for embeddings that is {embed_timeout_ms:g} ms",
@@ -45,6 +45,13 @@ _MIN_FLOAT32: Final = 1.401298464324817e-45  # smaller ones become zero
 _FIRST_TOO_LARGE: Final = float(
     (np.float64(np.float32(MAX_ABS)) + np.float64(np.nextafter(np.float32(MAX_ABS), np.float32(np.inf)))) / 2
 )
+
+
+class _Known(dict[str, Any]):
+    """Settings by their names; a front door lacks those of what only its nodes do."""
+
+    def __missing__(self, name: str) -> str:
+        return "too many"
 
 
 class IndexSummary(msgspec.Struct, frozen=True):
@@ -175,7 +182,7 @@ def _responses(
         "200": {"description": "OK", "headers": request_id, "content": content},
         **{
             str(status): {
-                "description": _ERRORS[status].format_map(asdict(settings)),
+                "description": _ERRORS[status].format_map(_Known(asdict(settings))),
                 "headers": request_id | (retry if status in (429, 503) else {}),
                 "content": error,
             }
@@ -338,12 +345,19 @@ def _vector(served: Described) -> dict[str, Any]:
 
 
 def _params(served: Described) -> dict[str, Any]:
-    """`exact` and `max_visited`, and the settings of the index's kind with their bounds."""
+    """What every kind takes, and the settings of the index's kind with their bounds."""
     cls = module(served.manifest.spec.kind).SearchParams
     properties: dict[str, Any] = {
         "exact": {"type": "boolean", "default": False, "description": "compare with every vector"},
         "max_visited": {"type": "integer", "minimum": 1, "maximum": 2**53, "description": "vectors to compare at most"},
     }
+    if served.centroids is not None:
+        properties["probe_shards"] = {
+            "type": "integer",
+            "minimum": 1,
+            "maximum": MAX_SHARDS,
+            "description": "ask so many shards, those nearest to the query; all of them unless it is given",
+        }
     defaults = {**indexes.params_dict(cls()), **served.manifest.search}
     for field in dataclasses.fields(cls):
         schema: dict[str, Any] = {"type": "integer", "description": field.metadata.get("meaning", "")}

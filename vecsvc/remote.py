@@ -19,14 +19,13 @@ import numpy as np
 
 from vecsvc import errors
 from vecsvc.errors import InternalError, ProtocolError, VecsvcError
-from vecsvc.types import Condition, Id, SearchSettings, ShardExplain, Vectors
+from vecsvc.types import MAX_SHARDS, Condition, Id, SearchSettings, ShardExplain, Vectors
 
 T = TypeVar("T")
 
 PROTOCOL: Final = 1  # rises when an older end would not understand
 MAX_REQUEST_BYTES: Final = 64 << 20  # a batch of vectors fits by max_body_bytes
 MAX_ANSWER_BYTES: Final = 512 << 20  # an answer is bounded by the engine's own limit on its size in memory
-MAX_SHARDS: Final = 4096  # of one index
 
 _HEAD: Final = struct.Struct("<IBII")
 _ASKED: Final = struct.Struct("<dH")
@@ -93,6 +92,7 @@ class Ask(_Message, frozen=True):
     exact: bool
     max_visited: int | None
     rerank_depth: int | None
+    partial: bool  # what was found by the deadline is better than nothing
     include: list[str]
 
     def rows(self) -> Vectors:
@@ -107,6 +107,7 @@ class Ask(_Message, frozen=True):
             max_visited=self.max_visited,
             rerank_depth=self.rerank_depth,
             timeout_ms=timeout_ms,
+            partial=self.partial,
             include=frozenset(self.include),
         )
 
@@ -169,7 +170,7 @@ class Description(_Message, frozen=True):
     manifest: bytes  # JSON
     schema: bytes  # Arrow schema of the stored fields, as an IPC message
     encoder: bytes  # JSON of the EncoderSpec of what encodes its queries; empty where it takes no text
-    centroids: bytes | None  # float32 (shards, dim) where the index is partitioned by clusters
+    centroids: bytes | None  # float32 (shards, dim + 1), see nearest_shards; None where a hash spread the rows
 
 
 class Failed(_Message, frozen=True):

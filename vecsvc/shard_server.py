@@ -188,7 +188,7 @@ async def _search(server: ShardServer, asked: tuple[float, tuple[int, ...], remo
     try:
         shards = served.some(wanted)
         search, found, clock = await server.engine.search_part(served, shards, VectorQuery(vectors), settings)
-        if any(part.stopped for part in found) and clock.passed():
+        if any(part.stopped for part in found) and clock.passed() and not settings.partial:
             raise DeadlineExceeded("the search was cut short by the deadline")
         # Many hits take long enough to name to hold up the event loop.
         long = settings.k * len(vectors) > schemas.INLINE_HITS
@@ -289,7 +289,7 @@ async def _describe(server: ShardServer, asked: remote.Describe) -> tuple[Kind, 
             manifest=msgspec.json.encode(_without_files(served.manifest)),
             schema=served.stored.serialize().to_pybytes(),
             encoder=msgspec.json.encode(served.encoder.spec) if served.encoder is not None else b"",
-            centroids=None,
+            centroids=served.centroids.astype("<f4", copy=False).tobytes() if served.centroids is not None else None,
         )
     finally:
         served.release()
