@@ -11,20 +11,23 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import time
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import threadpoolctl
 import uvloop
 from aiohttp import web
 
 from vecsvc import __version__, machine_code
+from vecsvc.access import is_loopback
 from vecsvc.config import ServeSettings
 from vecsvc.errors import ConfigError
 from vecsvc.server import Connection, Service
 from vecsvc.telemetry import configure_logging
+from vecsvc.tls import server_tls
 
 log: Final = logging.getLogger("vecsvc.server")
 
@@ -58,9 +61,12 @@ def _allow_files(wanted: int) -> None:
 async def _run(directory: Path, settings: ServeSettings) -> None:
     started = time.perf_counter()
     service = Service(directory, settings)
+    tls, admin_tls = _tls(settings)
     machine_code.announce = functools.partial(_compiling, service)
-    runner, listener = await _listen(service, service.app(), settings.host, settings.port)
-    admin, admin_listener = await _listen(service, service.admin_app(), settings.admin_host, settings.admin_port)
+    runner, listener = await _listen(service, service.app(), settings.host, settings.port, tls)
+    admin, admin_listener = await _listen(
+        service, service.admin_app(), settings.admin_host, settings.admin_port, admin_tls
+    )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -68,13 +74,14 @@ async def _run(directory: Path, settings: ServeSettings) -> None:
     port, admin_port = (server.sockets[0].getsockname()[1] for server in (listener, admin_listener))
     facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
     log.info("listening", extra={"data": facts})
+    _warn_if_open(settings)
     watch = asyncio.create_task(_watch(service, started))
     reap = asyncio.create_task(service.reaper.run([runner, admin]))
     await stop.wait()
     service.draining = True
     log.info("draining", extra={"data": {"in_flight": service.engine.in_flight}})
     await asyncio.sleep(settings.drain_s)
-    await _close(listener, service, runner)
+    await _close(listener, service, runner, tls)
     await _finish(service, runner)
     reap.cancel()
     watch.cancel()
@@ -108,13 +115,36 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-async def _listen(service: Service, app: web.Application, host: str, port: int) -> tuple[web.AppRunner, asyncio.Server]:
+def _tls(settings: ServeSettings) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
+    """TLS of the public and of the admin port, whose callers name themselves by keys and need no certificate."""
+    if not settings.tls_cert:
+        if settings.tls_key or settings.tls_client_ca:
+            raise ConfigError("tls_key and tls_client_ca are of no use without tls_cert")
+        return None, None
+    return (
+        server_tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca),
+        server_tls(settings.tls_cert, settings.tls_key),
+    )
+
+
+def _warn_if_open(settings: ServeSettings) -> None:
+    hosts = [host for host in (settings.host, settings.admin_host) if not is_loopback(host)]
+    if hosts and not settings.keys:
+        remedy = "vecsvc keys new, and --keys"
+        log.warning("whoever reaches the port may ask", extra={"data": {"hosts": hosts, "remedy": remedy}})
+
+
+async def _listen(
+    service: Service, app: web.Application, host: str, port: int, tls: ssl.SSLContext | None
+) -> tuple[web.AppRunner, asyncio.Server]:
     # _finish waits for requests in flight; when that is over, aiohttp need not begin to wait anew.
     runner = web.AppRunner(app, shutdown_timeout=GRACE_S)
     await runner.setup()
     loop = asyncio.get_running_loop()
     try:
-        listener = await loop.create_server(lambda: Connection(service, runner.server), host, port, backlog=1024)
+        listener = await loop.create_server(
+            lambda: Connection(service, runner.server), host, port, backlog=1024, **_handshake(service, tls)
+        )
     except OSError as error:
         await runner.cleanup()
         # asyncio puts words of its own around the system's.
@@ -123,7 +153,12 @@ async def _listen(service: Service, app: web.Application, host: str, port: int) 
     return runner, listener
 
 
-async def _close(listener: asyncio.Server, service: Service, runner: web.AppRunner) -> None:
+def _handshake(service: Service, tls: ssl.SSLContext | None) -> dict[str, Any]:
+    """Before its handshake a connection is none that the reaper knows, so that has a limit of its own."""
+    return {"ssl": tls, "ssl_handshake_timeout": service.settings.header_timeout_s} if tls is not None else {}
+
+
+async def _close(listener: asyncio.Server, service: Service, runner: web.AppRunner, tls: ssl.SSLContext | None) -> None:
     """Close the port, and take in whom the kernel let in already: for a client, that is to be accepted."""
     held = [socket.socket(fileno=os.dup(port.fileno())) for port in listener.sockets]
     listener.close()
@@ -133,8 +168,9 @@ async def _close(listener: asyncio.Server, service: Service, runner: web.AppRunn
             port.setblocking(False)
             while True:
                 waiting.append(port.accept()[0])
-    for client in waiting:
-        await asyncio.get_running_loop().connect_accepted_socket(lambda: Connection(service, runner.server), client)
+    loop, options = asyncio.get_running_loop(), _handshake(service, tls)
+    taken = [loop.connect_accepted_socket(lambda: Connection(service, runner.server), c, **options) for c in waiting]
+    await asyncio.gather(*taken, return_exceptions=True)  # who fails to shake hands is no concern of the others
 
 
 async def _watch(service: Service, started: float) -> None:

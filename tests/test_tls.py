@@ -1,4 +1,4 @@
-"""Who may come in: certificates that are checked on both sides and renewed without a restart."""
+"""TLS: certificates that are checked on both sides and renewed without a restart."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vecsvc import access
-from vecsvc.access import client_tls, server_tls
+from vecsvc import tls
 from vecsvc.errors import ConfigError
+from vecsvc.tls import client_tls, server_tls
 
 pytest.importorskip("cryptography")
 from certificates import Authority  # it needs the package
@@ -20,7 +20,7 @@ from certificates import Authority  # it needs the package
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are looked at each time, not once a second."""
-    monkeypatch.setattr(access, "LOOK_S", 0.0)
+    monkeypatch.setattr(tls, "LOOK_S", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_the_key_may_lie_in_the_certificate_s_file(authority: Authority, tmp_pat
 def damaged(authority: Authority, tmp_path: Path) -> Iterator[dict[str, str]]:
     cert, key = authority.issue("server")
     (tmp_path / "empty.pem").touch()
-    (tmp_path / "long.pem").write_bytes(Path(cert).read_bytes() + b"\n" * access.MAX_PEM_BYTES)
+    (tmp_path / "long.pem").write_bytes(Path(cert).read_bytes() + b"\n" * tls.MAX_PEM_BYTES)
     yield {
         "cert": cert,
         "key": key,
@@ -165,7 +165,7 @@ def test_half_renewed_certificates_leave_those_before_in_force(
     authority.issue("server")
     new_key = Path(key).read_bytes()
     Path(key).write_bytes(old_key)  # the certificate is new, and its key has not come yet
-    with caplog.at_level(logging.INFO, "vecsvc.access"):
+    with caplog.at_level(logging.INFO, "vecsvc.tls"):
         assert shake(server, client)[1] == shake(server, client)[1] == first
         assert [r.message for r in caplog.records] == ["certificates not renewed"]
         Path(key).unlink()
@@ -178,13 +178,13 @@ def test_half_renewed_certificates_leave_those_before_in_force(
 def test_files_are_looked_at_once_a_second_at_most(tmp_path: Path) -> None:
     now = 100.0
     file = tmp_path / "file"
-    watch = access.FileWatch(file, clock=lambda: now)
+    watch = tls.FileWatch(file, clock=lambda: now)
     file.write_text("new")
     assert not watch.changed()
-    now += access.LOOK_S
+    now += tls.LOOK_S
     assert watch.changed() and not watch.changed()
-    now += access.LOOK_S
+    now += tls.LOOK_S
     assert not watch.changed()
     file.unlink()
-    now += access.LOOK_S
+    now += tls.LOOK_S
     assert watch.changed()
