@@ -15,6 +15,7 @@ import msgspec
 
 from vecsvc import __version__
 from vecsvc.cli_encoder import encoder, json_option
+from vecsvc.cli_keys import keys
 from vecsvc.config import BuildSettings, RouteSettings, ServeSettings, field_types, read_settings
 from vecsvc.errors import ArtifactDamaged, ConfigError, UserError, VecsvcError
 from vecsvc.storage import IndexFolder, index_folders
@@ -424,3 +425,4 @@ def doctor(as_json: bool) -> None:
 
 
 cli.add_command(encoder)
+cli.add_command(keys)

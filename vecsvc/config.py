@@ -48,8 +48,22 @@ class HttpSettings:
         8081, "port of /metrics, probes, reload and rollback; 0 lets the system choose", low=0, high=65_535
     )
     max_in_flight: int = option(
-        64, "requests that search or wait for a search; one more is refused with 429", low=1, high=100_000
+        64, "questions that are at work or wait for it; one more is refused with 429", low=1, high=100_000
     )
+    max_bulk_in_flight: int = option(
+        16, "the same for requests of more than 8 queries or texts, which have threads of their own", low=1, high=10_000
+    )
+    keys: str = option("", "file of the API keys, see `vecsvc keys`; empty for none, and everybody may ask")
+    tls_cert: str = option("", "PEM file of the certificate chain of both HTTP ports; empty for no TLS")
+    tls_key: str = option("", "PEM file of its private key; empty where tls_cert holds it too")
+    tls_client_ca: str = option(
+        "", "PEM file of the authorities whose clients may use the public port; empty for clients without certificate"
+    )
+    shard_tls_cert: str = option(
+        "", "PEM file of the certificate chain between front doors and nodes, where both sides show one; empty for none"
+    )
+    shard_tls_key: str = option("", "PEM file of its private key; empty where shard_tls_cert holds it too")
+    shard_tls_ca: str = option("", "PEM file of the authorities that signed the certificates of front doors and nodes")
     max_connections: int = option(1024, "open connections; one more is closed", low=1, high=1_000_000)
     timeout_ms: float = option(2000.0, "deadline of a request that names none", low=1, high=600_000)
     max_timeout_ms: float = option(30_000.0, "longest deadline a request may name", low=1, high=600_000)

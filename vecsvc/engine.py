@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from vecsvc import indexes
+from vecsvc.admission import Admission, Budget
 from vecsvc.catalog import Catalog, Plan, Served
 from vecsvc.config import ServeSettings
 from vecsvc.distance import check_vector, score
@@ -23,7 +24,6 @@ from vecsvc.errors import (
     DimensionMismatch,
     InvalidParameter,
     InvalidRequest,
-    Overloaded,
     ShardsMissing,
     UnknownId,
     UnknownParameter,
@@ -102,8 +102,10 @@ class Engine:
         self._settings = settings
         self._metrics = metrics
         self._threads = threads
+        self.admission = Admission(settings.max_in_flight, settings.max_bulk_in_flight)
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="vecsvc-search")
-        self._in_flight = 0
+        # Bulk waits for threads of its own, so that no question waits behind it; the cores are shared by the system.
+        self._bulk_pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="vecsvc-bulk")
         self._inline_s = settings.inline_ms / 1e3
 
     async def search(self, name: str | None, query: Query, settings: SearchSettings) -> SearchAnswer:
@@ -114,15 +116,14 @@ class Engine:
     async def search_batch(self, name: str | None, query: Query, settings: SearchSettings) -> BatchAnswer:
         """Answer many questions that share their settings."""
         clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
-        if self._in_flight >= self._settings.max_in_flight:
-            raise Overloaded(f"{self._settings.max_in_flight} requests are in flight, the limit max_in_flight")
+        budget = self.admission.of(count(query))
+        budget.check()
         served = self.retained(name)
-        self._in_flight += 1
         # From here on `work` owns both until it ends: a caller whose deadline passes leaves a search behind
         # in its thread, and that still counts, and still reads the index.
-        work = _Work(self, served)
+        work = _Work(budget, served)
         try:
-            search = _Search(served, query, settings, clock, self._threads)
+            search = _Search(served, query, settings, clock, self._threads_for(budget))
             if isinstance(query, TextQuery):
                 await search.encode(query.texts)
             measurable, seconds = search.measurable, search.plan.seconds
@@ -150,13 +151,12 @@ class Engine:
         The caller has retained `served`, and releases it. What comes back is read while that is so.
         """
         clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
-        if self._in_flight >= self._settings.max_in_flight:
-            raise Overloaded(f"{self._settings.max_in_flight} requests are in flight, the limit max_in_flight")
+        budget = self.admission.of(count(query))
+        budget.check()
         served.retain()
-        self._in_flight += 1
-        work = _Work(self, served)
+        work = _Work(budget, served)
         try:
-            search = _Search(served, query, settings, clock, self._threads, shards)
+            search = _Search(served, query, settings, clock, self._threads_for(budget), shards)
             seconds = search.plan.seconds
             if search.measurable and seconds is not None and seconds <= self._inline_s:
                 found = search.find()
@@ -182,16 +182,16 @@ class Engine:
 
         `check` sees the very encoder that will make them, and may refuse: the index may get another at any time.
         """
-        if self._in_flight >= self._settings.max_in_flight:
-            raise Overloaded(f"{self._settings.max_in_flight} requests are in flight, the limit max_in_flight")
+        budget = self.admission.of(len(texts))
+        budget.check()
         served = self.retained(name)
-        self._in_flight += 1
+        entered = budget.enter()
         try:
             encoder = encoder_of(served)
             check(encoder.spec)
             encoded = await encoder.encode(texts, role, deadline=time.monotonic() + timeout_ms / 1e3)
         finally:
-            self._in_flight -= 1
+            budget.leave(entered)
             served.release()
         return Embedded(encoded.vectors, encoded.tokens, encoded.truncated, encoder.spec.name)
 
@@ -208,6 +208,10 @@ class Engine:
                 return served
             served.release()
 
+    def _threads_for(self, budget: Budget) -> int:
+        """Batches that run side by side share the threads that one alone may have."""
+        return max(1, self._threads // budget.in_flight) if budget is self.admission.bulk else self._threads
+
     async def _in_thread(self, work: _Work, run: Callable[[], T], clock: Clock, grace_s: float) -> T:
         submitted = time.perf_counter()
 
@@ -217,7 +221,8 @@ class Engine:
                 raise DeadlineExceeded("the deadline passed while the request waited for a thread")
             return run()
 
-        future = asyncio.get_running_loop().run_in_executor(self._pool, timed)
+        pool = self._bulk_pool if work.budget is self.admission.bulk else self._pool
+        future = asyncio.get_running_loop().run_in_executor(pool, timed)
         work.wait_for(future)
         try:
             async with asyncio.timeout(max(0.0, clock.deadline + grace_s - time.monotonic())):
@@ -231,17 +236,19 @@ class Engine:
 
     @property
     def in_flight(self) -> int:
-        return self._in_flight
+        return self.admission.in_flight
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._bulk_pool):
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Work:
     """Holds a place in admission and a version open until both the caller and its thread are done."""
 
-    def __init__(self, engine: Engine, served: Served) -> None:
-        self._engine, self._served = engine, served
+    def __init__(self, budget: Budget, served: Served) -> None:
+        self.budget, self._served = budget, served
+        self._entered = budget.enter()
         self._future: asyncio.Future[Any] | None = None
 
     def wait_for(self, future: asyncio.Future[Any]) -> None:
@@ -256,7 +263,7 @@ class _Work:
     def _end(self, future: asyncio.Future[Any] | None) -> None:
         if future is not None and not future.cancelled():
             future.exception()  # nobody else will ask for it
-        self._engine._in_flight -= 1
+        self.budget.leave(self._entered)
         self._served.release()
 
 
@@ -469,6 +476,13 @@ class _Search:
         ]
 
 
+def count(query: Query) -> int:
+    """How many questions there are in one."""
+    if isinstance(query, VectorQuery):
+        return len(query.vectors)
+    return len(query.texts) if isinstance(query, TextQuery) else 1
+
+
 def _joined(parts: tuple[Found, ...]) -> Found:
     """Slices of a batch as one."""
     return msgspec.structs.replace(
@@ -534,11 +548,7 @@ def check_question(query: Query, settings: SearchSettings, manifest: Manifest) -
         if condition.field not in manifest.fields:
             stored = ", ".join(manifest.fields) or "none"
             raise InvalidRequest(f"filter: {condition.field!r} is no stored field of {manifest.name!r}: {stored}")
-    hits = settings.k
-    if isinstance(query, VectorQuery):
-        hits *= len(query.vectors)
-    elif isinstance(query, TextQuery):
-        hits *= len(query.texts)
+    hits = settings.k * count(query)
     hit_bytes = _HIT_BYTES
     if settings.include:
         if "fields" in settings.include:

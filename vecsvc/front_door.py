@@ -12,15 +12,15 @@ from typing import Final, TypeAlias, TypeVar
 import numpy as np
 
 from vecsvc import indexes, remote
+from vecsvc.admission import Admission
 from vecsvc.catalog import Served, by_model
 from vecsvc.config import RouteSettings
 from vecsvc.encoders.base import EncoderSpec, Role
-from vecsvc.engine import Clock, Engine, check_question, check_vectors, encoder_of
+from vecsvc.engine import Clock, Engine, check_question, check_vectors, count, encoder_of
 from vecsvc.errors import (
     InvalidParameter,
     InvalidRequest,
     NotReady,
-    Overloaded,
     ProtocolError,
     ShardsMissing,
     UnknownId,
@@ -106,13 +106,13 @@ class FrontDoor:
 
     def __init__(self, router: Router, settings: RouteSettings, metrics: Metrics) -> None:
         self.catalog = RoutedCatalog(router)
-        self._router, self._settings, self._metrics = router, settings, metrics
+        self._router, self._metrics = router, metrics
         self._pool = ThreadPoolExecutor(thread_name_prefix="vecsvc-merge")
-        self._in_flight = 0
+        self.admission = Admission(settings.max_in_flight, settings.max_bulk_in_flight)
 
     @property
     def in_flight(self) -> int:
-        return self._in_flight
+        return self.admission.in_flight
 
     def retained(self, name: str | None) -> RoutedVersion:
         return self.catalog.get(name)
@@ -130,7 +130,8 @@ class FrontDoor:
 
     async def search_batch(self, name: str | None, query: Query, settings: SearchSettings) -> BatchAnswer:
         """Answer many questions that share their settings."""
-        self._admit()
+        budget = self.admission.of(count(query))
+        entered = budget.enter()
         try:
             clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
             version = self.catalog.get(name)
@@ -143,12 +144,7 @@ class FrontDoor:
                 # The version went while the question was under way; what serves now answers it whole.
                 return await self._answer(now, query, settings, clock)
         finally:
-            self._in_flight -= 1
-
-    def _admit(self) -> None:
-        if self._in_flight >= self._settings.max_in_flight:
-            raise Overloaded(f"{self._settings.max_in_flight} requests are in flight, the limit max_in_flight")
-        self._in_flight += 1
+            budget.leave(entered)
 
     async def _answer(
         self, version: RoutedVersion, query: Query, settings: SearchSettings, clock: Clock
@@ -263,13 +259,14 @@ class FrontDoor:
         check: Callable[[EncoderSpec], None] = lambda spec: None,
     ) -> Embedded:
         """As `Engine.embed`."""
-        self._admit()
+        budget = self.admission.of(len(texts))
+        entered = budget.enter()
         try:
             version = self.catalog.get(name)
             check(encoder_of(version).spec)
             made = await self._embed(version, texts, role, time.monotonic() + timeout_ms / 1e3)
         finally:
-            self._in_flight -= 1
+            budget.leave(entered)
         return Embedded(_floats(made.vectors).reshape(len(texts), -1), made.tokens, made.truncated, made.encoder)
 
 

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from vecsvc import errors
-from vecsvc.errors import InternalError, ProtocolError, VecsvcError
+from vecsvc.errors import InternalError, ProtocolError, ServiceError, VecsvcError
 from vecsvc.types import MAX_SHARDS, Condition, Id, SearchSettings, ShardExplain, Vectors
 
 T = TypeVar("T")
@@ -176,7 +176,7 @@ class Description(_Message, frozen=True):
 class Failed(_Message, frozen=True):
     code: str
     message: str
-    retry_after_ms: int = 0  # 0 where waiting would not help
+    retry_after_s: float | None = None  # when it may go better; None where nobody can tell
 
 
 MESSAGES: Final[dict[Kind, type[Any]]] = {
@@ -298,6 +298,8 @@ _BY_CODE["invalid"] = errors.InvalidRequest
 
 
 def failure(error: Exception) -> Failed:
+    if isinstance(error, ServiceError):
+        return Failed(error.code, str(error), error.retry_after_s)
     if isinstance(error, VecsvcError):
         return Failed(error.code, str(error))
     return Failed(InternalError.code, "the node failed; its log says why")
@@ -305,4 +307,7 @@ def failure(error: Exception) -> Failed:
 
 def raised(failed: Failed) -> VecsvcError:
     """The error that a node met, as the same class here."""
-    return _BY_CODE.get(failed.code, InternalError)(failed.message)
+    error = _BY_CODE.get(failed.code, InternalError)(failed.message)
+    if isinstance(error, ServiceError):
+        error.retry_after_s = failed.retry_after_s
+    return error

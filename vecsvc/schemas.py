@@ -407,14 +407,15 @@ def encode_arrow(answer: BatchAnswer | SearchAnswer, id_type: IdType | None = No
     return stream
 
 
-class ErrorDetail(Struct, frozen=True):
+class ErrorDetail(Struct, frozen=True, omit_defaults=True):
     code: str
     message: str
+    retry_after_ms: int | UnsetType = UNSET  # where it passes: 429 and 503
 
 
 class ErrorAnswer(Struct, frozen=True):
     error: ErrorDetail
 
 
-def encode_error(code: str, message: str) -> bytes:
-    return _encoder.encode(ErrorAnswer(ErrorDetail(code, message)))
+def encode_error(code: str, message: str, retry_after_ms: int | UnsetType = UNSET) -> bytes:
+    return _encoder.encode(ErrorAnswer(ErrorDetail(code, message, retry_after_ms)))

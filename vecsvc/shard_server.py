@@ -28,7 +28,6 @@ MAX_WAITING: Final = 1024  # requests of one connection that are not answered ye
 MAX_UNREAD_BYTES: Final = 256 << 20  # answers that a front door has not read; past that it is cut off
 TELL_S: Final = 0.25  # how often it is looked whether something changed that front doors should know
 QUIET_S: Final = 0.25  # so long nothing must have been asked before the connections are closed
-RETRY_AFTER_MS: Final = 20  # a search takes less, so another replica or a moment later may do
 
 
 class ShardServer:
@@ -154,10 +153,7 @@ class _FrontDoor(asyncio.Protocol):
         except asyncio.CancelledError:
             return  # nobody waits for it
         except VecsvcError as error:
-            failed = remote.failure(error)
-            if isinstance(error, Overloaded):
-                failed = msgspec.structs.replace(failed, retry_after_ms=RETRY_AFTER_MS)
-            self.send(remote.message(Kind.FAILED, request, failed))
+            self.send(remote.message(Kind.FAILED, request, remote.failure(error)))
         except Exception as error:
             log.exception("a bug of ours", extra={"data": {"kind": kind.name}})
             self.send(remote.message(Kind.FAILED, request, remote.failure(error)))
@@ -174,8 +170,7 @@ class _FrontDoor(asyncio.Protocol):
 
 
 def _full() -> remote.Failed:
-    error = Overloaded(f"{MAX_WAITING} requests of this front door wait for an answer")
-    return msgspec.structs.replace(remote.failure(error), retry_after_ms=RETRY_AFTER_MS)
+    return remote.failure(Overloaded(f"{MAX_WAITING} requests of this front door wait for an answer"))
 
 
 # ------------------------------------------------------------------------------------------------- answers
