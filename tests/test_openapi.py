@@ -261,9 +261,9 @@ def test_schemathesis_finds_no_way_around_the_keys(tmp_path: Path, key_and_file:
     with service.running(service.index("texts"), keys=file) as running:
         command = [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json"),
-            *("--phases", "examples,coverage,fuzzing", "--checks", "all", "--max-examples", "5", "--seed", "7"),
+            *("--phases", "coverage,fuzzing", "--checks", "all", "--max-examples", "2", "--seed", "7"),
             *("--generation-database", "none", "--continue-on-failure", "--header", f"Authorization: Bearer {key}"),
-            *("--include-path-regex", "^/(indexes|livez|openapi.json)$"),
+            *("--include-path-regex", "^/(indexes|livez)$"),
         ]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
