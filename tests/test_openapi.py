@@ -252,18 +252,3 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
         *("GET /search None 200", "POST /search application/json 422", "POST /search/batch application/json 422"),
     ):
         assert seen.get(answered, 0) > 0, f"{answered} never happened: {seen}"
-
-
-def test_schemathesis_finds_no_way_around_the_keys(tmp_path: Path, key_and_file: tuple[str, Path]) -> None:
-    """Where keys are asked for it makes up keys of its own, and leaves them away."""
-    key, file = key_and_file
-    (tmp_path / "schemathesis.toml").write_text(CONFIG)
-    with service.running(service.index("texts"), keys=file) as running:
-        command = [
-            *(sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json"),
-            *("--phases", "coverage,fuzzing", "--checks", "all", "--max-examples", "2", "--seed", "7"),
-            *("--generation-database", "none", "--continue-on-failure", "--header", f"Authorization: Bearer {key}"),
-            *("--include-path-regex", "^/(indexes|livez)$"),
-        ]
-        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
