@@ -100,7 +100,7 @@ def _with_hashes(documents: list[Document]) -> list[Document]:
     for document in documents:
         if document["metadata"].pop("hashed", False):
             name = document["metadata"]["name"]
-            named[name] = document["metadata"]["name"] = f"{name}-{config_map_hash(name, document['data'])}"
+            named[name] = document["metadata"]["name"] = f"{name}-{config_map_hash(document['data'])}"
     for document in documents:
         sources = [source for c in containers(document) for source in c.get("envFrom", [])]
         references = [source["configMapRef"] for source in sources if "configMapRef" in source]
@@ -111,8 +111,9 @@ def _with_hashes(documents: list[Document]) -> list[Document]:
     return documents
 
 
-def config_map_hash(name: str, data: dict[str, str]) -> str:
-    whole = {"data": data, "kind": "ConfigMap", "name": name}
+def config_map_hash(data: dict[str, str]) -> str:
+    # Kustomize looks for the name where there is none, so it counts as empty.
+    whole = {"data": data, "kind": "ConfigMap", "name": ""}
     text = json.dumps(whole, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     # As Go writes JSON: these three are escaped.
     for sign in "<>&":
