@@ -295,7 +295,7 @@ def main() -> None:
     print(
         f"{profile.what or 'profile'}: a search takes {samples.mean():.3f} ms, p99 {np.quantile(samples, 0.99):.3f} "
         f"({len(samples):,} samples), {profile.bytes_per_vector:g} bytes a vector\n"
-        f"a node: {node.memory_gib:g} GiB filled to {node.filled:.0%} with {node.versions} versions, {node.cores} cores "
+        f"a node: {node.memory_gib:g} GiB, {node.filled:.0%} full with {node.versions} versions, {node.cores} cores "
         f"busy to {node.busy:.0%}, each as fast as if alone; a larger shard takes longer by the logarithm of its size"
     )
     sizes(plans)
