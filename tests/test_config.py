@@ -52,7 +52,7 @@ def test_settings_of_another_command_are_no_typo() -> None:
     ("text", "message"),
     [
         ("[serve]\nprot = 1\n", "[serve] has no setting 'prot'; it knows: "),
-        ("[server]\nport = 1\n", "[server] is no table; known are [serve], [build]"),
+        ("[server]\nport = 1\n", "[server] is no table; known are [serve], [route], [build]"),
         ("port = 1\n", "[port] is no table"),
         ("[serve]\nport = 1.5\n", "port must be an integer, got 1.5"),
         ("[serve]\nport = true\n", "port must be an integer, got True"),

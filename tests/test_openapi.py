@@ -17,8 +17,8 @@ import service
 from service import Service
 
 from vecsvc.config import ServeSettings
+from vecsvc.process import node
 from vecsvc.server import STATUS
-from vecsvc.server import Service as Served
 
 # Settings of requests, each with a value that stands nowhere else in the document.
 BOUNDS = {
@@ -36,6 +36,7 @@ BOUNDS = {
     "max_buffered_bytes": 9_100_003,
     "body_timeout_s": 911,
     "max_in_flight": 912,
+    "max_bulk_in_flight": 917,
     "max_embed_texts": 913,
     "max_embed_chars": 1914,
     "embed_timeout_ms": 1915,
@@ -46,6 +47,8 @@ NOT_OF_REQUESTS = {
     *("host", "port", "admin_host", "admin_port", "encoder", "device", "verify", "reload_poll_s", "search_threads"),
     *("inline_ms", "max_connections", "header_timeout_s", "write_timeout_s", "keepalive_s", "drain_s", "shutdown_s"),
     *("log", "log_lines_per_s", "memory", "kernels", "bulk_run_ms", "encoder_provider", "encoder_threads"),
+    *("keys", "tls_cert", "tls_key", "tls_client_ca", "shard_tls_cert", "shard_tls_key", "shard_tls_ca"),
+    *("shards", "shard_host", "shard_port", "previous_version_s"),
     *("encoder_instances", "encoder_memory_mb", "encoder_stall_s", "encoder_batching", "encoder_cache"),
 }
 
@@ -149,7 +152,7 @@ def test_every_setting_is_either_a_stated_bound_or_no_concern_of_requests() -> N
 
 
 def test_every_route_is_in_the_document_and_every_path_has_a_route(document: Any) -> None:
-    app = Served(service.index("texts"), ServeSettings()).app()
+    app = node(service.index("texts"), ServeSettings())[2].app()
     routes = {(route.method, route.resource.canonical) for route in app.router.routes() if route.resource}
     paths = {
         (method.upper(), path.replace("/indexes/texts/", "/indexes/{name}/"))
@@ -160,7 +163,7 @@ def test_every_route_is_in_the_document_and_every_path_has_a_route(document: Any
 
 
 def test_every_error_of_a_request_is_documented(document: Any) -> None:
-    statuses = {str(status) for _, status in STATUS} | {"200"}
+    statuses = {str(status) for _, status in STATUS} - {"401", "403"} | {"200"}
     assert set(document["paths"]["/search"]["post"]["responses"]) == statuses
     for operations in document["paths"].values():
         for operation in operations.values():

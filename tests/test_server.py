@@ -23,7 +23,7 @@ from service import BINARY, DIM, GRAPH, JSON, Corpus, Reply, Service, corpora
 
 from vecsvc.catalog import Served
 from vecsvc.config import ServeSettings
-from vecsvc.server import Service as Handlers
+from vecsvc.process import node
 from vecsvc.storage import IndexFolder
 
 NAMES = ("products", "numbers", "sharded", "squared", "texts")
@@ -686,7 +686,7 @@ def test_the_public_port_has_no_admin_routes_and_the_admin_port_no_others(texts:
 
 
 def test_no_route_has_been_forgotten_in_that_list() -> None:
-    handlers = Handlers(service.index("texts"), ServeSettings())
+    _, _, handlers = node(service.index("texts"), ServeSettings())
     public, admin = (
         {route.resource.canonical.replace("{name}", "texts") for route in app.router.routes() if route.resource}
         for app in (handlers.app(), handlers.admin_app())

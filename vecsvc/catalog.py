@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 
 from vecsvc import indexes
-from vecsvc.config import ServeSettings
+from vecsvc.config import ServeSettings, numbers
 from vecsvc.encoder_pool import EncoderPool, PooledEncoder
 from vecsvc.encoders import DEFAULT, encoder_path
-from vecsvc.encoders.base import check_canaries
+from vecsvc.encoders.base import EncoderSpec, check_canaries
 from vecsvc.errors import (
     ArtifactDamaged,
     ArtifactUnfit,
@@ -23,16 +27,17 @@ from vecsvc.errors import (
     UnknownModel,
     VecsvcError,
 )
-from vecsvc.manifest import Manifest, check_files, read_manifest
+from vecsvc.manifest import CENTROIDS_FILE, Manifest, check_files, read_manifest
 from vecsvc.shard import Shard
-from vecsvc.storage import MANIFEST, IndexFolder, Lease, index_folders
+from vecsvc.storage import MANIFEST, IndexFolder, Lease, index_folders, open_array
 from vecsvc.telemetry import Metrics
-from vecsvc.types import SearchSettings, ServedIndex
+from vecsvc.types import SearchSettings, ServedIndex, Vectors
 
 log: Final = logging.getLogger("vecsvc.catalog")
 
 ENCODER_FOLDER: Final = "encoder"
 MAX_PLANS: Final = 512  # settings remembered; past that all are forgotten and learnt anew
+MAX_PREVIOUS: Final = 2  # versions before the one that serves, of an index, which front doors may still ask
 
 
 class Plan:
@@ -66,16 +71,23 @@ class Served:
         self.id = ServedIndex(folder.name, version)
         self._lease = lease
         self._users = 0
+        self.closed = False
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._retired = False
         self._lock = threading.Lock()
-        self.shards: list[Shard] = []
+        self.shards: list[Shard] = []  # those that this process opens
+        self.asked_at = time.monotonic()  # when a front door last named this version
+        self.centroids: Vectors | None = None  # of all shards, see nearest_shards; None where a hash spread the rows
         self.encoder: PooledEncoder | None = None
         self._encoders = encoders if encoders is not None else EncoderPool(settings, Metrics())
         self._encoder_folder = encoder_path(settings.encoder) if settings.encoder else path / ENCODER_FOLDER
         try:
             self.manifest = read_manifest(path)
-            check_files(path, self.manifest.files(), hashes=settings.verify == "hash")
+            self.digest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+            self.numbers = _chosen(self.manifest, settings.shards, path)
+            others = {f"shards/{n:03d}/" for n in range(len(self.manifest.shards)) if n not in self.numbers}
+            files = [file for file in self.manifest.files() if not file.path.startswith(tuple(others))]
+            check_files(path, files, hashes=settings.verify == "hash")
             self._open(path, settings)
         except BaseException:
             self._close()
@@ -83,18 +95,21 @@ class Served:
 
     def _open(self, path: Path, settings: ServeSettings) -> None:
         manifest = self.manifest
-        for number, entry in enumerate(manifest.shards):
+        for number in self.numbers:
             self.shards.append(
                 Shard(
                     number,
                     path / "shards" / f"{number:03d}",
-                    entry,
+                    manifest.shards[number],
                     id_type=manifest.id_type,
                     fields=manifest.fields,
                     mmap=settings.memory == "mapped",
                     device=settings.device,
                 )
             )
+        if manifest.clusters is not None:
+            shape = (len(manifest.shards), manifest.spec.dim + 1)
+            self.centroids = open_array(path / CENTROIDS_FILE, np.float32, shape, mmap=False)
         try:
             self.params: Any = indexes.search_params(manifest.spec.kind, **manifest.search)
         except VecsvcError as error:
@@ -125,6 +140,26 @@ class Served:
             expected = np.array([c.vector for c in built.canaries], dtype=np.float32)
             check_canaries(spec.name, found, built.name, expected)
 
+    @property
+    def whole(self) -> bool:
+        """Whether this process holds every shard of the index."""
+        return len(self.shards) == len(self.manifest.shards)
+
+    @property
+    def stored(self) -> pa.Schema:
+        """The stored fields and their Arrow types."""
+        fields = self.shards[0].fields
+        return fields.table.schema if fields is not None else pa.schema([])
+
+    def some(self, wanted: Iterable[int]) -> list[Shard]:
+        """The shards of these numbers. Raises NotReady where this process does not hold one."""
+        held = {shard.number: shard for shard in self.shards}
+        try:
+            return [held[number] for number in wanted]
+        except KeyError as error:
+            names = ", ".join(map(str, self.numbers))
+            raise NotReady(f"shard {error} of {self.name!r} is not held here, only {names}") from error
+
     def plan(self, settings: SearchSettings) -> Plan:
         """What these settings mean for this version, and what a question with them costs.
 
@@ -138,6 +173,7 @@ class Served:
             settings.k,
             settings.exact,
             settings.max_visited,
+            settings.probe_shards,
             settings.rerank_depth,
             settings.include,
         )
@@ -174,12 +210,39 @@ class Served:
             self._close()
 
     def _close(self) -> None:
+        self.closed = True
         for shard in self.shards:
             shard.close()
         if self.encoder is not None:
             self._encoders.release(self.encoder, self._encoder_folder)
             self.encoder = None
         self._lease.release()
+
+
+def by_model(model: str | None, having: dict[str, EncoderSpec]) -> str:
+    """The index whose encoder `model` means, of those that have one. Raises UnknownModel."""
+    if not having:
+        raise UnknownModel("no index that is served has an encoder: build one with --encoder")
+    found = [name for name in having if model == name]
+    found = found or [name for name, spec in having.items() if model == spec.name]
+    if not found and model in (None, DEFAULT):
+        found = list(having)
+    different = len({having[name].fingerprint for name in found})
+    if different == 1:
+        return found[0]
+    names = ", ".join(dict.fromkeys([*having, *(spec.name for spec in having.values())]))
+    if found:
+        raise UnknownModel(f"{different} encoders are served, name the index of one: {', '.join(found)}")
+    raise UnknownModel(f"no model {(model or '')[:80]!r}; there are: {names}")
+
+
+def _chosen(manifest: Manifest, wanted: str, path: Path) -> list[int]:
+    """The numbers of the shards to open."""
+    total = len(manifest.shards)
+    found = numbers("shards", wanted) if wanted else list(range(total))
+    if found[-1] >= total:
+        raise ArtifactUnfit(f"{path}: has shards 0 to {total - 1}, --shards asks for {found[-1]}")
+    return found
 
 
 def _refuse_unlisted(path: Path, folder: Path, manifest: Manifest) -> None:
@@ -198,6 +261,8 @@ class Catalog:
         self.encoders = EncoderPool(settings, metrics if metrics is not None else Metrics())
         self._settings = settings
         self._served: dict[str, Served] = {}
+        self._previous: dict[str, list[Served]] = {}  # versions before, the newest last, kept for front doors
+        self._keep_previous_s = settings.previous_version_s if settings.shard_port is not None else 0.0
         self._failed: dict[str, tuple[str, str]] = {}  # index -> version that could not be opened, and why
         self._refreshing = threading.Lock()
         self._looked = False  # whether a refresh has come to its end
@@ -223,6 +288,33 @@ class Catalog:
             raise NotReady(f"index {name!r} is not ready: {self.problems[name]}")
         raise UnknownIndex(f"no index {name[:80]!r}; served are: {', '.join(self.names()) or 'none'}")
 
+    def version(self, name: str, version: str) -> Served:
+        """That version of an index, be it the one that serves or one before. Raises NotReady where it is not here."""
+        current = self._served.get(name)
+        for served in ([current] if current is not None else []) + self._previous.get(name, []):
+            if served.version == version:
+                served.asked_at = time.monotonic()
+                return served
+        raise NotReady(f"version {version[:80]!r} of index {name[:80]!r} is not here")
+
+    def held(self) -> list[tuple[Served, bool]]:
+        """Every version that can be asked, and whether it is the one that serves."""
+        current = [(served, True) for served in self._served.values()]
+        return current + [(served, False) for versions in self._previous.values() for served in versions]
+
+    def let_go(self) -> bool:
+        """Close versions before that nobody asked for so long. True where one went."""
+        now, went = time.monotonic(), False
+        with self._refreshing:
+            for name, versions in list(self._previous.items()):
+                kept = [s for s in versions[-MAX_PREVIOUS:] if now - s.asked_at < self._keep_previous_s]
+                self._previous = {**self._previous, name: kept}
+                for served in versions:
+                    if served not in kept:
+                        served.retire()
+                        went = True
+        return went
+
     def with_encoder(self, model: str | None) -> Served:
         """The index whose encoder `model` means; None means the only encoder that is served.
 
@@ -235,19 +327,7 @@ class Catalog:
         # Looked at once each: a version that retires meanwhile lets go of its encoder.
         encoders = {name: one.encoder for name, one in sorted(served.items())}
         having = {name: encoder.spec for name, encoder in encoders.items() if encoder is not None}
-        if not having:
-            raise UnknownModel("no index that is served has an encoder: build one with --encoder")
-        found = [name for name in having if model == name]
-        found = found or [name for name, spec in having.items() if model == spec.name]
-        if not found and model in (None, DEFAULT):
-            found = list(having)
-        different = len({having[name].fingerprint for name in found})
-        if different == 1:
-            return served[found[0]]
-        names = ", ".join(dict.fromkeys([*having, *(spec.name for spec in having.values())]))
-        if found:
-            raise UnknownModel(f"{different} encoders are served, name the index of one: {', '.join(found)}")
-        raise UnknownModel(f"no model {(model or '')[:80]!r}; there are: {names}")
+        return served[by_model(model, having)]
 
     def problem(self) -> str:
         """Why the service is not ready; empty where it is."""
@@ -276,7 +356,8 @@ class Catalog:
             for name in self._served.keys() - {folder.name for folder in folders}:
                 problems[name] = "its folder is gone; the version that was open still serves"
             self.problems, self._looked = problems, True
-            return changed
+        self.let_go()
+        return changed
 
     def waits_for(self, what: str) -> None:
         """Say what the first refresh is busy with. A later one goes on beside what serves, so that is no problem."""
@@ -313,10 +394,18 @@ class Catalog:
         self._failed.pop(folder.name, None)
         self._served = {**self._served, folder.name: served}
         if before is not None:
-            before.retire()
+            before.asked_at = time.monotonic()
+            self._previous = {**self._previous, folder.name: [*self._previous.get(folder.name, []), before]}
         return True
 
+    def gauges(self, metrics: Metrics) -> None:
+        """Set what is looked up when metrics are asked for."""
+        for encoder in self.encoders.encoders():
+            metrics.encoder_waiting.labels(encoder.spec.name).inc(encoder.batcher.waiting_tokens)
+        for name, served in self._served.items():
+            metrics.version_info.labels(name, served.version).set(1)
+
     def close(self) -> None:
-        for served in self._served.values():
+        for served, _ in self.held():
             served.retire()
-        self._served = {}
+        self._served, self._previous = {}, {}

@@ -15,7 +15,8 @@ import msgspec
 
 from vecsvc import __version__
 from vecsvc.cli_encoder import encoder, json_option
-from vecsvc.config import BuildSettings, ServeSettings, field_types, read_settings
+from vecsvc.cli_keys import keys
+from vecsvc.config import BuildSettings, RouteSettings, ServeSettings, field_types, read_settings
 from vecsvc.errors import ArtifactDamaged, ConfigError, UserError, VecsvcError
 from vecsvc.storage import IndexFolder, index_folders
 
@@ -183,6 +184,19 @@ def serve(directory: Path, settings: Path | None, **flags: Any) -> None:
 
 
 @cli.command()
+@_options(RouteSettings)
+@_settings_option
+def route(settings: Path | None, **flags: Any) -> None:
+    """Be the front door of nodes that `vecsvc serve --shard-port` answers on: the same REST, over all shards."""
+    from vecsvc.route import route as run
+
+    read = _read(RouteSettings, "route", flags, settings)
+    if not read.config:
+        raise ConfigError('--config is missing: a TOML file with nodes = ["host:port"] or dns = ["name:port"]')
+    run(read)
+
+
+@cli.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
 @click.option("-k", default=10, help="how many rows")
@@ -336,6 +350,11 @@ def _print_manifest(name: str, facts: dict[str, Any]) -> None:
                 f"    {_settings_text(point['params']):<24} recall {point['recall']:.4f} ± {point['recall_error']:.4f}"
                 f"  {point['latency_ms']:.3f} ms{mark}"
             )
+    if facts["clusters"]:
+        share = facts["clusters"]["copies"] / spec["size"]
+        click.echo(f"  clusters, {share:.1%} of the rows in two shards; recall with so many probe_shards:")
+        for point in facts["clusters"]["probes"]:
+            click.echo(f"    {point['shards']:<24} recall {point['recall']:.4f} ± {point['recall_error']:.4f}")
 
 
 @cli.command()
@@ -406,3 +425,4 @@ def doctor(as_json: bool) -> None:
 
 
 cli.add_command(encoder)
+cli.add_command(keys)

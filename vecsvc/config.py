@@ -1,7 +1,7 @@
 """Every knob says its default, meaning and bounds where it is declared, and is read once into frozen values.
 
 The same words serve on the command line (`--max-k 100`), in the environment (`VECSVC_MAX_K=100`), and in
-`vecsvc.toml` (`[serve]` and `[build]` tables); what stands earlier in that list wins.
+`vecsvc.toml` (`[serve]`, `[route]` and `[build]` tables); what stands earlier in that list wins.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 from vecsvc.errors import ConfigError, InvalidParameter, UnknownParameter, VecsvcError
+from vecsvc.types import MAX_SHARDS
 
 T = TypeVar("T")
 ENV_PREFIX: Final = "VECSVC_"
+MAX_NUMBER: Final = 10_000  # of things that are counted in a list such as 0,2-3
 
 
 def option(
@@ -36,8 +38,8 @@ def option(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeSettings:
-    """What `vecsvc serve` can be told."""
+class HttpSettings:
+    """What `vecsvc serve` and `vecsvc route` have in common: ports, limits of questions and connections, the log."""
 
     host: str = option("127.0.0.1", "address that /search listens on")
     port: int = option(8080, "port of /search; 0 lets the system choose", low=0, high=65_535)
@@ -45,6 +47,64 @@ class ServeSettings:
     admin_port: int = option(
         8081, "port of /metrics, probes, reload and rollback; 0 lets the system choose", low=0, high=65_535
     )
+    max_in_flight: int = option(
+        64, "questions that are at work or wait for it; one more is refused with 429", low=1, high=100_000
+    )
+    max_bulk_in_flight: int = option(
+        16, "the same for requests of more than 8 queries or texts, which have threads of their own", low=1, high=10_000
+    )
+    keys: str = option("", "file of the API keys, see `vecsvc keys`; empty for none, and everybody may ask")
+    tls_cert: str = option("", "PEM file of the certificate chain of both HTTP ports; empty for no TLS")
+    tls_key: str = option("", "PEM file of its private key; empty where tls_cert holds it too")
+    tls_client_ca: str = option(
+        "", "PEM file of the authorities whose clients may use the public port; empty for clients without certificate"
+    )
+    shard_tls_cert: str = option(
+        "", "PEM file of the certificate chain between front doors and nodes, where both sides show one; empty for none"
+    )
+    shard_tls_key: str = option("", "PEM file of its private key; empty where shard_tls_cert holds it too")
+    shard_tls_ca: str = option("", "PEM file of the authorities that signed the certificates of front doors and nodes")
+    max_connections: int = option(1024, "open connections; one more is closed", low=1, high=1_000_000)
+    timeout_ms: float = option(2000.0, "deadline of a request that names none", low=1, high=600_000)
+    max_timeout_ms: float = option(30_000.0, "longest deadline a request may name", low=1, high=600_000)
+    header_timeout_s: float = option(5.0, "a connection that sent no whole request head by then is closed", low=0.1)
+    body_timeout_s: float = option(10.0, "a body that has not arrived by then is answered with 408", low=0.1)
+    write_timeout_s: float = option(20.0, "a client that takes longer to read its answer is cut off", low=0.1)
+    keepalive_s: float = option(75.0, "idle connections are closed after that", low=1, high=86_400)
+    drain_s: float = option(0.0, "how long /readyz is red before the port closes at shutdown", low=0, high=600)
+    shutdown_s: float = option(30.0, "how long requests in flight may take to end at shutdown", low=0, high=3600)
+    max_query_bytes: int = option(1 << 20, "largest body of one question", low=1024, high=1 << 30)
+    max_body_bytes: int = option(16 << 20, "largest body of a batch", low=1024, high=1 << 30)
+    max_buffered_bytes: int = option(
+        256 << 20, "bodies that are being read, altogether; more is refused with 429", low=1024, high=1 << 40
+    )
+    max_k: int = option(1000, "largest k", low=1, high=100_000)
+    max_depth: int = option(10_000, "largest rerank depth", low=1, high=1_000_000)
+    max_batch: int = option(1024, "most queries in one batch", low=1, high=100_000)
+    max_text_chars: int = option(
+        1_000_000,
+        "longest query text; what the encoder does not read of it is cut, and the answer says so",
+        low=1,
+        high=1 << 30,
+    )
+    max_embed_texts: int = option(2048, "most texts in one request for embeddings", low=1, high=100_000)
+    max_embed_chars: int = option(
+        1 << 20, "longest text to embed; what the encoder does not read of it is cut", low=1, high=1 << 30
+    )
+    embed_timeout_ms: float = option(30_000.0, "deadline of a request for embeddings", low=1, high=600_000)
+    max_id_bytes: int = option(512, "longest id in UTF-8 bytes", low=1, high=65_536)
+    max_filter_nodes: int = option(64, "most conditions in one filter", low=1, high=10_000)
+    max_filter_values: int = option(1024, "most values of one $in", low=1, high=1_000_000)
+    log: str = option("errors", "which requests are logged", choices=("none", "errors", "all"))
+    log_lines_per_s: int = option(
+        100, "lines a second about failed requests; further ones are counted in one line", low=1, high=1_000_000
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings(HttpSettings):
+    """What `vecsvc serve` can be told."""
+
     encoder: str = option("", "folder of the encoder for queries, or `default`; empty for the one inside the artifact")
     encoder_provider: str = option(
         "", "what encoders run on, by onnxruntime's name: cpu, cuda, openvino, ...; empty for `device`"
@@ -101,43 +161,38 @@ class ServeSettings:
     inline_ms: float = option(
         0.5, "searches that were measured to take less run in the event loop, others in a thread", low=0, high=100
     )
-    max_in_flight: int = option(
-        64, "requests that search or wait for a search; one more is refused with 429", low=1, high=100_000
+    shards: str = option("", "shards to open, such as `0,2-3`; empty for all")
+    shard_host: str = option("127.0.0.1", "address that front doors are answered on")
+    shard_port: int | None = option(
+        None, "port that front doors are answered on; 0 lets the system choose; none for none", low=0, high=65_535
     )
-    max_connections: int = option(1024, "open connections; one more is closed", low=1, high=1_000_000)
-    timeout_ms: float = option(2000.0, "deadline of a request that names none", low=1, high=600_000)
-    max_timeout_ms: float = option(30_000.0, "longest deadline a request may name", low=1, high=600_000)
-    header_timeout_s: float = option(5.0, "a connection that sent no whole request head by then is closed", low=0.1)
-    body_timeout_s: float = option(10.0, "a body that has not arrived by then is answered with 408", low=0.1)
-    write_timeout_s: float = option(20.0, "a client that takes longer to read its answer is cut off", low=0.1)
-    keepalive_s: float = option(75.0, "idle connections are closed after that", low=1, high=86_400)
-    drain_s: float = option(0.0, "how long /readyz is red before the port closes at shutdown", low=0, high=600)
-    shutdown_s: float = option(30.0, "how long requests in flight may take to end at shutdown", low=0, high=3600)
-    max_query_bytes: int = option(1 << 20, "largest body of one question", low=1024, high=1 << 30)
-    max_body_bytes: int = option(16 << 20, "largest body of a batch", low=1024, high=1 << 30)
-    max_buffered_bytes: int = option(
-        256 << 20, "bodies that are being read, altogether; more is refused with 429", low=1024, high=1 << 40
+    previous_version_s: float = option(
+        30.0,
+        "how long the version before is kept for front doors after the last of them asked it; without a shard port it "
+        "goes at once",
+        low=0,
+        high=86_400,
     )
-    max_k: int = option(1000, "largest k", low=1, high=100_000)
-    max_depth: int = option(10_000, "largest rerank depth", low=1, high=1_000_000)
-    max_batch: int = option(1024, "most queries in one batch", low=1, high=100_000)
-    max_text_chars: int = option(
-        1_000_000,
-        "longest query text; what the encoder does not read of it is cut, and the answer says so",
-        low=1,
-        high=1 << 30,
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteSettings(HttpSettings):
+    """What `vecsvc route` can be told."""
+
+    config: str = option("", "TOML file that says where the nodes are: nodes = [...] and dns = [...]")
+    discover_s: float = option(2.0, "how often the file and the names in it are looked at", low=0.05, high=3600)
+    connect_timeout_s: float = option(1.0, "a node that has not said what it holds by then is tried later", low=0.01)
+    ping_s: float = option(0.5, "how often a node is asked whether it is alive", low=0.01, high=60)
+    ping_timeout_s: float = option(1.0, "a node that has not answered by then is cut off", low=0.01, high=60)
+    hedge_share: float = option(
+        0.05, "questions that may be asked a second time because the first takes long; 0 for none", low=0, high=1
     )
-    max_embed_texts: int = option(2048, "most texts in one request for embeddings", low=1, high=100_000)
-    max_embed_chars: int = option(
-        1 << 20, "longest text to embed; what the encoder does not read of it is cut", low=1, high=1 << 30
-    )
-    embed_timeout_ms: float = option(30_000.0, "deadline of a request for embeddings", low=1, high=600_000)
-    max_id_bytes: int = option(512, "longest id in UTF-8 bytes", low=1, high=65_536)
-    max_filter_nodes: int = option(64, "most conditions in one filter", low=1, high=10_000)
-    max_filter_values: int = option(1024, "most values of one $in", low=1, high=1_000_000)
-    log: str = option("errors", "which requests are logged", choices=("none", "errors", "all"))
-    log_lines_per_s: int = option(
-        100, "lines a second about failed requests; further ones are counted in one line", low=1, high=1_000_000
+    hedge_min_ms: float = option(1.0, "a question is never asked a second time before that", low=0, high=10_000)
+    retry_share: float = option(0.1, "questions that may be asked again because a node failed", low=0, high=1)
+    eject_failures: int = option(5, "failures in a row after which a node is left alone for a while", low=1, high=1000)
+    eject_s: float = option(1.0, "for how long; doubled each time, up to 30 s", low=0.01, high=30)
+    flip_wait_s: float = option(
+        10.0, "a new version waits so long for the last nodes once every shard can serve it", low=0, high=3600
     )
 
 
@@ -149,7 +204,20 @@ class BuildSettings:
     name: str = option("", "name of the index; empty for the corpus file's stem")
     kind: str = option("auto", "kind of index: auto, exact, nng, tp_tree, hnsw, kd_tree, faiss, or a plug-in's")
     metric: str = option("cosine", "what near means", choices=("l2", "ip", "cosine"))
-    shards: int = option(1, "parts the corpus is split into by a hash of the id", low=1, high=256)
+    shards: int = option(1, "parts the corpus is split into", low=1, high=MAX_SHARDS)
+    partition: str = option(
+        "hash",
+        "how rows are spread over shards: by a hash of the id, or by nearness (cluster), so that a question with "
+        "probe_shards need not ask all",
+        choices=("hash", "cluster"),
+    )
+    border_share: float = option(
+        0.1,
+        "with --partition cluster: the share of the rows that may live in two shards, those nearest to a border; "
+        "more buys recall where few shards are asked",
+        low=0.0,
+        high=1.0,
+    )
     version: str = option("", "name of the version; empty for the time")
     encoder: str = option(
         "",
@@ -166,6 +234,20 @@ class BuildSettings:
     kernels: str = option("", "folder that keeps compiled kernels; empty for ~/.cache/vecsvc/kernels")
     seed: int = option(7, "seed of everything random", low=0, high=2**31 - 1)
     batch_rows: int = option(8192, "rows read at a time", low=1, high=1_000_000)
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """`0,2-4` as [0, 2, 3, 4]: ascending, each once. Raises ConfigError."""
+    found: set[int] = set()
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not (low.isdecimal() and (high.isdecimal() if dash else True)) or len(part) > 16:
+            raise ConfigError(f"{name} takes numbers and ranges such as 0,2-3, got {text[:80]!r}")
+        first, last = int(low), int(high) if dash else int(low)
+        if not first <= last < MAX_NUMBER:
+            raise ConfigError(f"{name}: {part.strip()} is no range of numbers below {MAX_NUMBER}")
+        found.update(range(first, last + 1))
+    return sorted(found)
 
 
 @functools.cache
@@ -274,5 +356,5 @@ def _read_table(file: Path, table: str, names: set[str]) -> dict[str, Any]:
     return section
 
 
-_TABLES: Final[dict[str, type]] = {"serve": ServeSettings, "build": BuildSettings}
+_TABLES: Final[dict[str, type]] = {"serve": ServeSettings, "route": RouteSettings, "build": BuildSettings}
 _ALL_NAMES: Final = frozenset(f.name for cls in _TABLES.values() for f in dataclasses.fields(cls))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -12,28 +12,33 @@ import numpy as np
 import pyarrow as pa
 
 from vecsvc import __version__, indexes
-from vecsvc.catalog import Served
-from vecsvc.config import ServeSettings, field_types
+from vecsvc.access import KEY_HEADER
+from vecsvc.config import HttpSettings, field_types
 from vecsvc.engine import MAX_ANSWER_BYTES
 from vecsvc.filters import MAX_DEPTH, OPERATORS
+from vecsvc.front_door import Described
 from vecsvc.indexes.base import module
 from vecsvc.openapi_embed import ANSWERS, ERRORS, VECTORS, embed_paths
 from vecsvc.schemas import ARROW, BINARY, JSON, MAX_URL_TEXT_CHARS, ErrorAnswer
-from vecsvc.types import DEFAULT_K, INCLUDES, MAX_ABS, BatchAnswer, SearchAnswer
+from vecsvc.types import DEFAULT_K, INCLUDES, MAX_ABS, MAX_SHARDS, BatchAnswer, SearchAnswer
 
+OPEN_PATHS: Final = ("/livez", "/readyz")  # that never ask for a key
 _REF: Final = "#/components/schemas/{name}"
 
 # Settings of the service are named in braces.
 _ERRORS: Final = {
     400: "the bytes are not what they say they are",
+    401: "no key, or none that holds",
+    403: "the key may not do this",
     404: "no such index, model or id",
     408: "the body did not arrive within {body_timeout_s:g} s",
     413: "the body has more than {max_query_bytes} bytes, that of a batch more than {max_body_bytes}; or a text "
     "that may not be cut is too long",
     415: "the body has another type, or is compressed",
     422: "well-formed, but wrong: the message names the value and what would be right",
-    429: "{max_in_flight} requests are in flight, or {max_buffered_bytes} bytes of bodies, "
-    "or {max_waiting_tokens} tokens wait for an encoder; see Retry-After",
+    429: "the key asks for more than its rate; or {max_in_flight} questions are in flight, or {max_bulk_in_flight} "
+    "requests of more than 8, or {max_buffered_bytes} bytes of bodies, or {max_waiting_tokens} tokens wait for an "
+    "encoder; see Retry-After",
     500: "the service failed",
     503: "not ready; the message says why",
     504: "the deadline timeout_ms passed; for embeddings that is {embed_timeout_ms:g} ms",
@@ -45,6 +50,13 @@ _MIN_FLOAT32: Final = 1.401298464324817e-45  # smaller ones become zero
 _FIRST_TOO_LARGE: Final = float(
     (np.float64(np.float32(MAX_ABS)) + np.float64(np.nextafter(np.float32(MAX_ABS), np.float32(np.inf)))) / 2
 )
+
+
+class _Known(dict[str, Any]):
+    """Settings by their names; a front door lacks those of what only its nodes do."""
+
+    def __missing__(self, name: str) -> str:
+        return "too many"
 
 
 class IndexSummary(msgspec.Struct, frozen=True):
@@ -75,11 +87,11 @@ class Status(msgspec.Struct, frozen=True):
     status: str
 
 
-def index_summary(served: Served) -> IndexSummary:
+def index_summary(served: Described) -> IndexSummary:
     return IndexSummary(**_summary(served))
 
 
-def index_detail(served: Served) -> IndexDetail:
+def index_detail(served: Described) -> IndexDetail:
     manifest = served.manifest
     return IndexDetail(
         **_summary(served),
@@ -90,7 +102,7 @@ def index_detail(served: Served) -> IndexDetail:
     )
 
 
-def _summary(served: Served) -> dict[str, Any]:
+def _summary(served: Described) -> dict[str, Any]:
     manifest = served.manifest
     return {
         "name": served.name,
@@ -106,7 +118,7 @@ def _summary(served: Served) -> dict[str, Any]:
     }
 
 
-def document(served: list[Served], settings: ServeSettings) -> dict[str, Any]:
+def document(served: Sequence[Described], settings: HttpSettings) -> dict[str, Any]:
     """What the service takes and answers now. Requests are described for each index: dim, fields, parameters."""
     _, components = msgspec.json.schema_components(
         [SearchAnswer, BatchAnswer, ErrorAnswer, IndexList, IndexDetail, Status, *ANSWERS], ref_template=_REF
@@ -140,6 +152,7 @@ def document(served: list[Served], settings: ServeSettings) -> dict[str, Any]:
         paths |= _search_paths(f"/indexes/{one.name}", prefix, one, settings)
         if len(served) == 1:
             paths |= _search_paths("", prefix, one, settings)
+    secured: dict[str, Any] = _secure(paths, settings) if settings.keys else {}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -148,18 +161,35 @@ def document(served: list[Served], settings: ServeSettings) -> dict[str, Any]:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": {"schemas": components},
+        "components": {"schemas": components, **secured},
     }
 
 
-def _get(summary: str, answer: str, operation: str, errors: Iterable[int], settings: ServeSettings) -> dict[str, Any]:
+def _secure(paths: dict[str, Any], settings: HttpSettings) -> dict[str, Any]:
+    """Say of each operation that it asks for a key, and how it refuses; the two ways to send one."""
+    schemes = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "key": {"type": "apiKey", "in": "header", "name": KEY_HEADER},
+    }
+    for path, operations in paths.items():
+        for operation in operations.values():
+            operation["security"] = [] if path in OPEN_PATHS else [{name: []} for name in schemes]
+            if path not in OPEN_PATHS:
+                error = operation["responses"]["500"]["content"][JSON]["schema"]["$ref"].rpartition("/")[2]
+                refused = _responses("Status", (401, 403, 429), settings, error_name=error)
+                del refused["200"]
+                operation["responses"] |= refused
+    return {"securitySchemes": schemes}
+
+
+def _get(summary: str, answer: str, operation: str, errors: Iterable[int], settings: HttpSettings) -> dict[str, Any]:
     return {"operationId": operation, "summary": summary, "responses": _responses(answer, errors, settings)}
 
 
 def _responses(
     answer: str,
     errors: Iterable[int],
-    settings: ServeSettings,
+    settings: HttpSettings,
     *,
     arrow: bool = False,
     error_name: str = "ErrorAnswer",
@@ -170,13 +200,17 @@ def _responses(
         content[ARROW] = {"schema": {"type": "string", "format": "binary", "description": meaning}}
     error = {JSON: {"schema": {"$ref": _REF.format(name=error_name)}}}
     request_id = {"X-Request-Id": {"description": "yours, or one of ours", "schema": {"type": "string"}}}
-    retry = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
+    challenge = {"WWW-Authenticate": {"description": "the scheme, Bearer", "schema": {"type": "string"}}}
+    retry = {
+        "Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}},
+        "Retry-After-Ms": {"description": "milliseconds", "schema": {"type": "integer", "minimum": 1}},
+    }
     return {
         "200": {"description": "OK", "headers": request_id, "content": content},
         **{
             str(status): {
-                "description": _ERRORS[status].format_map(asdict(settings)),
-                "headers": request_id | (retry if status in (429, 503) else {}),
+                "description": _ERRORS[status].format_map(_Known(asdict(settings))),
+                "headers": request_id | (retry if status in (429, 503) else challenge if status == 401 else {}),
                 "content": error,
             }
             for status in errors
@@ -184,7 +218,7 @@ def _responses(
     }
 
 
-def _search_paths(path: str, prefix: str, served: Served, settings: ServeSettings) -> dict[str, Any]:
+def _search_paths(path: str, prefix: str, served: Described, settings: HttpSettings) -> dict[str, Any]:
     name = f"{prefix}_short" if not path else prefix
     dim = served.manifest.spec.dim
     errors = [400, 404, 408, 413, 415, 422, 429, 500, 503, 504]
@@ -251,7 +285,7 @@ def _rows(shape: str, what: str) -> dict[str, Any]:
     }
 
 
-def _request_schemas(prefix: str, served: Served, settings: ServeSettings) -> dict[str, Any]:
+def _request_schemas(prefix: str, served: Described, settings: HttpSettings) -> dict[str, Any]:
     """One schema a way to ask: exactly one of text, vector and id, so each closes its own list of fields."""
     common: dict[str, Any] = {
         "k": {**_k(settings), "description": "how many rows; limit, top_k and topK are other names of it"},
@@ -315,7 +349,7 @@ def _closed(name: str, schema: dict[str, Any], common: dict[str, Any]) -> dict[s
     }
 
 
-def _vector(served: Served) -> dict[str, Any]:
+def _vector(served: Described) -> dict[str, Any]:
     spec = served.manifest.spec
     numbers: dict[str, Any] = {
         "type": "array",
@@ -337,13 +371,20 @@ def _vector(served: Served) -> dict[str, Any]:
     return {"oneOf": [numbers, encoded]}
 
 
-def _params(served: Served) -> dict[str, Any]:
-    """`exact` and `max_visited`, and the settings of the index's kind with their bounds."""
+def _params(served: Described) -> dict[str, Any]:
+    """What every kind takes, and the settings of the index's kind with their bounds."""
     cls = module(served.manifest.spec.kind).SearchParams
     properties: dict[str, Any] = {
         "exact": {"type": "boolean", "default": False, "description": "compare with every vector"},
         "max_visited": {"type": "integer", "minimum": 1, "maximum": 2**53, "description": "vectors to compare at most"},
     }
+    if served.centroids is not None:
+        properties["probe_shards"] = {
+            "type": "integer",
+            "minimum": 1,
+            "maximum": MAX_SHARDS,
+            "description": "ask so many shards, those nearest to the query; all of them unless it is given",
+        }
     defaults = {**indexes.params_dict(cls()), **served.manifest.search}
     for field in dataclasses.fields(cls):
         schema: dict[str, Any] = {"type": "integer", "description": field.metadata.get("meaning", "")}
@@ -358,7 +399,7 @@ def _params(served: Served) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def _filter(ref: str, served: Served, settings: ServeSettings) -> dict[str, Any] | None:
+def _filter(ref: str, served: Described, settings: HttpSettings) -> dict[str, Any] | None:
     """Conditions on the stored fields; None where nothing is stored that could be compared."""
     properties: dict[str, Any] = {}
     for name, column in _stored_types(served).items():
@@ -386,9 +427,8 @@ def _filter(ref: str, served: Served, settings: ServeSettings) -> dict[str, Any]
     }
 
 
-def _stored_types(served: Served) -> dict[str, pa.DataType]:
-    fields = served.shards[0].fields
-    return {field.name: field.type for field in fields.table.schema} if fields is not None else {}
+def _stored_types(served: Described) -> dict[str, pa.DataType]:
+    return {field.name: field.type for field in served.stored}
 
 
 def _operand(kind: pa.DataType) -> dict[str, Any] | None:
@@ -415,14 +455,14 @@ def _operand(kind: pa.DataType) -> dict[str, Any] | None:
     return None
 
 
-def _k(settings: ServeSettings) -> dict[str, Any]:
+def _k(settings: HttpSettings) -> dict[str, Any]:
     return {"type": "integer", "minimum": 1, "maximum": settings.max_k, "default": min(DEFAULT_K, settings.max_k)}
 
 
-def _timeout(settings: ServeSettings) -> dict[str, Any]:
+def _timeout(settings: HttpSettings) -> dict[str, Any]:
     return {"type": "number", "minimum": 1, "maximum": settings.max_timeout_ms, "default": settings.timeout_ms}
 
 
-def _text(settings: ServeSettings, most: int | None = None) -> dict[str, Any]:
+def _text(settings: HttpSettings, most: int | None = None) -> dict[str, Any]:
     longest = min(settings.max_text_chars, most or settings.max_text_chars)
     return {"type": "string", "minLength": 1, "maxLength": longest, "pattern": r"\S"}

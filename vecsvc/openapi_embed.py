@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, get_args
 
-from vecsvc.catalog import Served
-from vecsvc.config import ServeSettings
+from vecsvc.config import HttpSettings
 from vecsvc.encoders import DEFAULT
 from vecsvc.encoders.base import EncoderSpec, Role
+from vecsvc.front_door import Described
 from vecsvc.schemas import JSON
 from vecsvc.schemas_embed import (
     OPENAI_PATH,
@@ -31,7 +31,7 @@ _HEADERS: Final = {
 Responses = Callable[[str, str], dict[str, Any]]  # (answer's schema, error's schema) -> the responses of an operation
 
 
-def embed_paths(served: list[Served], settings: ServeSettings, responses: Responses) -> dict[str, Any]:
+def embed_paths(served: Sequence[Described], settings: HttpSettings, responses: Responses) -> dict[str, Any]:
     """The routes for the encoders that there are; none where there are none."""
     specs = {one.name: one.encoder.spec for one in served if one.encoder is not None}
     if not specs:
@@ -60,7 +60,7 @@ def _operation(operation: str, summary: str, schema: dict[str, Any], responses: 
     }
 
 
-def _openai(specs: dict[str, EncoderSpec], settings: ServeSettings) -> dict[str, Any]:
+def _openai(specs: dict[str, EncoderSpec], settings: HttpSettings) -> dict[str, Any]:
     """One schema for each encoder: which dimensions there are depends on the model."""
     encoders = {spec.fingerprint: spec for spec in specs.values()}
     schemas = []
@@ -89,7 +89,7 @@ def _openai(specs: dict[str, EncoderSpec], settings: ServeSettings) -> dict[str,
     return schemas[0] if len(schemas) == 1 else {"oneOf": schemas}
 
 
-def _tei(spec: EncoderSpec, settings: ServeSettings) -> dict[str, Any]:
+def _tei(spec: EncoderSpec, settings: HttpSettings) -> dict[str, Any]:
     unit: dict[str, Any] = {"const": True} if spec.normalize else {"type": "boolean"}
     return _closed(
         ["inputs"],
@@ -108,7 +108,7 @@ def _tei(spec: EncoderSpec, settings: ServeSettings) -> dict[str, Any]:
     )
 
 
-def _input(settings: ServeSettings) -> dict[str, Any]:
+def _input(settings: HttpSettings) -> dict[str, Any]:
     text = {"type": "string", "minLength": 1, "maxLength": settings.max_embed_chars, "pattern": r"\S"}
     return {"oneOf": [text, {"type": "array", "items": text, "minItems": 1, "maxItems": settings.max_embed_texts}]}
 

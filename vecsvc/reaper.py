@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from aiohttp import StreamReader, web
 
-from vecsvc.config import ServeSettings
+from vecsvc.config import HttpSettings
 from vecsvc.errors import RequestTimeout
 
 TICK_S: Final = 0.25  # how often the reaper looks
@@ -23,7 +23,7 @@ class Reaper:
     One task looks at every connection a few times a second, so that a request costs no timer of its own.
     """
 
-    def __init__(self, settings: ServeSettings) -> None:
+    def __init__(self, settings: HttpSettings) -> None:
         self._settings = settings
         self._since: dict[Any, float] = {}  # connection -> when it last did something whole
         self._served: set[Any] = set()  # connections that sent a whole request head before

@@ -16,13 +16,14 @@ import pyarrow as pa
 from msgspec import UNSET, Struct, UnsetType
 
 from vecsvc import filters
-from vecsvc.config import ServeSettings
+from vecsvc.config import HttpSettings
 from vecsvc.errors import InvalidRequest, MalformedRequest
 from vecsvc.ids import IdType
 from vecsvc.types import (
     DEFAULT_K,
     INCLUDES,
     MAX_DIM,
+    MAX_SHARDS,
     BatchAnswer,
     Condition,
     Id,
@@ -48,6 +49,7 @@ K_ALIASES: Final = ("limit", "top_k", "topK")
 MAX_URL_TEXT_CHARS: Final = 2000
 _BODY_ONLY: Final = ("text", "vector", "id", "texts", "vectors", "filter", "params", "rerank")
 MAX_PARAMS: Final = 64
+INLINE_HITS: Final = 10_000  # longer answers are encoded in a thread
 EXPLAINED_BYTES: Final = 1 << 20  # a larger body is not decoded again for the sake of its error message
 _MAX_SHOWN: Final = 80
 _NOTHING: Final[frozenset[str]] = frozenset()
@@ -98,7 +100,7 @@ _encoder: Final = msgspec.json.Encoder(enc_hook=str)
 # ----------------------------------------------------------------------------------------------- requests
 
 
-def parse_search(body: bytes, limits: ServeSettings) -> tuple[Query, SearchSettings]:
+def parse_search(body: bytes, limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """A JSON question. Exactly one of `text`, `vector` and `id` must be there."""
     wire = decode(_search_decoder, body)
     settings = _settings(wire, limits)
@@ -112,7 +114,7 @@ def parse_search(body: bytes, limits: ServeSettings) -> tuple[Query, SearchSetti
     return IdQuery(_id(wire.id, limits)), settings  # type: ignore[arg-type]
 
 
-def parse_batch(body: bytes, limits: ServeSettings) -> tuple[Query, SearchSettings]:
+def parse_batch(body: bytes, limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """A JSON batch. Exactly one of `texts` and `vectors` must be there."""
     wire = decode(_batch_decoder, body)
     settings = _settings(wire, limits)
@@ -130,9 +132,7 @@ def parse_batch(body: bytes, limits: ServeSettings) -> tuple[Query, SearchSettin
     return VectorQuery(np.concatenate(rows)), settings
 
 
-def parse_binary(
-    body: bytes, dim: int, query: Mapping[str, str], limits: ServeSettings
-) -> tuple[Query, SearchSettings]:
+def parse_binary(body: bytes, dim: int, query: Mapping[str, str], limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """Rows of little-endian float32, with the settings in the URL: `?k=10&ef_search=64`."""
     settings = _url_settings(query, limits)
     if not body or len(body) % (4 * dim):
@@ -144,7 +144,7 @@ def parse_binary(
     return VectorQuery(vectors), settings
 
 
-def parse_get(query: Mapping[str, str], limits: ServeSettings) -> tuple[Query, SearchSettings]:
+def parse_get(query: Mapping[str, str], limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """A question in the URL: `?q=words&k=10`."""
     if "q" not in query:
         raise InvalidRequest("give the text as ?q=...")
@@ -192,16 +192,16 @@ def _explain(error: msgspec.ValidationError, body: bytes) -> MalformedRequest | 
     return InvalidRequest(f"{path}: {message}; the value is {shown(value)}")
 
 
-def _settings(wire: CommonBody, limits: ServeSettings) -> SearchSettings:
-    depth, exact, max_visited, timeout_ms = None, False, None, limits.timeout_ms
-    params: tuple[tuple[str, int], ...] = ()
+def _settings(wire: CommonBody, limits: HttpSettings) -> SearchSettings:
+    depth, timeout_ms = None, limits.timeout_ms
+    params = _NO_PARAMS
     conditions: tuple[Condition, ...] = ()
     if wire.rerank is not False:
         if wire.rerank is True:
             raise InvalidRequest('rerank must be false or {"depth": n}, got true')
         depth = _between("rerank.depth", wire.rerank.depth, 1, limits.max_depth)
     if wire.params is not UNSET:
-        exact, max_visited, params = _params(wire.params)
+        params = _params(wire.params)
     if wire.filter is not UNSET:
         conditions = _conditions(wire.filter, limits)
     if wire.timeout_ms is not UNSET:
@@ -209,9 +209,10 @@ def _settings(wire: CommonBody, limits: ServeSettings) -> SearchSettings:
     return SearchSettings(
         k=_k(wire, limits),
         conditions=conditions,
-        params=params,
-        exact=exact,
-        max_visited=max_visited,
+        params=params.own,
+        exact=params.exact,
+        max_visited=params.max_visited,
+        probe_shards=params.probe_shards,
         rerank_depth=depth,
         timeout_ms=timeout_ms,
         partial=wire.partial,
@@ -219,14 +220,14 @@ def _settings(wire: CommonBody, limits: ServeSettings) -> SearchSettings:
     )
 
 
-def _conditions(filter: Mapping[str, Any], limits: ServeSettings) -> tuple[Condition, ...]:
+def _conditions(filter: Mapping[str, Any], limits: HttpSettings) -> tuple[Condition, ...]:
     try:
         return filters.parse(filter, max_nodes=limits.max_filter_nodes, max_values=limits.max_filter_values)
     except RecursionError as error:  # the decoder just managed it, and showing it in a message did not
         raise MalformedRequest("filter is nested too deep") from error
 
 
-def _k(wire: CommonBody, limits: ServeSettings) -> int:
+def _k(wire: CommonBody, limits: HttpSettings) -> int:
     if wire.k is not UNSET and wire.limit is UNSET and wire.top_k is UNSET and wire.topK is UNSET:
         return _between("k", wire.k, 1, limits.max_k)
     given = {name: getattr(wire, name) for name in ("k", *K_ALIASES) if getattr(wire, name) is not UNSET}
@@ -238,11 +239,22 @@ def _k(wire: CommonBody, limits: ServeSettings) -> int:
     return _between(name, value, 1, limits.max_k)
 
 
-def _params(params: Mapping[str, Any]) -> tuple[bool, int | None, tuple[tuple[str, int], ...]]:
+class _Params(Struct, frozen=True, gc=False):
     """What every kind knows, apart from the settings of its own; those are checked against the index."""
+
+    exact: bool = False
+    max_visited: int | None = None
+    probe_shards: int | None = None
+    own: tuple[tuple[str, int], ...] = ()
+
+
+_NO_PARAMS: Final = _Params()
+
+
+def _params(params: Mapping[str, Any]) -> _Params:
     if len(params) > MAX_PARAMS:
         raise InvalidRequest(f"params has {len(params)} settings, no kind knows more than {MAX_PARAMS}")
-    exact, max_visited, own = False, None, []
+    exact, max_visited, probe_shards, own = False, None, None, []
     for name, value in params.items():
         if name == "exact":
             if not isinstance(value, bool):
@@ -250,14 +262,16 @@ def _params(params: Mapping[str, Any]) -> tuple[bool, int | None, tuple[tuple[st
             exact = value
         elif name == "max_visited":
             max_visited = _between("params.max_visited", value, 1, 2**53)
+        elif name == "probe_shards":
+            probe_shards = _between("params.probe_shards", value, 1, MAX_SHARDS)
         elif type(value) is int:
             own.append((name, value))
         else:
             raise InvalidRequest(f"params.{name[:_MAX_SHOWN]} must be an integer, got {shown(value)}")
-    return exact, max_visited, tuple(own)
+    return _Params(exact, max_visited, probe_shards, tuple(own))
 
 
-def _timeout(timeout_ms: float, limits: ServeSettings) -> float:
+def _timeout(timeout_ms: float, limits: HttpSettings) -> float:
     if not 1 <= timeout_ms <= limits.max_timeout_ms:
         raise InvalidRequest(f"timeout_ms must be between 1 and {limits.max_timeout_ms:g}, got {timeout_ms:g}")
     return timeout_ms
@@ -283,7 +297,7 @@ def _vector(wire: list[float] | Base64Vector, name: str) -> Vectors:
     return row.reshape(1, -1)
 
 
-def _text(text: str, name: str, limits: ServeSettings) -> str:
+def _text(text: str, name: str, limits: HttpSettings) -> str:
     if not text.strip():
         raise InvalidRequest(f"{name} is empty")
     if len(text) > limits.max_text_chars:
@@ -291,7 +305,7 @@ def _text(text: str, name: str, limits: ServeSettings) -> str:
     return text
 
 
-def _id(id: Id, limits: ServeSettings) -> Id:
+def _id(id: Id, limits: HttpSettings) -> Id:
     if isinstance(id, str) and len(id.encode()) > limits.max_id_bytes:
         raise InvalidRequest(f"id has {len(id.encode())} bytes, the limit max_id_bytes is {limits.max_id_bytes}")
     if isinstance(id, int) and not -(2**63) <= id < 2**63:
@@ -299,12 +313,12 @@ def _id(id: Id, limits: ServeSettings) -> Id:
     return id
 
 
-def _check_batch(n: int, limits: ServeSettings) -> None:
+def _check_batch(n: int, limits: HttpSettings) -> None:
     if not 1 <= n <= limits.max_batch:
         raise InvalidRequest(f"the batch has {n} queries, expected 1 to {limits.max_batch}")
 
 
-def _url_settings(query: Mapping[str, str], limits: ServeSettings) -> SearchSettings:
+def _url_settings(query: Mapping[str, str], limits: HttpSettings) -> SearchSettings:
     """Settings of a URL: the same words, as text; those that are no words of ours are the kind's own."""
     body: dict[str, Any] = {}
     params: dict[str, Any] = {}
@@ -393,14 +407,15 @@ def encode_arrow(answer: BatchAnswer | SearchAnswer, id_type: IdType | None = No
     return stream
 
 
-class ErrorDetail(Struct, frozen=True):
+class ErrorDetail(Struct, frozen=True, omit_defaults=True):
     code: str
     message: str
+    retry_after_ms: int | UnsetType = UNSET  # where it passes: 429 and 503
 
 
 class ErrorAnswer(Struct, frozen=True):
     error: ErrorDetail
 
 
-def encode_error(code: str, message: str) -> bytes:
-    return _encoder.encode(ErrorAnswer(ErrorDetail(code, message)))
+def encode_error(code: str, message: str, retry_after_ms: int | UnsetType = UNSET) -> bytes:
+    return _encoder.encode(ErrorAnswer(ErrorDetail(code, message, retry_after_ms)))

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from msgspec import UNSET, Struct, UnsetType
 
-from vecsvc.config import ServeSettings
+from vecsvc.config import HttpSettings
 from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.engine import MAX_ANSWER_BYTES
 from vecsvc.errors import InvalidRequest
@@ -72,7 +72,7 @@ _tei_decoder: Final = msgspec.json.Decoder(TeiBody)
 # ----------------------------------------------------------------------------------------------- requests
 
 
-def parse_openai(body: bytes, limits: ServeSettings) -> EmbedRequest:
+def parse_openai(body: bytes, limits: HttpSettings) -> EmbedRequest:
     wire = decode(_openai_decoder, body)
     return EmbedRequest(
         texts=_texts(wire.input, "input", limits),
@@ -83,7 +83,7 @@ def parse_openai(body: bytes, limits: ServeSettings) -> EmbedRequest:
     )
 
 
-def parse_tei(body: bytes, limits: ServeSettings) -> EmbedRequest:
+def parse_tei(body: bytes, limits: HttpSettings) -> EmbedRequest:
     wire = decode(_tei_decoder, body)
     if wire.truncation_direction.lower() != "right":
         raise InvalidRequest("truncation_direction must be right: texts are cut at their end, never at their beginning")
@@ -115,7 +115,7 @@ def check_encoder(asked: EmbedRequest, spec: EncoderSpec) -> None:
         )
 
 
-def _texts(given: str | list[Any], name: str, limits: ServeSettings) -> list[str]:
+def _texts(given: str | list[Any], name: str, limits: HttpSettings) -> list[str]:
     if isinstance(given, str):
         return [_text(given, name, limits)]
     if not 1 <= len(given) <= limits.max_embed_texts:
@@ -123,7 +123,7 @@ def _texts(given: str | list[Any], name: str, limits: ServeSettings) -> list[str
     return [_text(text, f"{name}[{i}]", limits) for i, text in enumerate(given)]
 
 
-def _text(text: Any, name: str, limits: ServeSettings) -> str:
+def _text(text: Any, name: str, limits: HttpSettings) -> str:
     if isinstance(text, int | list) and not isinstance(text, bool):
         # LangChain's OpenAIEmbeddings sends tokens of OpenAI's own vocabulary, which mean nothing to another model.
         raise InvalidRequest(
@@ -191,6 +191,7 @@ class OpenAIErrorDetail(Struct, frozen=True):
     type: str
     param: str | None  # the field to blame, where it is one
     code: str
+    retry_after_ms: int | UnsetType = UNSET  # as in our own errors
 
 
 class OpenAIErrorAnswer(Struct, frozen=True):
@@ -200,22 +201,24 @@ class OpenAIErrorAnswer(Struct, frozen=True):
 class TeiErrorAnswer(Struct, frozen=True):
     error: str
     error_type: Literal["Unhealthy", "Backend", "Overloaded", "Validation"]
+    retry_after_ms: int | UnsetType = UNSET
 
 
 _PARAM: Final = re.compile(rf"(?:\$\.)?({'|'.join(OpenAIBody.__struct_fields__)})\b")
 
 
-def error_body(path: str, status: int, code: str, message: str) -> bytes:
+def error_body(path: str, status: int, code: str, message: str, retry_after_ms: int | None = None) -> bytes:
     """An error in the shape of what the path is like: OpenAI's, TEI's, or ours."""
+    retry = UNSET if retry_after_ms is None else retry_after_ms
     if path == OPENAI_PATH:
         kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
         # Our messages begin with the field that they are about.
         found = _PARAM.match(message)
         param = "model" if code == "model_not_found" else found[1] if found else None
-        return msgspec.json.encode(OpenAIErrorAnswer(OpenAIErrorDetail(message, kind, param, code)))
+        return msgspec.json.encode(OpenAIErrorAnswer(OpenAIErrorDetail(message, kind, param, code, retry)))
     if path == TEI_PATH or (path.startswith("/indexes/") and path.endswith(TEI_PATH) and path.count("/") == 3):
         known: dict[int, Literal["Unhealthy", "Overloaded"]] = {503: "Unhealthy", 429: "Overloaded"}
         return msgspec.json.encode(
-            TeiErrorAnswer(message, known.get(status) or ("Validation" if status < 500 else "Backend"))
+            TeiErrorAnswer(message, known.get(status) or ("Validation" if status < 500 else "Backend"), retry)
         )
-    return encode_error(code, message)
+    return encode_error(code, message, retry)

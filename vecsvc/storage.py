@@ -136,11 +136,11 @@ def write_file(path: Path, data: bytes, *, private: bool = False) -> None:
         file.write(data)
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, private: bool = False) -> None:
     """Change a file's content in one step that a crash cannot split."""
     aside = path.with_name(path.name + ".tmp")
     delete_file(aside)
-    write_file(aside, data)
+    write_file(aside, data, private=private)
     rename(aside, path)
 
 

@@ -1,0 +1,343 @@
+"""One question to many nodes: a replica of each shard, a second one where the first takes long, one deadline for all.
+
+Which replica: the better of two at random by observed latency and load (Mitzenmacher, "The Power of Two Choices in
+Randomized Load Balancing", IEEE TPDS 2001). When a second one: after the 95th percentile of the replica's latency
+(Dean and Barroso, "The Tail at Scale", CACM 2013), within a budget; the loser is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from vecsvc import remote
+from vecsvc.config import RouteSettings
+from vecsvc.errors import (
+    DeadlineExceeded,
+    InternalError,
+    NodeFailed,
+    NotReady,
+    Overloaded,
+    ProtocolError,
+    ShardsMissing,
+    VecsvcError,
+)
+from vecsvc.node import KNOWN_AFTER, SLOW_START_S, Node
+from vecsvc.remote import Kind
+from vecsvc.route_metrics import RouteMetrics
+
+HEDGE_BURST: Final = 32.0  # second questions that may be asked at once after a quiet time
+RETRY_BURST: Final = 256.0  # a node that dies fails all that it had in flight at once
+PROBE_S: Final = 1.0  # a slower replica gets a copy of a question so often, to see whether it recovered
+
+# Another replica may answer where one failed in these ways; all else is the question's fault, or would be the same.
+_RETRIED: Final = (NodeFailed, NotReady, Overloaded, InternalError)
+
+
+class Budget:
+    """A share of what was done may be done once more; `take` says whether there is room."""
+
+    __slots__ = ("_burst", "_left", "share")
+
+    def __init__(self, share: float, burst: float) -> None:
+        self.share, self._burst = share, burst
+        self._left = burst if share else 0.0
+
+    def earn(self) -> None:
+        self._left = min(self._burst, self._left + self.share)
+
+    def take(self) -> bool:
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+
+@dataclass(slots=True)
+class Budgets:
+    """What all questions of a front door share."""
+
+    hedges: Budget
+    retries: Budget
+    hedge_min_s: float
+    metrics: RouteMetrics
+
+    @classmethod
+    def of(cls, settings: RouteSettings, metrics: RouteMetrics) -> Budgets:
+        return cls(
+            Budget(settings.hedge_share, HEDGE_BURST),
+            Budget(settings.retry_share, RETRY_BURST),
+            settings.hedge_min_ms / 1e3,
+            metrics,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Shards that the same nodes hold, so that one of these is asked for all of them."""
+
+    shards: tuple[int, ...]
+    nodes: list[Node]
+    make: Callable[[int, float], bytes]  # the frame, from a request id and the milliseconds that are left
+    expects: Kind
+    check: Callable[[Any], None] = lambda answer: None  # raises ProtocolError where the answer makes no sense
+    queries: list[int] | None = None  # which of the question's queries these shards are asked; None for all
+    answer: Any = None
+    error: VecsvcError | None = None
+    tried: list[Node] = field(default_factory=list)
+    attempts: list[_Attempt] = field(default_factory=list)  # under way
+    hedge_at: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        return self.answer is not None or self.error is not None
+
+
+class _Attempt:
+    """One node that was asked for one group."""
+
+    __slots__ = ("awaited", "call", "group", "kind", "node", "request", "started")
+
+    def __init__(self, call: Call, group: Group, node: Node, kind: str) -> None:
+        self.call, self.group, self.node, self.kind = call, group, node, kind
+        self.started = time.monotonic()
+        self.request = 0
+        self.awaited = True
+
+    def reply(self, kind: Kind | None, payload: bytes, error: NodeFailed | None) -> None:
+        if not self.awaited:
+            return
+        self.node.in_flight -= 1
+        self.call.replied(self, kind, payload, error)
+
+
+class Call:
+    """One question under way. Made and used in the event loop; `await` its `finished`."""
+
+    def __init__(
+        self, groups: list[Group], budgets: Budgets, key: Hashable, deadline: float, *, partial: bool = False
+    ) -> None:
+        """`deadline` is in seconds of time.monotonic(); `key` tells sorts of question apart whose latencies differ.
+
+        With `partial` it waits for every group until the deadline; without, it ends with the first that fails.
+        """
+        self.groups = groups
+        self.deadline = deadline
+        self._budgets, self._key, self._partial = budgets, key, partial
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self.finished: asyncio.Future[None] = self._loop.create_future()
+
+    async def run(self) -> None:
+        """Ask, and wait. Raises the first failure unless the caller takes parts; then the groups tell."""
+        try:
+            for group in self.groups:
+                self._begin(group)
+            self._end_if_done()
+            if not self.finished.done():
+                self._set_timer()
+                await self.finished
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            for group in self.groups:
+                self._cancel(group, probes=not group.done)
+        if not self._partial:
+            for group in self.groups:
+                if group.error is not None:
+                    raise group.error
+
+    # --------------------------------------------------------------------------------------------- choosing
+
+    def _begin(self, group: Group) -> None:
+        budgets = self._budgets
+        budgets.hedges.earn()
+        budgets.retries.earn()
+        node = self._choose(group)
+        if node is None:
+            group.error = _missing(group)
+            return
+        if not self._send(group, node, "first"):
+            return
+        if len(group.nodes) > 1:
+            known = [n.latency(self._key).p95 for n in group.nodes if n.latency(self._key).count >= KNOWN_AFTER]
+            # Not after the p95 of this replica alone: where it is the slow one, the other's is the better measure.
+            delay = max(budgets.hedge_min_s, min(known) if known else SLOW_START_S)
+            group.hedge_at = time.monotonic() + delay
+            self._probe(group, node)
+
+    def _choose(self, group: Group) -> Node | None:
+        """The node to ask next; None where there is none that was not tried."""
+        left = [node for node in group.nodes if node.up and node not in group.tried]
+        # Where every replica is draining or ejected, one of them may still answer: better than none.
+        candidates = [node for node in left if node.usable()] or left
+        if not candidates:
+            return None
+        if len(candidates) == 1:
+            return candidates[0]
+        one, other = random.sample(candidates, 2) if len(candidates) > 2 else candidates
+        a, b = self._cost(one), self._cost(other)
+        if a == b:
+            return random.choice((one, other))
+        return one if a < b else other
+
+    def _cost(self, node: Node) -> float:
+        return node.latency(self._key).mean * (1 + node.in_flight)
+
+    def _probe(self, group: Group, chosen: Node) -> None:
+        """Send a copy to a replica that would not be chosen, now and then, to see whether it recovered.
+
+        A user's question must not be what a slow node is tried with.
+        """
+        now = time.monotonic()
+        for node in group.nodes:
+            if node is chosen or not (node.usable() or node.returning(now)):
+                continue
+            latency = node.latency(self._key)
+            if now - latency.at > PROBE_S and self._budgets.hedges.take():
+                latency.at = now
+                self._send(group, node, "probe")
+
+    # ---------------------------------------------------------------------------------------------- sending
+
+    def _send(self, group: Group, node: Node, kind: str) -> bool:
+        attempt = _Attempt(self, group, node, kind)
+        left_ms = max(0.1, (self.deadline - attempt.started) * 1e3)
+        if kind != "probe":
+            group.tried.append(node)
+        try:
+            attempt.request = node.ask(lambda request: group.make(request, left_ms), attempt.reply)
+        except NodeFailed as error:
+            if kind == "first":
+                self._again(group, error)
+            return False
+        node.in_flight += 1
+        group.attempts.append(attempt)
+        return True
+
+    def replied(self, attempt: _Attempt, kind: Kind | None, payload: bytes, error: NodeFailed | None) -> None:
+        group, node = attempt.group, attempt.node
+        if attempt in group.attempts:
+            group.attempts.remove(attempt)
+        now = time.monotonic()
+        failure: VecsvcError | None = error
+        answer = None
+        if kind is not None:
+            try:
+                answer = remote.decode(kind, payload)
+                if kind is Kind.FAILED:
+                    failure = remote.raised(answer)
+                elif kind is not group.expects:
+                    raise ProtocolError(f"node {node.name} answered with {kind.name}, expected {group.expects.name}")
+                else:
+                    group.check(answer)
+            except ProtocolError as wrong:
+                failure = wrong
+        if failure is None:
+            seconds = now - attempt.started
+            node.latency(self._key).learn(seconds, now)
+            node.succeeded()
+            self._budgets.metrics.shard(node.name).observe(seconds)
+            if not group.done:
+                if attempt.kind != "first":
+                    self._budgets.metrics.hedges(attempt.kind + "_won").inc()
+                group.answer = answer
+                self._cancel(group, probes=False)
+                self._end_if_done()
+            return
+        if isinstance(failure, NodeFailed | InternalError) and kind is not None:
+            node.failed(str(failure))
+        if not group.done and attempt.kind != "probe":
+            self._again(group, failure)
+
+    def _again(self, group: Group, failure: VecsvcError) -> None:
+        """A node failed: wait for another that was asked, ask another, or give up."""
+        if any(attempt.kind != "probe" for attempt in group.attempts):
+            return
+        if isinstance(failure, _RETRIED) and time.monotonic() < self.deadline and not self.finished.done():
+            while (node := self._choose(group)) is not None:
+                if not self._budgets.retries.take():
+                    break
+                self._budgets.metrics.retries().inc()
+                if self._send(group, node, "retry"):
+                    return
+        for probe in group.attempts:
+            probe.kind = "retry"  # what was only a copy is all that is left
+            return
+        group.error = failure if not isinstance(failure, NodeFailed) else _missing(group, str(failure))
+        self._end_if_done()
+
+    # ------------------------------------------------------------------------------------------------- time
+
+    def _set_timer(self) -> None:
+        now = time.monotonic()
+        due = min((g.hedge_at for g in self.groups if g.hedge_at and not g.done), default=self.deadline)
+        self._timer = self._loop.call_later(max(0.0, min(due, self.deadline) - now), self._tick)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if now >= self.deadline:
+            for group in self.groups:
+                if not group.done:
+                    names = ", ".join(node.name for node in group.tried)
+                    group.error = DeadlineExceeded(
+                        f"no answer within timeout_ms for {_shards(group)}, asked of {names}; allow more time"
+                    )
+                    self._outlived(group, now)
+            self._finish()
+            return
+        for group in self.groups:
+            if group.hedge_at and not group.done and now >= group.hedge_at:
+                group.hedge_at = 0.0
+                self._hedge(group, now)
+        if not self.finished.done():
+            self._set_timer()
+
+    def _hedge(self, group: Group, now: float) -> None:
+        self._outlived(group, now)
+        node = self._choose(group)
+        if node is None or not node.usable():
+            return
+        if not self._budgets.hedges.take():
+            self._budgets.metrics.hedges("no_budget").inc()
+            return
+        self._budgets.metrics.hedges("sent").inc()
+        self._send(group, node, "hedge")
+
+    def _outlived(self, group: Group, now: float) -> None:
+        for attempt in group.attempts:
+            attempt.node.latency(self._key).outlived(now - attempt.started)
+
+    # ---------------------------------------------------------------------------------------------- the end
+
+    def _cancel(self, group: Group, *, probes: bool) -> None:
+        """Call back what is under way. A probe goes on once there is an answer: it is there to be timed."""
+        for attempt in list(group.attempts):
+            if attempt.kind != "probe" or probes:
+                group.attempts.remove(attempt)
+                attempt.awaited = False
+                attempt.node.in_flight -= 1
+                attempt.node.cancel(attempt.request)
+
+    def _end_if_done(self) -> None:
+        failed = any(group.error is not None for group in self.groups)
+        if all(group.done for group in self.groups) or (failed and not self._partial):
+            self._finish()
+
+    def _finish(self) -> None:
+        if not self.finished.done():
+            self.finished.set_result(None)
+
+
+def _shards(group: Group) -> str:
+    numbers = ", ".join(map(str, group.shards[:10])) + ("..." if len(group.shards) > 10 else "")
+    return f"shard{'s' if len(group.shards) > 1 else ''} {numbers}" if group.shards else "any shard"
+
+
+def _missing(group: Group, why: str = "") -> ShardsMissing:
+    tried = why or "no node that holds it is connected"
+    return ShardsMissing(f"{_shards(group)}: {tried}; ask again, or with partial for what is there")

@@ -1,0 +1,302 @@
+"""A node as a front door sees it: one connection to it, what it holds, how fast and how well it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import ssl
+import time
+from collections.abc import Callable, Hashable
+from typing import Final, cast
+
+from vecsvc import remote
+from vecsvc.config import RouteSettings
+from vecsvc.errors import NodeFailed, ProtocolError
+from vecsvc.remote import Holdings, Kind
+from vecsvc.topology import Address
+
+log: Final = logging.getLogger("vecsvc.router")
+
+SAMPLES: Final = 64  # latencies from which the 95th percentile is taken
+KNOWN_AFTER: Final = 20  # samples before it is believed
+MAX_KEYS: Final = 64  # sorts of question whose latency is told apart; past that all are forgotten and learnt anew
+UNKNOWN_S: Final = 0.001  # what is believed of a node that was never asked
+SLOW_START_S: Final = 0.05  # when to ask a second node while nothing is known yet
+MAX_EJECT_S: Final = 30.0
+RECONNECT_S: Final = (0.05, 2.0)  # first and longest wait before a lost connection is tried again
+
+# Called once with an answer's kind and payload, or with the error that ended the wait for it.
+Reply = Callable[[Kind | None, bytes, NodeFailed | None], None]
+
+
+class Latency:
+    """How long a node takes for one sort of question: a moving mean, and the 95th percentile of the last samples."""
+
+    __slots__ = ("_ring", "at", "count", "mean", "p95")
+
+    def __init__(self) -> None:
+        self.mean = UNKNOWN_S
+        self.p95 = SLOW_START_S
+        self.count = 0
+        self.at = 0.0  # time.monotonic() of the last sample
+        self._ring: list[float] = []
+
+    def learn(self, seconds: float, now: float) -> None:
+        self.mean = seconds if not self.count else 0.8 * self.mean + 0.2 * seconds
+        self.at = now
+        ring = self._ring
+        if len(ring) < SAMPLES:
+            ring.append(seconds)
+        else:
+            ring[self.count % SAMPLES] = seconds
+        self.count += 1
+        if self.count >= KNOWN_AFTER and self.count % 8 == 0:
+            self.p95 = sorted(ring)[int(0.95 * len(ring))]
+
+    def outlived(self, seconds: float) -> None:
+        """A question that was not answered yet took at least so long."""
+        self.mean = max(self.mean, seconds)
+
+
+class Node:
+    """One address. Its connection is made anew when it is lost, for as long as `run` runs."""
+
+    def __init__(
+        self,
+        address: Address,
+        settings: RouteSettings,
+        changed: Callable[[], None],
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.address = address
+        self.name = str(address)
+        self.holdings: Holdings | None = None  # None while it is not connected
+        self.in_flight = 0
+        self.problem = "not connected yet"
+        self._settings, self._changed, self._tls = settings, changed, tls
+        self._connection: _Connection | None = None
+        self._latencies: dict[Hashable, Latency] = {}
+        self._failures = 0
+        self._ejected_until = 0.0
+        self._eject_s = settings.eject_s
+        self.ejections = 0
+
+    # ----------------------------------------------------------------------------------------------- asking
+
+    @property
+    def up(self) -> bool:
+        return self.holdings is not None
+
+    def usable(self) -> bool:
+        """Whether it should be asked where there is a choice."""
+        return self.holdings is not None and not self.holdings.draining and not self._ejected_until
+
+    def returning(self, now: float) -> bool:
+        """Whether it was left alone for long enough to be tried with a copy of a question."""
+        return self.holdings is not None and 0.0 < self._ejected_until <= now
+
+    def ask(self, make: Callable[[int], bytes], reply: Reply) -> int:
+        """Send the frame that `make` makes of a request id, which comes back. `reply` is called once, never at once."""
+        if self._connection is None:
+            raise NodeFailed(f"node {self.name} is not connected")
+        return self._connection.ask(make, reply)
+
+    def cancel(self, request: int) -> None:
+        """Nobody waits for that answer any more; its reply is not called."""
+        if self._connection is not None:
+            self._connection.cancel(request)
+
+    def latency(self, key: Hashable) -> Latency:
+        found = self._latencies.get(key)
+        if found is None:
+            if len(self._latencies) >= MAX_KEYS:
+                self._latencies.clear()
+            found = self._latencies[key] = Latency()
+        return found
+
+    def succeeded(self) -> None:
+        self._failures = 0
+        if self._ejected_until:
+            self._ejected_until, self._eject_s = 0.0, self._settings.eject_s
+            log.info("node returned", extra={"data": {"node": self.name}})
+
+    def failed(self, why: str) -> None:
+        """It answered with a failure of its own. Too many in a row, and it is left alone for a while."""
+        self._failures += 1
+        if self._failures >= self._settings.eject_failures:
+            self._failures = 0
+            self._ejected_until = time.monotonic() + self._eject_s
+            self.ejections += 1
+            log.warning("node ejected", extra={"data": {"node": self.name, "s": self._eject_s, "why": why[:300]}})
+            self._eject_s = min(MAX_EJECT_S, 2 * self._eject_s)
+
+    @property
+    def state(self) -> str:
+        if self.holdings is None:
+            return "down"
+        return "draining" if self.holdings.draining else "ejected" if self._ejected_until else "up"
+
+    # ------------------------------------------------------------------------------------------------- life
+
+    async def run(self) -> None:
+        """Keep a connection until cancelled."""
+        first, longest = RECONNECT_S
+        wait = first
+        try:
+            while True:
+                try:
+                    await self._connected()
+                    wait = first
+                except (OSError, TimeoutError, NodeFailed) as error:
+                    self._lost(error)
+                except Exception as error:
+                    log.exception("a bug of ours", extra={"data": {"node": self.name}})
+                    self._lost(error)
+                await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+                wait = min(longest, 2 * wait)
+        finally:
+            self.problem = why = "the front door asks it no more"
+            if self._connection is not None:
+                self._connection.close(why)
+
+    async def _connected(self) -> None:
+        """Connect, and stay until the connection is lost. Raises what ended it."""
+        settings, loop = self._settings, asyncio.get_running_loop()
+        async with asyncio.timeout(settings.connect_timeout_s):
+            _, connection = await loop.create_connection(
+                lambda: _Connection(self.name, self._heard, self._lost),
+                self.address.host,
+                self.address.port,
+                ssl=self._tls,
+                # Certificates name the service, not the address of each of its nodes.
+                server_hostname="" if self._tls is not None else None,
+            )
+            try:
+                connection.hello()
+                await connection.greeted
+            except BaseException:
+                connection.close(f"node {self.name} did not say what it holds within connect_timeout_s")
+                raise
+        self._connection = connection
+        self.problem = ""
+        log.info("node connected", extra={"data": {"node": self.name}})
+        self._changed()
+        try:
+            while True:
+                await asyncio.wait([connection.lost], timeout=settings.ping_s)
+                if connection.lost.done():
+                    return
+                await connection.ping(settings.ping_timeout_s)
+        except TimeoutError as error:
+            connection.close(str(error))
+            raise
+
+    def _heard(self, holdings: Holdings) -> None:
+        if holdings != self.holdings:
+            self.holdings = holdings
+            if self._connection is not None:
+                self._changed()
+
+    def _lost(self, error: Exception) -> None:
+        why = str(error) or type(error).__name__
+        was_up, self.holdings, self._connection = self.holdings is not None, None, None
+        self._ejected_until, self._failures = 0.0, 0
+        if why != self.problem:
+            log.warning("node lost" if was_up else "node not reached", extra={"data": {"node": self.name, "why": why}})
+        self.problem = why
+        if was_up:
+            self._changed()
+
+
+class _Connection(asyncio.Protocol):
+    """Frames to and from a node; every request that is sent gets its reply called, even if the connection is lost."""
+
+    def __init__(self, name: str, heard: Callable[[Holdings], None], ended: Callable[[Exception], None]) -> None:
+        self._name, self._heard, self._ended = name, heard, ended
+        self._frames = remote.Frames(remote.OF_NODES, remote.MAX_ANSWER_BYTES)
+        self._transport: asyncio.Transport | None = None
+        self._replies: dict[int, Reply] = {}
+        self._numbers = itertools.count(1)
+        self._loop = asyncio.get_running_loop()
+        self.greeted: asyncio.Future[None] = self._loop.create_future()
+        self.lost: asyncio.Future[None] = self._loop.create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only
+
+    def hello(self) -> None:
+        assert self._transport is not None
+        self._transport.write(remote.message(Kind.HELLO, 0, remote.Hello()))
+
+    def ask(self, make: Callable[[int], bytes], reply: Reply) -> int:
+        if self._transport is None:
+            raise NodeFailed(f"node {self._name} is not connected")
+        request = next(self._numbers) & 0xFFFFFFFF
+        self._transport.write(make(request))
+        self._replies[request] = reply
+        return request
+
+    def cancel(self, request: int) -> None:
+        if self._replies.pop(request, None) is not None and self._transport is not None:
+            self._transport.write(remote.frame(Kind.CANCEL, request))
+
+    async def ping(self, timeout_s: float) -> None:
+        """Raises TimeoutError where no answer comes, NodeFailed where the connection is lost."""
+        answered: asyncio.Future[None] = self._loop.create_future()
+
+        def reply(kind: Kind | None, payload: bytes, error: NodeFailed | None) -> None:
+            if not answered.done():
+                if error is not None:
+                    answered.set_exception(error)
+                else:
+                    answered.set_result(None)
+
+        self.ask(lambda request: remote.frame(Kind.PING, request), reply)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await answered
+        except TimeoutError:
+            raise TimeoutError(f"node {self._name} did not answer within ping_timeout_s, {timeout_s:g} s") from None
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for kind, request, payload in self._frames.feed(data):
+                if kind is Kind.HOLDINGS:
+                    holdings = remote.decode(kind, payload)
+                    if holdings.protocol != remote.PROTOCOL:
+                        raise ProtocolError(
+                            f"node {self._name} speaks protocol {holdings.protocol}, this front door {remote.PROTOCOL}"
+                        )
+                    self._heard(holdings)
+                    if not self.greeted.done():
+                        self.greeted.set_result(None)
+                else:
+                    reply = self._replies.pop(request, None)
+                    if reply is not None:  # None for what was cancelled
+                        reply(kind, payload, None)
+        except ProtocolError as error:
+            self.close(str(error))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(NodeFailed(f"node {self._name} broke off: {exc or 'it closed the connection'}"))
+
+    def close(self, why: str) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+        self._end(NodeFailed(why))
+
+    def _end(self, error: NodeFailed) -> None:
+        if self.lost.done():
+            return
+        self._transport = None
+        self.lost.set_result(None)
+        # First the node is down, then its questions are asked elsewhere.
+        self._ended(error)
+        if not self.greeted.done():
+            self.greeted.set_exception(error)
+            self.greeted.exception()  # whoever waits is told; nobody need
+        replies, self._replies = self._replies, {}
+        for reply in replies.values():
+            reply(None, b"", error)

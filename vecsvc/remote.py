@@ -1,0 +1,313 @@
+"""The shard protocol: frames for both ends of a front door's connection to a node, and the messages in them.
+
+A frame is a head of 13 bytes (payload length, kind, request id, CRC-32 of the payload; little-endian) and a payload,
+which is MessagePack. A question for shards begins with what differs between the nodes that are asked (deadline and
+shard numbers), so that the rest is encoded once for all of them. Any number of requests share a connection, and are
+answered in any order; an answer carries its request's id. Whoever sees bytes that are no frame closes the connection.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import Any, Final, TypeVar
+
+import msgspec
+import numpy as np
+
+from vecsvc import errors
+from vecsvc.errors import InternalError, ProtocolError, ServiceError, VecsvcError
+from vecsvc.types import MAX_SHARDS, Condition, Id, SearchSettings, ShardExplain, Vectors
+
+T = TypeVar("T")
+
+PROTOCOL: Final = 1  # rises when an older end would not understand
+MAX_REQUEST_BYTES: Final = 64 << 20  # a batch of vectors fits by max_body_bytes
+MAX_ANSWER_BYTES: Final = 512 << 20  # an answer is bounded by the engine's own limit on its size in memory
+
+_HEAD: Final = struct.Struct("<IBII")
+_ASKED: Final = struct.Struct("<dH")
+
+
+class Kind(IntEnum):
+    """What a frame is. Those below 10 are sent by front doors."""
+
+    HELLO = 1
+    SEARCH = 2
+    FIND = 3
+    EMBED = 4
+    DESCRIBE = 5
+    CANCEL = 6
+    PING = 7
+    HOLDINGS = 10
+    PART = 11
+    FOUND = 12
+    EMBEDDED = 13
+    DESCRIPTION = 14
+    PONG = 15
+    FAILED = 16
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A payload: an array of its fields, so that names cost nothing."""
+
+
+class Hello(_Message, frozen=True):
+    protocol: int = PROTOCOL
+
+
+class Held(_Message, frozen=True):
+    """A version of an index that a node can answer from."""
+
+    index: str
+    version: str
+    digest: str  # of the manifest: two versions of one name are not the same for that
+    created: str
+    current: bool  # False for a version before, which is kept while front doors still ask it
+    shards: list[int]
+    shards_total: int
+
+
+class Holdings(_Message, frozen=True):
+    """What a node holds: the answer to Hello, and sent again whenever it changes."""
+
+    protocol: int
+    held: list[Held]
+    draining: bool  # it finishes what it has, and wants nothing new
+    problem: str  # why the node is not ready; empty where it is
+
+
+class Ask(_Message, frozen=True):
+    """Questions for some shards of a version, all with the same settings."""
+
+    index: str
+    version: str
+    dim: int
+    vectors: bytes  # (n, dim) little-endian float32
+    k: int
+    conditions: list[tuple[str, str, Any]]
+    params: list[tuple[str, int]]
+    exact: bool
+    max_visited: int | None
+    rerank_depth: int | None
+    partial: bool  # what was found by the deadline is better than nothing
+    include: list[str]
+
+    def rows(self) -> Vectors:
+        return np.frombuffer(self.vectors, "<f4").reshape(-1, self.dim)
+
+    def settings(self, timeout_ms: float) -> SearchSettings:
+        return SearchSettings(
+            k=self.k,
+            conditions=tuple(Condition(*one) for one in self.conditions),
+            params=tuple(self.params),
+            exact=self.exact,
+            max_visited=self.max_visited,
+            rerank_depth=self.rerank_depth,
+            timeout_ms=timeout_ms,
+            partial=self.partial,
+            include=frozenset(self.include),
+        )
+
+
+class Part(_Message, frozen=True):
+    """What some shards of a node found, merged: hits of each query one behind the other, by (distance, corpus row)."""
+
+    counts: list[int]  # hits of each query
+    distances: bytes  # float32 of every hit
+    rows: bytes  # int64 corpus rows
+    ids: list[Id]
+    fields: list[bytes] | None  # JSON objects, where they were asked for
+    vectors: bytes | None  # float32 rows, where they were asked for
+    strategy: str
+    visited: int
+    stopped: bool
+    queue_s: float
+    search_s: float
+    rerank_s: float
+    explain: list[ShardExplain] | None
+
+
+class Find(_Message, frozen=True):
+    """Which vector has this id?"""
+
+    index: str
+    version: str
+    id: Id
+
+
+class FoundRow(_Message, frozen=True):
+    vector: bytes | None  # float32; None where this node's shards do not have the id
+
+
+class Embed(_Message, frozen=True):
+    index: str
+    version: str
+    texts: list[str]
+    role: str
+    timeout_ms: float
+
+
+class EmbeddedTexts(_Message, frozen=True):
+    vectors: bytes  # (n, dim) float32
+    tokens: list[int]
+    truncated: list[bool]
+    encoder: str
+    queue_s: float
+    encode_s: float
+
+
+class Describe(_Message, frozen=True):
+    index: str
+    version: str
+
+
+class Description(_Message, frozen=True):
+    """What a front door needs to know of a version: its manifest without lists of files."""
+
+    manifest: bytes  # JSON
+    schema: bytes  # Arrow schema of the stored fields, as an IPC message
+    encoder: bytes  # JSON of the EncoderSpec of what encodes its queries; empty where it takes no text
+    centroids: bytes | None  # float32 (shards, dim + 1), see nearest_shards; None where a hash spread the rows
+
+
+class Failed(_Message, frozen=True):
+    code: str
+    message: str
+    retry_after_s: float | None = None  # when it may go better; None where nobody can tell
+
+
+MESSAGES: Final[dict[Kind, type[Any]]] = {
+    Kind.HELLO: Hello,
+    Kind.FIND: Find,
+    Kind.EMBED: Embed,
+    Kind.DESCRIBE: Describe,
+    Kind.HOLDINGS: Holdings,
+    Kind.PART: Part,
+    Kind.FOUND: FoundRow,
+    Kind.EMBEDDED: EmbeddedTexts,
+    Kind.DESCRIPTION: Description,
+    Kind.FAILED: Failed,
+}
+_EMPTY: Final = frozenset((Kind.CANCEL, Kind.PING, Kind.PONG))
+_decoders: Final = {kind: msgspec.msgpack.Decoder(message) for kind, message in MESSAGES.items()}
+_ask_decoder: Final = msgspec.msgpack.Decoder(Ask)
+_encoder: Final = msgspec.msgpack.Encoder()
+
+
+def frame(kind: Kind, request: int, payload: bytes = b"") -> bytes:
+    return _HEAD.pack(len(payload), kind, request, zlib.crc32(payload)) + payload
+
+
+def message(kind: Kind, request: int, value: Any) -> bytes:
+    """A frame that holds the message."""
+    return frame(kind, request, _encoder.encode(value))
+
+
+def encode_ask(ask: Ask) -> bytes:
+    """What the payloads of one question have in common."""
+    return _encoder.encode(ask)
+
+
+def search_frame(request: int, timeout_ms: float, shards: tuple[int, ...], ask: bytes) -> bytes:
+    head = _ASKED.pack(timeout_ms, len(shards)) + struct.pack(f"<{len(shards)}H", *shards)
+    return frame(Kind.SEARCH, request, head + ask)
+
+
+def decode_search(payload: bytes) -> tuple[float, tuple[int, ...], Ask]:
+    """The deadline in ms from now, the shards, and the question. Raises ProtocolError."""
+    try:
+        timeout_ms, n = _ASKED.unpack_from(payload)
+        if not 1 <= n <= MAX_SHARDS or not 0 < timeout_ms < 1e9:
+            raise ProtocolError(f"a question for {n} shards within {timeout_ms:g} ms")
+        at = _ASKED.size + 2 * n
+        shards = struct.unpack_from(f"<{n}H", payload, _ASKED.size)
+        ask = _ask_decoder.decode(memoryview(payload)[at:])
+    except (struct.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"a question that cannot be read: {error}") from error
+    if ask.dim < 1 or not ask.vectors or len(ask.vectors) % (4 * ask.dim):
+        raise ProtocolError(f"a question whose {len(ask.vectors)} bytes are no rows of {ask.dim} float32")
+    return timeout_ms, shards, ask
+
+
+def decode(kind: Kind, payload: bytes) -> Any:
+    """The message of a payload, checked by its type. Raises ProtocolError."""
+    if kind in _EMPTY:
+        return None
+    try:
+        return _decoders[kind].decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"a {kind.name} that cannot be read: {error}") from error
+
+
+class Frames:
+    """Cuts a stream of bytes into frames; holds what is not whole yet."""
+
+    def __init__(self, kinds: frozenset[Kind], max_bytes: int) -> None:
+        self._kinds, self._max_bytes = kinds, max_bytes
+        self._parts: list[bytes] = []
+        self._held = 0
+        self._needed = _HEAD.size
+
+    def feed(self, data: bytes) -> Iterator[tuple[Kind, int, bytes]]:
+        """(kind, request id, payload) of each frame that is whole now. Raises ProtocolError."""
+        self._parts.append(data)
+        self._held += len(data)
+        if self._held < self._needed:
+            return
+        buffer = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        at = 0
+        while True:
+            if len(buffer) - at < _HEAD.size:
+                self._needed = _HEAD.size
+                break
+            length, kind, request, checksum = _HEAD.unpack_from(buffer, at)
+            if length > self._max_bytes:
+                raise ProtocolError(f"a frame of {length} bytes, the limit is {self._max_bytes}")
+            if kind not in self._kinds:
+                raise ProtocolError(f"a frame of kind {kind}, which nobody sends here")
+            if len(buffer) - at < _HEAD.size + length:
+                self._needed = _HEAD.size + length
+                break
+            payload = buffer[at + _HEAD.size : at + _HEAD.size + length]
+            if zlib.crc32(payload) != checksum:
+                raise ProtocolError("a frame whose checksum is wrong")
+            at += _HEAD.size + length
+            yield Kind(kind), request, payload
+        rest = buffer[at:] if at else buffer
+        self._parts, self._held = ([rest] if rest else []), len(rest)
+
+
+OF_FRONT_DOORS: Final = frozenset(kind for kind in Kind if kind < Kind.HOLDINGS)
+OF_NODES: Final = frozenset(kind for kind in Kind if kind >= Kind.HOLDINGS)
+
+
+def _tree(cls: type[VecsvcError]) -> Iterator[type[VecsvcError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _tree(child)
+
+
+# The class that says what a code means; the one highest in the tree where several share one.
+_BY_CODE: Final[dict[str, type[VecsvcError]]] = {}
+for _cls in _tree(VecsvcError):
+    _BY_CODE.setdefault(_cls.code, _cls)
+_BY_CODE["invalid"] = errors.InvalidRequest
+
+
+def failure(error: Exception) -> Failed:
+    if isinstance(error, ServiceError):
+        return Failed(error.code, str(error), error.retry_after_s)
+    if isinstance(error, VecsvcError):
+        return Failed(error.code, str(error))
+    return Failed(InternalError.code, "the node failed; its log says why")
+
+
+def raised(failed: Failed) -> VecsvcError:
+    """The error that a node met, as the same class here."""
+    error = _BY_CODE.get(failed.code, InternalError)(failed.message)
+    if isinstance(error, ServiceError):
+        error.retry_after_s = failed.retry_after_s
+    return error

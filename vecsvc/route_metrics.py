@@ -1,0 +1,59 @@
+"""What a front door tells about its nodes, beside the metrics that every service has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
+
+from vecsvc.telemetry import Count, Family, Spread
+
+
+class RouteMetrics:
+    """Counted in the event loop; registers itself where the service's own metrics are."""
+
+    def __init__(self, registry: CollectorRegistry, states: Callable[[], Iterable[tuple[str, int]]]) -> None:
+        """`states` tells the state of each node and how often it was ejected."""
+        self._states = states
+        self.shard = Family(Spread, "vecsvc_shard_seconds", "Seconds until a node answered, by node", ("node",))
+        self.hedges = Family(
+            Count,
+            "vecsvc_hedges",
+            "Questions that were asked a second time (sent), had no budget for it (no_budget), or were answered by "
+            "another than the first node (hedge_won, retry_won, probe_won)",
+            ("outcome",),
+        )
+        self.retries = Family(Count, "vecsvc_shard_retries", "Questions asked again because a node failed", ())
+        self.partial = Family(Count, "vecsvc_partial_answers", "Answers that lack shards", ("index",))
+        self.flips = Family(Count, "vecsvc_version_flips", "Times that another version began to serve", ("index",))
+        registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        for counter in (self.hedges, self.retries, self.partial, self.flips):
+            counted = CounterMetricFamily(counter.name, counter.help, labels=counter.labels)
+            for labels, count in list(counter.children.items()):
+                counted.add_metric(labels, count.value)
+            yield counted
+        timed = HistogramMetricFamily(self.shard.name, self.shard.help, labels=self.shard.labels)
+        for labels, spread in list(self.shard.children.items()):
+            bounds = [*map(floatToGoString, spread.bounds), "+Inf"]
+            timed.add_metric(labels, list(zip(bounds, accumulate(spread.counts), strict=True)), spread.total)
+        yield timed
+        states = list(self._states())
+        nodes = GaugeMetricFamily("vecsvc_nodes", "Nodes by state: up, ejected, draining, down", labels=["state"])
+        for state, n in Counter(
+            {"up": 0, "ejected": 0, "draining": 0, "down": 0} | Counter(s for s, _ in states)
+        ).items():
+            nodes.add_metric([state], n)
+        yield nodes
+        ejections = CounterMetricFamily("vecsvc_shard_ejections", "Times that a failing node was left alone")
+        ejections.add_metric([], sum(n for _, n in states))
+        yield ejections
+
+    def forget(self, node: str) -> None:
+        """A node that is no more leaves no label behind, so that pods that come and go do not add up."""
+        self.shard.children.pop((node,), None)

@@ -1,0 +1,311 @@
+"""Which nodes there are, which version of each index serves, and who is asked for its shards.
+
+A front door answers every question from one version. It goes over to another only when every shard of it has a node
+that serves it, and waits a while for the last replicas; whoever began with the version before ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from vecsvc import remote
+from vecsvc.config import RouteSettings
+from vecsvc.encoders.base import EncoderSpec
+from vecsvc.errors import MAX_LISTED, NodeFailed, ProtocolError, VecsvcError, listed
+from vecsvc.fan_out import Budgets, Call, Group
+from vecsvc.manifest import Manifest
+from vecsvc.node import Node
+from vecsvc.remote import Description, Held, Kind
+from vecsvc.route_metrics import RouteMetrics
+from vecsvc.telemetry import Metrics
+from vecsvc.topology import Address, Discovery
+from vecsvc.types import MAX_SHARDS, ServedIndex, Vectors
+
+log: Final = logging.getLogger("vecsvc.router")
+
+MAX_INDEXES: Final = 1024
+DESCRIBE_TIMEOUT_S: Final = 5.0
+
+
+class RemoteEncoder:
+    """What encodes the queries of an index, somewhere else."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        self.spec = spec
+        self.problem = ""
+
+
+class RoutedVersion:
+    """A version of an index as a front door knows it: what it is, and which nodes hold which of its shards."""
+
+    def __init__(self, held: Held, description: Description) -> None:
+        """Raises ProtocolError where the description makes no sense."""
+        self.name, self.version, self.digest = held.index, held.version, held.digest
+        self.id = ServedIndex(held.index, held.version)
+        try:
+            self.manifest = msgspec.json.decode(description.manifest, type=Manifest)
+            self.stored: pa.Schema = pa.ipc.read_schema(pa.py_buffer(description.schema))
+            spec = msgspec.json.decode(description.encoder, type=EncoderSpec) if description.encoder else None
+        except (msgspec.MsgspecError, pa.ArrowException, OSError) as error:
+            raise ProtocolError(f"version {held.version!r} of {held.index!r} is described wrongly: {error}") from error
+        self.encoder = RemoteEncoder(spec) if spec is not None else None
+        self.total = len(self.manifest.shards)
+        self.centroids: Vectors | None = None
+        if description.centroids is not None:
+            shape = self.total, self.manifest.spec.dim + 1
+            if len(description.centroids) != 4 * shape[0] * shape[1]:
+                raise ProtocolError(f"{len(description.centroids)} bytes are no centroids of shape {shape}")
+            self.centroids = np.frombuffer(description.centroids, "<f4").reshape(shape)
+        self.groups: list[tuple[tuple[int, ...], list[Node]]] = []  # shards that the same nodes hold, and these nodes
+
+    def regroup(self, nodes: Iterable[Node]) -> None:
+        """Look anew at who holds what. Questions under way keep the groups that they began with."""
+        holders: list[list[Node]] = [[] for _ in range(self.total)]
+        for node in nodes:
+            held = holding(node, self.name, self.version, self.digest)
+            for shard in held.shards if held is not None else ():
+                if shard < self.total:
+                    holders[shard].append(node)
+        groups: dict[tuple[int, ...], tuple[list[int], list[Node]]] = {}
+        for shard, found in enumerate(holders):
+            groups.setdefault(tuple(sorted(map(id, found))), ([], found))[0].append(shard)
+        self.groups = [(tuple(shards), found) for shards, found in groups.values()]
+
+    def nodes(self) -> list[Node]:
+        """Every node that holds some shard."""
+        return list({id(node): node for _, nodes in self.groups for node in nodes}.values())
+
+    def missing(self) -> list[int]:
+        """Shards that no node holds."""
+        return [shard for shards, nodes in self.groups if not nodes for shard in shards]
+
+    def release(self) -> None:
+        """Nothing is open here; it is what versions in this process are asked to do."""
+
+
+def holding(node: Node, index: str, version: str, digest: str) -> Held | None:
+    for held in node.holdings.held if node.holdings is not None else ():
+        if held.index == index and held.version == version and held.digest == digest:
+            return held
+    return None
+
+
+class Router:
+    """The nodes, and what serves. Belongs to one event loop."""
+
+    def __init__(self, settings: RouteSettings, metrics: Metrics, tls: ssl.SSLContext | None = None) -> None:
+        """Raises ConfigError where the file of nodes is wrong."""
+        self._settings, self._tls = settings, tls
+        self._discovery = Discovery(Path(settings.config))
+        self._nodes: dict[Address, tuple[Node, asyncio.Task[None]]] = {}
+        self.serving: dict[str, RoutedVersion] = {}
+        self._since: dict[tuple[str, str, str], float] = {}  # version -> since when every shard of it can be served
+        self._changed = asyncio.Event()
+        self.ready = asyncio.Event()  # set once all questions could be answered
+        self._problems: dict[str, str] = {"vecsvc": "no node was reached yet"}
+        self.metrics = RouteMetrics(metrics.registry, lambda: [(n.state, n.ejections) for n in self.nodes()])
+        self.budgets = Budgets.of(settings, self.metrics)
+
+    def nodes(self) -> list[Node]:
+        return [node for node, _ in self._nodes.values()]
+
+    def problem(self) -> str:
+        """Why not every question can be answered; empty where all can."""
+        return "; ".join(f"{name}: {why}" for name, why in self._problems.items())
+
+    @property
+    def problems(self) -> dict[str, str]:
+        return self._problems
+
+    async def call(self, groups: list[Group], key: Any, deadline: float, *, partial: bool = False) -> None:
+        await Call(groups, self.budgets, key, deadline, partial=partial).run()
+
+    # ------------------------------------------------------------------------------------------------- life
+
+    async def run(self) -> None:
+        """Keep the nodes and the versions up to date until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._discover())
+            tasks.create_task(self._settle_forever())
+
+    async def _discover(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                found = set(await self._looked())
+                for address in found - self._nodes.keys():
+                    node = Node(address, self._settings, self._changed.set, self._tls)
+                    self._nodes[address] = node, loop.create_task(node.run())
+                for address in self._nodes.keys() - found:
+                    node, task = self._nodes.pop(address)
+                    task.cancel()
+                    self.metrics.forget(node.name)
+                    log.info("node gone from the topology", extra={"data": {"node": node.name}})
+                    self._changed.set()
+                await asyncio.sleep(self._settings.discover_s)
+        finally:
+            for _, task in self._nodes.values():
+                task.cancel()
+
+    async def _looked(self) -> Iterable[Address]:
+        try:
+            return await self._discovery.look()
+        except Exception:
+            log.exception("a bug of ours")  # the nodes that are known stay
+            return list(self._nodes)
+
+    async def _settle_forever(self) -> None:
+        while True:
+            # A flip may be due by time alone, so it looks now and then even where nothing changed.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(1.0, self._settings.flip_wait_s or 1.0)):
+                    await self._changed.wait()
+            self._changed.clear()
+            try:
+                await self._settle()
+            except Exception:
+                log.exception("a bug of ours")
+
+    async def _settle(self) -> None:
+        """Choose what serves from what the nodes hold now."""
+        nodes = self.nodes()
+        problems: dict[str, str] = {}
+        offers = _offers(nodes)
+        for key in self._since.keys() - {(o.index, o.version, o.digest) for o in offers}:
+            del self._since[key]
+        for name in sorted({offer.index for offer in offers} | self.serving.keys())[:MAX_INDEXES]:
+            mine = [offer for offer in offers if offer.index == name]
+            wanted = self._choose(name, mine)
+            if wanted is not None:
+                try:
+                    await self._flip(wanted)
+                except VecsvcError as error:
+                    problems[name] = str(error)
+            serving = self.serving.get(name)
+            if serving is not None:
+                serving.regroup(nodes)
+                missing = serving.missing()
+                if missing:
+                    problems[name] = f"no node for shards {listed(missing)} of {serving.total}"
+            elif name not in problems:
+                least = min((offer.missing for offer in mine), key=len)
+                problems[name] = f"no node for shards {listed(least)}" if least else "no version serves yet"
+        if not self.serving and not problems:
+            why = "; ".join(f"{node.name}: {node.problem or 'holds nothing'}" for node in nodes[:MAX_LISTED])
+            problems["vecsvc"] = f"no node holds an index: {why or 'the topology names none'}"
+        if self._discovery.problem:
+            problems["topology"] = self._discovery.problem
+        if problems != self._problems:
+            level = logging.WARNING if problems else logging.INFO
+            log.log(level, "not ready" if problems else "ready", extra={"data": {"why": self.problem_of(problems)}})
+        self._problems = problems
+        if not problems:
+            self.ready.set()
+
+    @staticmethod
+    def problem_of(problems: dict[str, str]) -> str:
+        return "; ".join(f"{name}: {why}" for name, why in problems.items())
+
+    def _choose(self, name: str, offers: list[_Offer]) -> _Offer | None:
+        """The version to go over to; None where the present one stays."""
+        now = time.monotonic()
+        serving = self.serving.get(name)
+        whole = [offer for offer in offers if not offer.missing]
+        for offer in offers:
+            key = (offer.index, offer.version, offer.digest)
+            if offer.missing:
+                self._since.pop(key, None)
+            else:
+                self._since.setdefault(key, now)
+        if not whole:
+            return None
+        # What its nodes call current comes before what they only keep; then the newest.
+        best = max(whole, key=lambda offer: (offer.current_everywhere, offer.created, offer.version))
+        if serving is None:
+            return best
+        if (best.version, best.digest) == (serving.version, serving.digest):
+            return None
+        present = next((o for o in whole if (o.version, o.digest) == (serving.version, serving.digest)), None)
+        if present is None:
+            return best
+        if not best.current_everywhere:
+            return None
+        waited = now - self._since[best.index, best.version, best.digest]
+        return best if best.on_all_nodes or waited >= self._settings.flip_wait_s else None
+
+    async def _flip(self, offer: _Offer) -> None:
+        description = await self._describe(offer)
+        version = RoutedVersion(offer.held, description)
+        version.regroup(self.nodes())
+        before = self.serving.get(offer.index)
+        self.serving = {**self.serving, offer.index: version}
+        self.metrics.flips(offer.index).inc()
+        facts = {"index": offer.index, "version": offer.version, "before": before.version if before else None}
+        log.info("serving", extra={"data": facts})
+
+    async def _describe(self, offer: _Offer) -> Description:
+        group = Group(
+            (),
+            [n for n in self.nodes() if holding(n, offer.index, offer.version, offer.digest)],
+            lambda request, left_ms: remote.message(
+                Kind.DESCRIBE, request, remote.Describe(offer.index, offer.version)
+            ),
+            Kind.DESCRIPTION,
+        )
+        await self.call([group], "describe", time.monotonic() + DESCRIBE_TIMEOUT_S)
+        if not isinstance(group.answer, Description):
+            raise NodeFailed(f"version {offer.version!r} of {offer.index!r} was not described")
+        return group.answer
+
+
+class _Offer:
+    """A version that nodes hold, all of it or in part."""
+
+    def __init__(self, held: Held) -> None:
+        self.held = held
+        self.index, self.version, self.digest, self.created = held.index, held.version, held.digest, held.created
+        self._shards: set[int] = set()
+        self._current: set[int] = set()  # shards that some node serves as its current version
+        self.on_all_nodes = True  # whether every node that holds the index holds this version as its current one
+
+    def add(self, held: Held) -> None:
+        self._shards.update(held.shards)
+        if held.current:
+            self._current.update(held.shards)
+
+    @property
+    def missing(self) -> list[int]:
+        return [shard for shard in range(self.held.shards_total) if shard not in self._shards]
+
+    @property
+    def current_everywhere(self) -> bool:
+        return len(self._current) >= self.held.shards_total
+
+
+def _offers(nodes: list[Node]) -> list[_Offer]:
+    found: dict[tuple[str, str, str], _Offer] = {}
+    having: dict[str, list[tuple[Node, Held]]] = {}
+    for node in nodes:
+        for held in node.holdings.held if node.holdings is not None and not node.holdings.draining else ():
+            if not 1 <= held.shards_total <= MAX_SHARDS:
+                continue
+            offer = found.setdefault((held.index, held.version, held.digest), _Offer(held))
+            offer.add(held)
+            if held.current:
+                having.setdefault(held.index, []).append((node, held))
+    for offer in found.values():
+        offer.on_all_nodes = all(
+            (held.version, held.digest) == (offer.version, offer.digest) for _, held in having.get(offer.index, [])
+        )
+    return list(found.values())
