@@ -133,7 +133,8 @@ def _patched(documents: list[Document], patch: Document, folder: Path) -> list[D
     else:
         target = patch["target"]
     chosen = [document for document in documents if _is_target(document, target)]
-    assert chosen or "labelSelector" in target, f"{folder}: nothing is patched by {target}"
+    # A target that is not there is left alone, as a component's may be; a patch that names its own must find it.
+    assert chosen or "target" in patch, f"{folder}: nothing is patched by {target}"
     if isinstance(change, dict) and change.get("$patch") == "delete":
         return [document for document in documents if document not in chosen]
     for document in chosen:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tomllib
@@ -30,6 +32,7 @@ from kustomize import Document, containers, load, pod_spec, render
 import vecsvc
 from vecsvc.cli import cli
 from vecsvc.config import ServeSettings, read_settings
+from vecsvc.topology import read_topology
 
 ROOT = Path(__file__).parents[1]
 K8S = ROOT / "k8s"
@@ -39,27 +42,9 @@ from common import running  # noqa: E402
 
 # What the manifests name and vecsvc does not have yet. A name that has come to exist must leave this list.
 PENDING: dict[str, set[str]] = {
-    "commands": {"route", "publish", "push", "pull"},
-    "flags": {
-        "build-index --shard",
-        "serve --keys",
-        "serve --tls-cert",
-        "serve --tls-key",
-        "serve --shards",
-        "serve --shard-host",
-        "serve --shard-port",
-        "serve --shard-tls-cert",
-        "serve --shard-tls-key",
-        "serve --shard-tls-ca",
-    },
-    "metrics": {
-        "vecsvc_shard_seconds",
-        "vecsvc_hedges_total",
-        "vecsvc_shard_retries_total",
-        "vecsvc_shard_ejections_total",
-        "vecsvc_nodes",
-        "vecsvc_partial_answers_total",
-    },
+    "commands": {"publish", "push", "pull"},
+    "flags": {"build-index --shard"},
+    "metrics": set(),
 }
 
 # Everything that can be applied: a folder, and components that a user's own overlay may add to it.
@@ -69,10 +54,10 @@ CONFIGURATIONS = {
     "sharded": ("overlays/sharded", ()),
     "build": ("jobs/build", ()),
     "publish": ("jobs/publish", ()),
-    "single-secured": ("overlays/single", ("keys", "tls", "observability")),
+    "single-secured": ("overlays/single", ("observability", "keys", "tls")),
     "single-volume": ("overlays/single", ("volume", "keys")),
     "gpu-volume": ("overlays/gpu", ("volume", "tls")),
-    "sharded-secured": ("overlays/sharded", ("keys", "tls", "shard-tls", "observability")),
+    "sharded-secured": ("overlays/sharded", ("observability", "keys", "tls", "shard-tls")),
 }
 JOBS = ("build", "publish")
 CUSTOM = {"ServiceMonitor", "PrometheusRule"}
@@ -132,6 +117,12 @@ def ports(workload: Document) -> dict[str, int]:
 
 def named(documents: list[Document], kind: str, name: str) -> Document:
     return next(one for one in of_kind(documents, kind) if one["metadata"]["name"] == name)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def flag(container: Document, name: str) -> str | None:
@@ -215,8 +206,13 @@ def test_service_monitors_find_services_that_publish_their_port(documents: list[
         assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} == {
             port["name"] for port in services[0]["spec"]["ports"]
         }
-        serving = [one for one in workloads(documents) if "admin" in ports(one)]
-        assert selected(documents, services[0]["spec"]["selector"]) == serving
+        scraped = [one for one in workloads(documents) if "admin" in ports(one)]
+        assert selected(documents, services[0]["spec"]["selector"]) == scraped
+        for endpoint in monitor["spec"]["endpoints"]:
+            for one in scraped:
+                container = spec_of(one)["containers"][0]
+                assert ("authorization" in endpoint) == (flag(container, "--keys") is not None)
+                assert (endpoint.get("scheme") == "https") == (flag(container, "--tls-cert") is not None)
 
 
 def replicas(documents: list[Document], workload: Document) -> int:
@@ -407,6 +403,8 @@ def test_loading_is_startup_and_a_version_that_does_not_open_takes_no_pod_away(d
     for _, container in serving(documents):
         asks = {name: container[f"{name}Probe"] for name in ("startup", "readiness", "liveness")}
         assert {probe["httpGet"]["port"] for probe in asks.values()} == {"admin"}
+        speaks = "HTTPS" if flag(container, "--tls-cert") else "HTTP"
+        assert {probe["httpGet"].get("scheme", "HTTP") for probe in asks.values()} == {speaks}
         assert asks["startup"]["httpGet"]["path"] == "/readyz"
         assert asks["startup"]["periodSeconds"] * asks["startup"]["failureThreshold"] >= 1200
         assert asks["readiness"]["httpGet"]["path"] == asks["liveness"]["httpGet"]["path"] == "/livez"
@@ -464,6 +462,10 @@ def test_the_gpu_overlay_asks_for_a_gpu_and_uses_it(rendered: dict[str, list[Doc
 
 
 # ------------------------------------------------------------------------------------------------- vecsvc
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-c", "from vecsvc.cli import main; main()", *words]
 
 
 @functools.cache
@@ -524,41 +526,84 @@ def test_ports_in_manifests_are_those_that_vecsvc_opens(documents: list[Document
             assert flag(container, hosts[name]) == "0.0.0.0", "on loopback nobody else in the cluster reaches it"
 
 
-def test_front_doors_look_for_nodes_under_a_name_that_resolves_to_shards(rendered: dict[str, list[Document]]) -> None:
+def test_front_doors_look_for_nodes_under_a_name_that_resolves_to_shards(
+    rendered: dict[str, list[Document]], tmp_path: Path
+) -> None:
     documents = rendered["sharded"]
     front_door = named(documents, "Deployment", "vecsvc")
     volumes = {volume["name"]: volume for volume in spec_of(front_door)["volumes"]}
-    text = named(documents, "ConfigMap", volumes["route"]["configMap"]["name"])["data"]["route.toml"]
-    known = tomllib.loads(text)
-    assert known.keys() <= {"nodes", "dns"} and known["dns"]
-    for name in known["dns"]:
-        host, _, port = name.partition(":")
-        service = named(documents, "Service", host)["spec"]
-        assert service["clusterIP"] == "None" and service["ports"][0]["port"] == int(port)
+    file = tmp_path / "route.toml"
+    file.write_text(named(documents, "ConfigMap", volumes["route"]["configMap"]["name"])["data"]["route.toml"])
+    known = read_topology(file)
+    assert known.names and not known.nodes
+    for name in known.names:
+        service = named(documents, "Service", name.host)["spec"]
+        assert service["clusterIP"] == "None" and service["ports"][0]["port"] == name.port
         assert selected(documents, service["selector"]) == of_kind(documents, "StatefulSet")
+
+
+def build_corpus(folder: Path, shards: int) -> dict[str, str]:
+    """An index where the pods have theirs. Returns what their words mean here."""
+    pq.write_table(pa.table({"id": np.arange(50), "vector": list(make_vectors(50, 8))}), folder / "corpus.parquet")
+    words = ["build-index", "corpus.parquet", "--out", "indexes", "--shards", str(shards)]
+    subprocess.run(command(*words), cwd=folder, check=True, capture_output=True, timeout=60)
+    return {"/data/indexes": str(folder / "indexes"), "0.0.0.0": "127.0.0.1"}
+
+
+def settings_here(documents: list[Document], folder: Path) -> dict[str, str]:
+    data = next(one["data"] for one in of_kind(documents, "ConfigMap") if "vecsvc.toml" in one["data"])
+    (folder / "vecsvc.toml").write_text(data["vecsvc.toml"].replace("/tmp/kernels", str(folder / "kernels")))
+    return {"/etc/vecsvc/settings/vecsvc.toml": str(folder / "vecsvc.toml")}
+
+
+def as_here(container: Document, here: dict[str, str]) -> list[str]:
+    return command(*(here.get(word, word) for word in container["args"]), "--port", "0", "--admin-port", "0")
+
+
+def probe(container: Document, admin_port: int) -> None:
+    """Ask what the kubelet asks, once `running` has found /readyz green."""
+    for name in ("startup", "readiness", "liveness"):
+        path = container[f"{name}Probe"]["httpGet"]["path"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{admin_port}{path}", timeout=5) as answer:
+            assert answer.status == 200
 
 
 def test_what_a_pod_of_single_runs_gets_ready_and_has_the_routes_of_its_probes(
     rendered: dict[str, list[Document]], tmp_path: Path
 ) -> None:
-    workload = named(rendered["single"], "Deployment", "vecsvc")
-    container = spec_of(workload)["containers"][0]
-    corpus = tmp_path / "corpus.parquet"
-    pq.write_table(pa.table({"id": np.arange(50), "vector": list(make_vectors(50, 8))}), corpus)
-    program = [sys.executable, "-c", "from vecsvc.cli import main; main()"]
-    build = [*program, "build-index", str(corpus), "--out", str(tmp_path / "indexes")]
-    subprocess.run(build, check=True, capture_output=True, timeout=60)
-    data = next(one["data"] for one in of_kind(rendered["single"], "ConfigMap") if "vecsvc.toml" in one["data"])
-    settings = tmp_path / "vecsvc.toml"
-    settings.write_text(data["vecsvc.toml"].replace("/tmp/kernels", str(tmp_path / "kernels")))
-    here = {"/data/indexes": str(tmp_path / "indexes"), "/etc/vecsvc/settings/vecsvc.toml": str(settings)}
-    here["0.0.0.0"] = "127.0.0.1"
-    words = [here.get(word, word) for word in container["args"]]
-    with running([*program, *words, "--port", "0", "--admin-port", "0"]) as server:
-        for name in ("startup", "readiness", "liveness"):
-            path = container[f"{name}Probe"]["httpGet"]["path"]
-            with urllib.request.urlopen(f"http://127.0.0.1:{server.admin_port}{path}", timeout=5) as answer:
-                assert answer.status == 200
+    container = spec_of(named(rendered["single"], "Deployment", "vecsvc"))["containers"][0]
+    here = build_corpus(tmp_path, 1) | settings_here(rendered["single"], tmp_path)
+    with running(as_here(container, here)) as server:
+        probe(container, server.admin_port)
+
+
+def test_what_the_pods_of_sharded_run_answers_over_all_shards(
+    rendered: dict[str, list[Document]], tmp_path: Path
+) -> None:
+    documents = rendered["sharded"]
+    here = build_corpus(tmp_path, 2) | settings_here(documents, tmp_path)
+    nodes = []
+    with contextlib.ExitStack() as pods:
+        for workload in of_kind(documents, "StatefulSet")[:2]:
+            container, port = spec_of(workload)["containers"][0], free_port()
+            own = {"$(SHARD)": labels(workload)["vecsvc/shard"], flag(container, "--shard-port") or "": str(port)}
+            own[flag(container, "--drain-s") or ""] = "0"  # nobody has to be told of the end of this test
+            server = pods.enter_context(running(as_here(container, here | own)))
+            probe(container, server.admin_port)
+            nodes.append(f"127.0.0.1:{port}")
+        (tmp_path / "route.toml").write_text(f"nodes = {json.dumps(nodes)}")
+        here["/etc/vecsvc/route/route.toml"] = str(tmp_path / "route.toml")
+        container = spec_of(named(documents, "Deployment", "vecsvc"))["containers"][0]
+        front_door = pods.enter_context(running(as_here(container, here)))
+        probe(container, front_door.admin_port)
+        question = json.dumps({"vector": [1.0] * 8, "k": 50}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{front_door.port}/search", question, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            found = json.load(answer)
+    assert found["coverage"] == {"shards_ok": 2, "shards_total": 2, "degraded": []}
+    assert sorted(hit["id"] for hit in found["results"]) == list(range(50))
 
 
 # -------------------------------------------------------------------------------------- dashboard and alerts
