@@ -184,7 +184,7 @@ def key_and_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 def test_where_keys_are_asked_for_the_document_says_how_and_of_which_routes(key_and_file: tuple[str, Path]) -> None:
     key, file = key_and_file
-    handlers = Served(service.index("texts"), ServeSettings(keys=str(file)))
+    handlers = node(service.index("texts"), ServeSettings(keys=str(file)))[2]
     handlers.app()
     declared = {(route.method.lower(), route.path): route.scope for route in handlers.routes.values()}
     with service.running(service.index("texts"), keys=file) as running:
