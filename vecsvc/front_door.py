@@ -35,6 +35,7 @@ from vecsvc.remote import Ask, EmbeddedTexts, FoundRow, Kind, Part
 from vecsvc.router import RoutedVersion, Router
 from vecsvc.telemetry import Metrics
 from vecsvc.types import (
+    INCLUDES,
     BatchAnswer,
     Coverage,
     Embedded,
@@ -204,7 +205,7 @@ class FrontDoor:
                 exact=settings.exact,
                 max_visited=settings.max_visited,
                 rerank_depth=settings.rerank_depth,
-                include=list(settings.include),
+                include=[name for name in INCLUDES if name in settings.include],
             )
         )
         n, k, dim = len(vectors), settings.k + more, vectors.shape[1]

@@ -12,14 +12,15 @@ import struct
 import zlib
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 import numpy as np
 
 from vecsvc import errors
 from vecsvc.errors import InternalError, ProtocolError, VecsvcError
-from vecsvc.types import Condition, Id, SearchSettings, ShardExplain, Vectors
+from vecsvc.filters import OPERATORS
+from vecsvc.types import Condition, Id, Include, SearchSettings, ShardExplain, Vectors
 
 T = TypeVar("T")
 
@@ -27,6 +28,7 @@ PROTOCOL: Final = 1  # rises when an older end would not understand
 MAX_REQUEST_BYTES: Final = 64 << 20  # a batch of vectors fits by max_body_bytes
 MAX_ANSWER_BYTES: Final = 512 << 20  # an answer is bounded by the engine's own limit on its size in memory
 MAX_SHARDS: Final = 4096  # of one index
+MAX_K: Final = 1_000_000  # and of a rerank's depth; what a front door asks stays below by its own limits
 
 _HEAD: Final = struct.Struct("<IBII")
 _ASKED: Final = struct.Struct("<dH")
@@ -85,15 +87,15 @@ class Ask(_Message, frozen=True):
 
     index: str
     version: str
-    dim: int
+    dim: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
     vectors: bytes  # (n, dim) little-endian float32
-    k: int
+    k: Annotated[int, msgspec.Meta(ge=1, le=MAX_K)]
     conditions: list[tuple[str, str, Any]]
     params: list[tuple[str, int]]
     exact: bool
-    max_visited: int | None
-    rerank_depth: int | None
-    include: list[str]
+    max_visited: Annotated[int, msgspec.Meta(ge=1, le=1 << 53)] | None
+    rerank_depth: Annotated[int, msgspec.Meta(ge=1, le=MAX_K)] | None
+    include: list[Include]
 
     def rows(self) -> Vectors:
         return np.frombuffer(self.vectors, "<f4").reshape(-1, self.dim)
@@ -226,7 +228,10 @@ def decode_search(payload: bytes) -> tuple[float, tuple[int, ...], Ask]:
         ask = _ask_decoder.decode(memoryview(payload)[at:])
     except (struct.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"a question that cannot be read: {error}") from error
-    if ask.dim < 1 or not ask.vectors or len(ask.vectors) % (4 * ask.dim):
+    for _, operator, _ in ask.conditions:
+        if operator not in OPERATORS:
+            raise ProtocolError(f"a question with operator {operator[:80]!r}, known are {', '.join(OPERATORS)}")
+    if not ask.vectors or len(ask.vectors) % (4 * ask.dim):
         raise ProtocolError(f"a question whose {len(ask.vectors)} bytes are no rows of {ask.dim} float32")
     return timeout_ms, shards, ask
 
@@ -246,17 +251,22 @@ class Frames:
 
     def __init__(self, kinds: frozenset[Kind], max_bytes: int) -> None:
         self._kinds, self._max_bytes = kinds, max_bytes
-        self._parts: list[bytes] = []
-        self._held = 0
+        self._held = bytearray()
         self._needed = _HEAD.size
+
+    @property
+    def held_bytes(self) -> int:
+        return len(self._held)
 
     def feed(self, data: bytes) -> Iterator[tuple[Kind, int, bytes]]:
         """(kind, request id, payload) of each frame that is whole now. Raises ProtocolError."""
-        self._parts.append(data)
-        self._held += len(data)
-        if self._held < self._needed:
-            return
-        buffer = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        buffer = data
+        if self._held:
+            self._held += data
+            if len(self._held) < self._needed:
+                return
+            buffer = bytes(self._held)
+            self._held.clear()
         at = 0
         while True:
             if len(buffer) - at < _HEAD.size:
@@ -275,8 +285,7 @@ class Frames:
                 raise ProtocolError("a frame whose checksum is wrong")
             at += _HEAD.size + length
             yield Kind(kind), request, payload
-        rest = buffer[at:] if at else buffer
-        self._parts, self._held = ([rest] if rest else []), len(rest)
+        self._held += buffer[at:]
 
 
 OF_FRONT_DOORS: Final = frozenset(kind for kind in Kind if kind < Kind.HOLDINGS)
@@ -293,7 +302,7 @@ def _tree(cls: type[VecsvcError]) -> Iterator[type[VecsvcError]]:
 _BY_CODE: Final[dict[str, type[VecsvcError]]] = {}
 for _cls in _tree(VecsvcError):
     _BY_CODE.setdefault(_cls.code, _cls)
-_BY_CODE["invalid"] = errors.InvalidRequest
+_BY_CODE["invalid"], _BY_CODE["internal"] = errors.InvalidRequest, InternalError
 
 
 def failure(error: Exception) -> Failed:
