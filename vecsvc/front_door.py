@@ -200,7 +200,7 @@ class FrontDoor:
                 dim=vectors.shape[1],
                 vectors=vectors.astype("<f4", copy=False).tobytes(),
                 k=settings.k + more,
-                conditions=[(c.field, c.operator, c.value) for c in settings.conditions],
+                conditions=remote.write_conditions(settings.conditions),
                 params=list(settings.params),
                 exact=settings.exact,
                 max_visited=settings.max_visited,

@@ -90,7 +90,7 @@ class Ask(_Message, frozen=True):
     dim: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
     vectors: bytes  # (n, dim) little-endian float32
     k: Annotated[int, msgspec.Meta(ge=1, le=MAX_K)]
-    conditions: list[tuple[str, str, Any]]
+    conditions: bytes  # JSON, which alone carries numbers of any size; empty for none
     params: list[tuple[str, int]]
     exact: bool
     max_visited: Annotated[int, msgspec.Meta(ge=1, le=1 << 53)] | None
@@ -103,7 +103,7 @@ class Ask(_Message, frozen=True):
     def settings(self, timeout_ms: float) -> SearchSettings:
         return SearchSettings(
             k=self.k,
-            conditions=tuple(Condition(*one) for one in self.conditions),
+            conditions=tuple(Condition(*one) for one in read_conditions(self.conditions)),
             params=tuple(self.params),
             exact=self.exact,
             max_visited=self.max_visited,
@@ -195,6 +195,7 @@ MESSAGES: Final[dict[Kind, type[Any]]] = {
 _EMPTY: Final = frozenset((Kind.CANCEL, Kind.PING, Kind.PONG))
 _decoders: Final = {kind: msgspec.msgpack.Decoder(message) for kind, message in MESSAGES.items()}
 _ask_decoder: Final = msgspec.msgpack.Decoder(Ask)
+_conditions_decoder: Final = msgspec.json.Decoder(list[tuple[str, str, Any]])
 _encoder: Final = msgspec.msgpack.Encoder()
 
 
@@ -217,6 +218,24 @@ def search_frame(request: int, timeout_ms: float, shards: tuple[int, ...], ask: 
     return frame(Kind.SEARCH, request, head + ask)
 
 
+def write_conditions(conditions: tuple[Condition, ...]) -> bytes:
+    return msgspec.json.encode([(c.field, c.operator, c.value) for c in conditions]) if conditions else b""
+
+
+def read_conditions(data: bytes) -> list[tuple[str, str, Any]]:
+    """Raises ProtocolError."""
+    if not data:
+        return []
+    try:
+        found = _conditions_decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"a filter that cannot be read: {error}") from error
+    for _, operator, _ in found:
+        if operator not in OPERATORS:
+            raise ProtocolError(f"a filter with operator {operator[:80]!r}, known are {', '.join(OPERATORS)}")
+    return found
+
+
 def decode_search(payload: bytes) -> tuple[float, tuple[int, ...], Ask]:
     """The deadline in ms from now, the shards, and the question. Raises ProtocolError."""
     try:
@@ -228,9 +247,6 @@ def decode_search(payload: bytes) -> tuple[float, tuple[int, ...], Ask]:
         ask = _ask_decoder.decode(memoryview(payload)[at:])
     except (struct.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"a question that cannot be read: {error}") from error
-    for _, operator, _ in ask.conditions:
-        if operator not in OPERATORS:
-            raise ProtocolError(f"a question with operator {operator[:80]!r}, known are {', '.join(OPERATORS)}")
     if not ask.vectors or len(ask.vectors) % (4 * ask.dim):
         raise ProtocolError(f"a question whose {len(ask.vectors)} bytes are no rows of {ask.dim} float32")
     return timeout_ms, shards, ask
