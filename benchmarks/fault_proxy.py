@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import subprocess
@@ -32,6 +33,7 @@ class Fault:
     cut_after: int = -1  # reset the connection after so many bytes of answers from now on; -1 for never
     flip_every: int = 0  # flip one bit in every so many bytes of answers, on average; 0 for none
     garbage: bool = False  # answers are random bytes
+    spare: int = 0  # chunks at the beginning of each connection's answers that are neither flipped nor garbage
     hole: bool = False  # read everything, pass on nothing
     refuse: bool = False  # reset every connection, and refuse new ones
 
@@ -117,7 +119,7 @@ class Proxy:
         self, queue: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter, answers: bool
     ) -> None:
         loop = asyncio.get_running_loop()
-        while True:
+        for number in itertools.count():
             due, data = await queue.get()
             if due > loop.time():
                 await asyncio.sleep(due - loop.time())
@@ -126,17 +128,17 @@ class Proxy:
                 if fault.hole:
                     continue
                 if answers:
-                    await self._answer(data, writer, fault)
+                    await self._answer(data, writer, fault, number)
                 else:
                     writer.write(data)
                     await writer.drain()
             finally:
                 queue.task_done()
 
-    async def _answer(self, data: bytes, writer: asyncio.StreamWriter, fault: Fault) -> None:
-        if fault.garbage:
+    async def _answer(self, data: bytes, writer: asyncio.StreamWriter, fault: Fault, number: int) -> None:
+        if fault.garbage and number >= fault.spare:
             data = random.randbytes(len(data))
-        elif fault.flip_every:
+        elif fault.flip_every and number >= fault.spare:
             changed = bytearray(data)
             for at in range(len(changed)):
                 if random.random() * fault.flip_every < 1.0:

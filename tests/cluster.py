@@ -26,7 +26,7 @@ from service import JSON, Corpus, Service, ask, assert_clean
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from fault_proxy import Proxies  # noqa: E402
+from fault_proxy import Proxies
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["vecsvc.cli", "vecsvc.process", "vecsvc.route", "vecsvc.indexes.exact", "aiohttp"])

@@ -128,7 +128,7 @@ def group(number: int, fakes: list[FakeNode]) -> Group:
 
 
 def budgets(settings: RouteSettings) -> Budgets:
-    return Budgets.of(settings, RouteMetrics(CollectorRegistry(), list))
+    return Budgets.of(settings, RouteMetrics(CollectorRegistry(), list, list))
 
 
 def hedged(shared: Budgets, outcome: str = "sent") -> float:

@@ -182,8 +182,10 @@ class FrontDoor:
         else:
             hits = merge.hits()
         parts: list[Part] = [group.answer for group in groups if group.answer is not None]
-        clock.search = time.perf_counter() - started
+        queued = max((part.queue_s for part in parts), default=0.0)
+        clock.queue += queued
         clock.rerank = max((part.rerank_s for part in parts), default=0.0)
+        clock.search = max(0.0, time.perf_counter() - started - queued - clock.rerank)
         answer = merge.answer(hits, parts, clock, isinstance(query, TextQuery), cut)
         self._metrics.search(version.name, answer.stats.strategy).observe(clock.search)
         if answer.stats.shortfall:
