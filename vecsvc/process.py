@@ -13,16 +13,19 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
+import msgspec
 import threadpoolctl
 import uvloop
 from aiohttp import web
 
 from vecsvc import __version__, machine_code
-from vecsvc.config import ServeSettings
-from vecsvc.errors import ConfigError
+from vecsvc.config import ServeSettings, make
+from vecsvc.control import Handed, Link, Report, end_with
+from vecsvc.errors import ConfigError, UserError, VecsvcError
 from vecsvc.server import Connection, Service
 from vecsvc.telemetry import configure_logging
 
@@ -30,19 +33,37 @@ log: Final = logging.getLogger("vecsvc.server")
 
 SPARE_FILES: Final = 1024  # open files besides connections: indexes, logs, libraries
 SWITCH_S: Final = 0.001
+BACKLOG: Final = 1024  # connections that wait to be accepted
 GRACE_S: Final = 0.25  # for requests that were on their way when the port closed
 
 
-def serve(directory: Path, settings: ServeSettings) -> None:
-    """Serve a folder of indexes until SIGTERM or SIGINT. Raises ConfigError where a port cannot be had."""
-    configure_logging()
+def serve(directory: Path, settings: ServeSettings, handed: Handed | None = None) -> None:
+    """Serve a folder of indexes until SIGTERM or SIGINT. Raises ConfigError where a port cannot be had.
+
+    One of several workers was `handed` its ports, and is ended by its parent.
+    """
+    configure_logging(worker=handed.number if handed is not None else None)
     machine_code.keep_in(Path(settings.kernels) if settings.kernels else None)
     _allow_files(settings.max_connections + SPARE_FILES)
     # The event loop waits so long for a thread that works in Python: of Python's own 5 ms a query would feel each.
     sys.setswitchinterval(SWITCH_S)
     # Searches run side by side in threads; a matrix product that took every core would fight the others.
     with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
-        uvloop.run(_run(directory, settings))
+        uvloop.run(_run(directory, settings, handed))
+
+
+def work(given: dict[str, Any]) -> None:
+    """The whole life of a worker; `given` is what workers.py wrote to its standard input."""
+    handed = msgspec.convert(given, Handed)
+    end_with(handed.parent)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Whoever signals a whole group means the service; the parent gets it too, and says what to do.
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        serve(Path(handed.directory), make(ServeSettings, handed.settings, what="[serve]"), handed)
+    except VecsvcError as error:
+        sys.stderr.write(f"vecsvc: {error}\n")
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 def _allow_files(wanted: int) -> None:
@@ -55,38 +76,77 @@ def _allow_files(wanted: int) -> None:
             log.warning("few files", extra={"data": {"allowed": allowed, "wanted": wanted, "remedy": "ulimit -n"}})
 
 
-async def _run(directory: Path, settings: ServeSettings) -> None:
+async def _run(directory: Path, settings: ServeSettings, handed: Handed | None = None) -> None:
     started = time.perf_counter()
     service = Service(directory, settings)
     machine_code.announce = functools.partial(_compiling, service)
-    runner, listener = await _listen(service, service.app(), settings.host, settings.port)
-    admin, admin_listener = await _listen(service, service.admin_app(), settings.admin_host, settings.admin_port)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _stop, stop)
-    port, admin_port = (server.sockets[0].getsockname()[1] for server in (listener, admin_listener))
-    facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
-    log.info("listening", extra={"data": facts})
-    watch = asyncio.create_task(_watch(service, started))
-    reap = asyncio.create_task(service.reaper.run([runner, admin]))
+    stop, looked = asyncio.Event(), asyncio.Event()
+    runners: list[web.AppRunner] = []
+
+    def report() -> Report:
+        problem = service.catalog.problem() if looked.is_set() else "it is starting"
+        return Report(len(runners) == 2, problem, service.metrics.counted())
+
+    link = Link(handed.control, report) if handed is not None else None
+    # A parent says it once for all its workers.
+    note = log.info if link is None else log.debug
+    talk: asyncio.Task[None] | None = None
+    if link is None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, _stop, stop)
+    else:
+        talk = await link.open(drain=stop.set, end=functools.partial(_exit, 1))
+    tell = link.report if link is not None else lambda: None
+    watching = _watch(service, started, looked, note, tell)
+    watch: asyncio.Task[None] | None = None
+    if handed is not None and handed.successor:
+        # Who waits in the socket since the last worker died is to be answered, not refused.
+        watch = asyncio.create_task(watching)
+        await _first(looked, stop)
+    ports = [socket.socket(fileno=file) for file in handed.ports] if handed is not None else []
+    runner, listeners = await _listen(service, service.app(), settings.host, settings.port, ports)
+    runners.append(runner)
+    admin_ports = [socket.socket(fileno=handed.admin)] if handed is not None else []
+    admin, admin_listeners = await _listen(
+        service, service.admin_app(), settings.admin_host, settings.admin_port, admin_ports
+    )
+    runners.append(admin)
+    if link is None:
+        port, admin_port = (made[0].sockets[0].getsockname()[1] for made in (listeners, admin_listeners))
+        facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
+        log.info("listening", extra={"data": facts})
+    tell()
+    watch = watch or asyncio.create_task(watching)
+    reap = asyncio.create_task(service.reaper.run(runners))
     await stop.wait()
     service.draining = True
-    log.info("draining", extra={"data": {"in_flight": service.engine.in_flight}})
+    note("draining", extra={"data": {"in_flight": service.engine.in_flight}})
     await asyncio.sleep(settings.drain_s)
-    await _close(listener, service, runner)
+    await _close(listeners, service, runner)
     await _finish(service, runner)
     reap.cancel()
     watch.cancel()
     await runner.cleanup()
-    admin_listener.close()
+    for listener in admin_listeners:
+        listener.close()
     await admin.cleanup()
-    log.info("stopped")
+    tell()
+    if talk is not None:
+        talk.cancel()
+    note("stopped")
     if service.at_work:
         # A thread cannot be told to stop, and holds nothing that would have to be saved.
         _exit(0)
     service.engine.close()
     service.catalog.close()
+
+
+async def _first(*events: asyncio.Event) -> None:
+    """Wait until one of them is set."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
 
 
 def _compiling(service: Service, what: str) -> None:
@@ -108,25 +168,38 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-async def _listen(service: Service, app: web.Application, host: str, port: int) -> tuple[web.AppRunner, asyncio.Server]:
+async def _listen(
+    service: Service, app: web.Application, host: str, port: int, made: Sequence[socket.socket] = ()
+) -> tuple[web.AppRunner, list[asyncio.Server]]:
+    """Serve `app` on a port, or on the sockets that somebody made for it."""
     # _finish waits for requests in flight; when that is over, aiohttp need not begin to wait anew.
     runner = web.AppRunner(app, shutdown_timeout=GRACE_S)
     await runner.setup()
     loop = asyncio.get_running_loop()
+
+    def connection() -> Connection:
+        return Connection(service, runner.server)
+
+    listeners = []
     try:
-        listener = await loop.create_server(lambda: Connection(service, runner.server), host, port, backlog=1024)
+        for ready in made:
+            create = loop.create_unix_server if ready.family == socket.AF_UNIX else loop.create_server
+            listeners.append(await create(connection, sock=ready, backlog=BACKLOG))
+        if not made:
+            listeners.append(await loop.create_server(connection, host, port, backlog=BACKLOG))
     except OSError as error:
         await runner.cleanup()
         # asyncio puts words of its own around the system's.
         why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another port") from error
-    return runner, listener
+    return runner, listeners
 
 
-async def _close(listener: asyncio.Server, service: Service, runner: web.AppRunner) -> None:
+async def _close(listeners: list[asyncio.Server], service: Service, runner: web.AppRunner) -> None:
     """Close the port, and take in whom the kernel let in already: for a client, that is to be accepted."""
-    held = [socket.socket(fileno=os.dup(port.fileno())) for port in listener.sockets]
-    listener.close()
+    held = [socket.socket(fileno=os.dup(port.fileno())) for listener in listeners for port in listener.sockets]
+    for listener in listeners:
+        listener.close()
     waiting: list[socket.socket] = []
     for port in held:
         with port, contextlib.suppress(OSError):
@@ -137,8 +210,10 @@ async def _close(listener: asyncio.Server, service: Service, runner: web.AppRunn
         await asyncio.get_running_loop().connect_accepted_socket(lambda: Connection(service, runner.server), client)
 
 
-async def _watch(service: Service, started: float) -> None:
-    """Open what there is, then look for new versions now and then."""
+async def _watch(
+    service: Service, started: float, looked: asyncio.Event, note: Callable[..., None], report: Callable[[], None]
+) -> None:
+    """Open what there is, then look for new versions now and then. `report` is called where that changed something."""
     settings = service.settings
     told = ""
     while True:
@@ -156,7 +231,11 @@ async def _watch(service: Service, started: float) -> None:
         if problem and problem != told:
             log.warning("not ready", extra={"data": {"why": problem}})
         elif not problem and (changed or told):
-            log.info("ready", extra={"data": {"up_s": round(time.perf_counter() - started, 3)}})
+            note("ready", extra={"data": {"up_s": round(time.perf_counter() - started, 3)}})
+        news = problem != told or not looked.is_set()
+        looked.set()
+        if news:
+            report()
         told = problem
         if not settings.reload_poll_s:
             return

@@ -41,7 +41,7 @@ from vecsvc.errors import (
 from vecsvc.reaper import Reaper
 from vecsvc.server_embed import EmbedRoutes
 from vecsvc.storage import index_folders
-from vecsvc.telemetry import METRICS_CONTENT_TYPE, LineBudget, Metrics
+from vecsvc.telemetry import COUNTED_CONTENT_TYPE, METRICS_CONTENT_TYPE, LineBudget, Metrics
 from vecsvc.types import BatchAnswer, Query, SearchSettings
 
 log: Final = logging.getLogger("vecsvc.server")
@@ -316,6 +316,15 @@ class Service:
         return _json(b'{"status":"ready"}')
 
     async def _metrics(self, request: web.Request) -> web.Response:
+        self._look_at_gauges()
+        if request.headers.get(hdrs.ACCEPT) == COUNTED_CONTENT_TYPE:
+            # The parent of several workers asks, which adds up.
+            return web.Response(
+                body=schemas.encode(self.metrics.counted()), headers={hdrs.CONTENT_TYPE: COUNTED_CONTENT_TYPE}
+            )
+        return web.Response(body=self.metrics.text(), headers={hdrs.CONTENT_TYPE: METRICS_CONTENT_TYPE})
+
+    def _look_at_gauges(self) -> None:
         self.metrics.in_flight.set(self.engine.in_flight)
         self.metrics.ready.set(0 if self.draining or self.catalog.problem() else 1)
         self.metrics.encoder_waiting.clear()
@@ -324,7 +333,6 @@ class Service:
         self.metrics.version_info.clear()
         for name in self.catalog.names():
             self.metrics.version_info.labels(name, self.catalog.get(name).version).set(1)
-        return web.Response(body=self.metrics.text(), headers={hdrs.CONTENT_TYPE: METRICS_CONTENT_TYPE})
 
     async def _reload(self, request: web.Request) -> web.Response:
         """Look at CURRENT now, and try again what could not be opened."""
