@@ -86,8 +86,9 @@ class Link:
     async def _talk(self, reader: asyncio.StreamReader, orders: dict[str, Callable[[], None]]) -> None:
         reporting = asyncio.create_task(self._report_now_and_then())
         try:
-            while data := await reader.readline():
-                orders[read(data, Order).do]()
+            with contextlib.suppress(ConnectionError):
+                while data := await reader.readline():
+                    orders[read(data, Order).do]()
             orders["end"]()
         finally:
             reporting.cancel()

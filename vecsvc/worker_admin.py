@@ -161,7 +161,9 @@ class Admin:
         for reply in replies:
             if reply.status != 200:
                 return reply.response()
-        return replies[0].response() if replies else web.Response(body=b'{"status":"alive"}', content_type=_JSON)
+        if replies:
+            return replies[0].response()
+        return web.Response(body=b'{"status":"alive"}', headers={hdrs.CONTENT_TYPE: _JSON})
 
     async def _ask(
         self, places: Iterable[Place], request: web.BaseRequest, starting_s: float, target: str | None = None
@@ -198,16 +200,32 @@ class Admin:
         if headers is not None:
             passed = [(n, v) for n, v in passed if n not in headers] + list(headers.items())
         url = yarl.URL(f"http://worker{target or request.raw_path}", encoded=True)
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        asking = asyncio.create_task(self._ask_one(place, request.method, url, passed, timeout_s))
+        waiting: set[asyncio.Task[Any]] = {asking}
+        if place.listening:
+            # The next one in its place would take the question over from its socket, but only when it listens.
+            waiting.add(asyncio.create_task(place.ended.wait()))
         try:
-            async with self._sessions[place.number].request(
-                request.method, url, headers=passed, timeout=timeout, allow_redirects=False
-            ) as response:
-                kept = [(n, v) for n, v in response.headers.items() if n.lower() not in _OF_ONE_HOP]
-                return Reply(response.status, kept, await response.read())
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done():
+                raise NotReady(f"worker {place.number} died while it was asked")
+            return asking.result()
         except (aiohttp.ClientError, OSError) as error:
             why = "does not answer" if isinstance(error, TimeoutError) else f"is gone: {_why(error)}"
             raise NotReady(place.problem or f"worker {place.number} {why}") from error
+        finally:
+            for task in waiting:
+                task.cancel()
+
+    async def _ask_one(
+        self, place: Place, method: str, url: yarl.URL, headers: list[tuple[str, str]], timeout_s: float | None
+    ) -> Reply:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        async with self._sessions[place.number].request(
+            method, url, headers=headers, timeout=timeout, allow_redirects=False
+        ) as response:
+            kept = [(n, v) for n, v in response.headers.items() if n.lower() not in _OF_ONE_HOP]
+            return Reply(response.status, kept, await response.read())
 
 
 class _Deaths:

@@ -60,6 +60,7 @@ class Place:
         self.process: Process | None = None
         self.report: Report | None = None  # the last of the process that runs
         self.counted = Counted()  # the newest of what it counted, by report or by asking
+        self.ended = asyncio.Event()  # set when the process that runs now has ended
         self._line: asyncio.StreamWriter | None = None
 
     @property
@@ -105,7 +106,7 @@ class Place:
                 process_group=0,  # a terminal's signals go to the parent alone
             )
             spare.pop_all()
-        self.process = process
+        self.process, self.ended = process, asyncio.Event()
         reader, self._line = await asyncio.open_connection(sock=ours, limit=MAX_LINE_BYTES)
         try:
             assert process.stdin is not None
@@ -126,6 +127,7 @@ class Place:
         finally:
             self._line.close()
             self._line, self.report = None, None
+            self.ended.set()
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
