@@ -46,7 +46,7 @@ NOT_OF_REQUESTS = {
     *("host", "port", "admin_host", "admin_port", "encoder", "device", "verify", "reload_poll_s", "search_threads"),
     *("inline_ms", "max_connections", "header_timeout_s", "write_timeout_s", "keepalive_s", "drain_s", "shutdown_s"),
     *("log", "log_lines_per_s", "memory", "kernels", "bulk_run_ms", "encoder_provider", "encoder_threads"),
-    *("encoder_instances", "encoder_memory_mb", "encoder_stall_s", "encoder_batching", "encoder_cache"),
+    *("encoder_instances", "encoder_memory_mb", "encoder_stall_s", "encoder_batching", "encoder_cache", "workers"),
 }
 
 HOOKS = r"""

@@ -32,6 +32,8 @@ from vecsvc.shard import Found
 from vecsvc.telemetry import Metrics
 from vecsvc.types import (
     BatchAnswer,
+    Columns,
+    ColumnsAnswer,
     Condition,
     Coverage,
     Embedded,
@@ -50,6 +52,7 @@ from vecsvc.types import (
 )
 
 T = TypeVar("T")
+A = TypeVar("A", SearchAnswer, BatchAnswer, ColumnsAnswer)
 
 # Who takes a part of the answer waits so much beyond the deadline for the search to notice it and stop.
 PARTIAL_GRACE_S: Final = 0.05
@@ -93,11 +96,38 @@ class Engine:
 
     async def search(self, name: str | None, query: Query, settings: SearchSettings) -> SearchAnswer:
         """Answer one question. Raises what errors.py lists under RequestError and ServiceError."""
-        a = await self.search_batch(name, query, settings)
-        return SearchAnswer(a.results[0], a.took_ms, a.coverage, a.stats, a.index, a.encoder, a.explain)
+        return await self._answer(name, query, settings, SearchAnswer)
 
     async def search_batch(self, name: str | None, query: Query, settings: SearchSettings) -> BatchAnswer:
         """Answer many questions that share their settings."""
+        return await self._answer(name, query, settings, BatchAnswer)
+
+    async def search_columns(self, name: str | None, query: Query, settings: SearchSettings) -> ColumnsAnswer:
+        """Answer many questions with columns over all hits, for those who want no `include`."""
+        return await self._answer(name, query, settings, ColumnsAnswer)
+
+    def search_now(self, name: str | None, query: VectorQuery, settings: SearchSettings) -> SearchAnswer | None:
+        """Answer one question by its vector before anything else happens in the event loop.
+
+        None where that may take longer than `inline_ms`, or nobody knows how long, or too many wait already.
+        """
+        if self._in_flight >= self._settings.max_in_flight:
+            return None
+        clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
+        served = self.retained(name)
+        try:
+            search = _Search(served, query, settings, clock, 1)
+            seconds = search.plan.seconds
+            if seconds is None or seconds > self._inline_s or not search.measurable:
+                return None
+            answer = search.run(SearchAnswer)
+            search.plan.learn(clock.search + clock.rerank)
+        finally:
+            served.release()
+        self._count(served, answer.stats, clock)
+        return answer
+
+    async def _answer(self, name: str | None, query: Query, settings: SearchSettings, kind: type[A]) -> A:
         clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
         if self._in_flight >= self._settings.max_in_flight:
             raise Overloaded(f"{self._settings.max_in_flight} requests are in flight, the limit max_in_flight")
@@ -114,18 +144,21 @@ class Engine:
             # A hop to a thread and back costs more than a search of a graph; a long search in the event loop
             # costs everybody. So a question goes to a thread until its like was measured to be short.
             if measurable and seconds is not None and seconds <= self._inline_s:
-                answer = search.run()
+                answer = search.run(kind)
             else:
-                answer = await self._in_thread(work, search.run, clock, PARTIAL_GRACE_S if settings.partial else 0.0)
+                grace_s = PARTIAL_GRACE_S if settings.partial else 0.0
+                answer = await self._in_thread(work, lambda: search.run(kind), clock, grace_s)
             if measurable:
                 search.plan.learn(clock.search + clock.rerank)
         finally:
             work.leave()
-        stats = answer.stats
+        self._count(served, answer.stats, clock)
+        return answer
+
+    def _count(self, served: Served, stats: Stats, clock: Clock) -> None:
         self._metrics.search(served.name, stats.strategy).observe(clock.search)
         if stats.shortfall:
             self._metrics.shortfall(served.name).inc(stats.shortfall)
-        return answer
 
     async def embed(
         self,
@@ -239,7 +272,8 @@ class _Search:
         """True for questions that cost about the same as others with their settings."""
         return self.vectors is not None and len(self.vectors) == 1
 
-    def run(self) -> BatchAnswer:
+    def run(self, kind: type[A]) -> A:
+        """The answer, in the shape that is asked for: `kind`'s results, and what all shapes have in common."""
         served, clock = self.served, self.clock
         own: tuple[int, int] | None = None  # shard and label of the row that a query by id leaves out
         if self.vectors is not None:
@@ -251,17 +285,35 @@ class _Search:
         if time.monotonic() >= clock.deadline:
             raise DeadlineExceeded("the deadline passed before the search began")
         before = time.perf_counter()
-        found = self._recall(queries[:SLICE], own)
-        hits = self._name(found, min(SLICE, len(queries)))
-        for start in range(SLICE, len(queries), SLICE):
-            if time.monotonic() >= clock.deadline:
-                raise DeadlineExceeded(f"the deadline passed after {start} of {len(queries)} queries")
-            part = self._recall(queries[start : start + SLICE], None)
-            hits += self._name(part, len(queries[start : start + SLICE]))
-            found = list(map(_sum, found, part))
-        clock.rerank = sum(part.rerank_s for part in found)
+        if len(queries) == 1 and kind is SearchAnswer:
+            found = self._recall(queries, own)
+            [results] = self._name(found, 1)
+            hits = len(results)
+        else:
+            found, results, hits = self._slices(queries, own, kind)
+        clock.rerank = sum(part.rerank_s for part in found) if self.settings.rerank_depth is not None else 0.0
         clock.search = time.perf_counter() - before - clock.rerank
-        return self._answer(found, hits)
+        return self._answer(found, results, len(queries), hits, kind)
+
+    def _slices(self, queries: Vectors, own: tuple[int, int] | None, kind: type[A]) -> tuple[list[Found], Any, int]:
+        """What was found for all queries, in parts between which the deadline is looked at; results and hits."""
+        found: list[Found] = []
+        lists: list[list[Hit]] = []
+        columns: list[Columns] = []
+        for start in range(0, len(queries), SLICE):
+            if start and time.monotonic() >= self.clock.deadline:
+                raise DeadlineExceeded(f"the deadline passed after {start} of {len(queries)} queries")
+            some = queries[start : start + SLICE]
+            part = self._recall(some, own)
+            if kind is ColumnsAnswer:
+                columns.append(self._columns(part, start))
+            else:
+                lists += self._name(part, len(some))
+            found = list(map(_sum, found, part)) if found else part
+        if kind is ColumnsAnswer:
+            joined = _joined(columns)
+            return found, joined, len(joined.distances)
+        return found, lists, sum(map(len, lists))
 
     def _recall(self, queries: Vectors, own: tuple[int, int] | None) -> list[Found]:
         """What each shard finds for a slice of the queries."""
@@ -297,6 +349,30 @@ class _Search:
                 return shard.number, label
         raise UnknownId(f"index {self.served.name!r} has no id {query.id!r}")
 
+    def _columns(self, found: list[Found], first: int) -> Columns:
+        """Merge the shards' answers of queries that begin at `first`, without an object for each hit."""
+        shards, metric = self.served.shards, self.served.manifest.metric
+        whole = self.served.manifest.id_type == "int"
+        if len(shards) == 1:
+            labels, distances = found[0].labels, found[0].distances
+            places = labels >= 0
+            query, rank = np.nonzero(places)
+            flat = distances[places]
+            ids = shards[0].ids.of(labels[places].tolist())
+            return Columns(query + first, rank, ids, whole, score(flat, metric), flat)
+        lists = self._name(found, len(found[0].labels))
+        hits = [hit for one in lists for hit in one]
+        counts = [len(one) for one in lists]
+        flat = np.array([hit.distance for hit in hits], np.float32)
+        return Columns(
+            np.repeat(np.arange(first, first + len(lists)), counts),
+            np.concatenate([np.arange(count) for count in counts]),
+            [hit.id for hit in hits],
+            whole,
+            score(flat, metric),
+            flat,
+        )
+
     def _name(self, found: list[Found], n: int) -> list[list[Hit]]:
         """Merge the shards' answers and turn labels into hits."""
         shards, k, metric = self.served.shards, self.settings.k, self.served.manifest.metric
@@ -304,12 +380,13 @@ class _Search:
             # The common case, without the steps that it does not need: one shard's order is the answer's.
             part, ids = found[0], shards[0].ids
             answers = []
-            for row in range(n):
-                labels = part.labels[row].tolist()
+            for labels, scores, distances in zip(
+                part.labels.tolist(), score(part.distances, metric).tolist(), part.distances.tolist(), strict=True
+            ):
                 while labels and labels[-1] < 0:
                     labels.pop()
-                distances = part.distances[row]
-                answers.append(list(map(Hit, ids.of(labels), score(distances, metric).tolist(), distances.tolist())))
+                # `map` ends with the shortest: places that stayed empty become no hits.
+                answers.append(list(map(Hit, ids.of(labels), scores, distances)))
             return answers
         return [self._merge(found, row, k) for row in range(n)]
 
@@ -336,12 +413,12 @@ class _Search:
             )
         return hits
 
-    def _answer(self, found: list[Found], hits: list[list[Hit]]) -> BatchAnswer:
+    def _answer(self, found: list[Found], results: Any, queries: int, hits: int, kind: type[A]) -> A:
         served, settings = self.served, self.settings
         degraded = []
         if self.cut:
-            degraded.append(_cut_note(self.cut, len(hits), _encoder(served).spec.max_tokens))
-        if any(part.stopped for part in found):
+            degraded.append(_cut_note(self.cut, queries, _encoder(served).spec.max_tokens))
+        if found[0].stopped or (len(found) > 1 and any(part.stopped for part in found)):
             degraded.append("the search was cut short")
             if not settings.partial and time.monotonic() >= self.clock.deadline:
                 raise DeadlineExceeded("no full answer within timeout_ms; allow more time, or ask with partial")
@@ -350,11 +427,11 @@ class _Search:
             strategy = strategy if part.strategy == strategy else "mixed"
             visited = -1 if min(visited, part.visited) < 0 else visited + part.visited
         encoder = served.encoder if isinstance(self.query, TextQuery) else None
-        return BatchAnswer(
-            hits,
+        return kind(
+            results,
             self.clock.took_ms(),
             Coverage(len(found), len(served.shards), degraded),
-            Stats(strategy, visited, settings.k * len(hits) - sum(map(len, hits))),
+            Stats(strategy, visited, settings.k * queries - hits),
             served.id,
             encoder.spec.name if encoder is not None else None,
             self._explain(found) if "explain" in settings.include else None,
@@ -374,6 +451,19 @@ class _Search:
             )
             for shard, part in zip(self.served.shards, found, strict=True)
         ]
+
+
+def _joined(parts: list[Columns]) -> Columns:
+    if len(parts) == 1:
+        return parts[0]
+    return Columns(
+        np.concatenate([part.query for part in parts]),
+        np.concatenate([part.rank for part in parts]),
+        [id for part in parts for id in part.ids],
+        parts[0].whole,
+        np.concatenate([part.scores for part in parts]),
+        np.concatenate([part.distances for part in parts]),
+    )
 
 
 def _sum(a: Found, b: Found) -> Found:

@@ -97,11 +97,11 @@ async def _run(directory: Path, settings: ServeSettings, handed: Handed | None =
     else:
         talk = await link.open(drain=stop.set, end=functools.partial(_exit, 1))
     tell = link.report if link is not None else lambda: None
-    watching = _watch(service, started, looked, note, tell)
+    watching = functools.partial(_watch, service, started, looked, note, tell)
     watch: asyncio.Task[None] | None = None
     if handed is not None and handed.successor:
         # Who waits in the socket since the last worker died is to be answered, not refused.
-        watch = asyncio.create_task(watching)
+        watch = asyncio.create_task(watching())
         await _first(looked, stop)
     ports = [socket.socket(fileno=file) for file in handed.ports] if handed is not None else []
     runner, listeners = await _listen(service, service.app(), settings.host, settings.port, ports)
@@ -116,7 +116,7 @@ async def _run(directory: Path, settings: ServeSettings, handed: Handed | None =
         facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
         log.info("listening", extra={"data": facts})
     tell()
-    watch = watch or asyncio.create_task(watching)
+    watch = watch or asyncio.create_task(watching())
     reap = asyncio.create_task(service.reaper.run(runners))
     await stop.wait()
     service.draining = True

@@ -42,6 +42,11 @@ class Reaper:
         self._served.add(connection)
         self._since[connection] = time.monotonic()
 
+    def answered(self, connection: Any) -> None:
+        """A request came and was answered in one step."""
+        self._served.add(connection)
+        self._since[connection] = time.monotonic()
+
     def await_body(self, request: web.BaseRequest) -> None:
         self._bodies[request.protocol] = (time.monotonic(), request.content)
 
