@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from vecsvc.errors import (
     UnknownId,
     UnknownParameter,
 )
+from vecsvc.gather import Gather
 from vecsvc.query_encoder import QueryEncoder
 from vecsvc.ranking import merge_top_k
 from vecsvc.shard import Found
@@ -50,6 +52,8 @@ from vecsvc.types import (
     VectorQuery,
     Vectors,
 )
+
+log: Final = logging.getLogger("vecsvc.engine")
 
 T = TypeVar("T")
 A = TypeVar("A", SearchAnswer, BatchAnswer, ColumnsAnswer)
@@ -91,6 +95,7 @@ class Engine:
         self._metrics = metrics
         self._threads = threads
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="vecsvc-search")
+        self._gather: Gather[_Search, SearchAnswer] = Gather(self._pool, run_together)
         self._in_flight = 0
         self._inline_s = settings.inline_ms / 1e3
 
@@ -145,10 +150,12 @@ class Engine:
             # costs everybody. So a question goes to a thread until its like was measured to be short.
             if measurable and seconds is not None and seconds <= self._inline_s:
                 answer = search.run(kind)
+            elif kind is SearchAnswer and search.shares_work:
+                answer = await self._gathered(work, search)
             else:
                 grace_s = PARTIAL_GRACE_S if settings.partial else 0.0
                 answer = await self._in_thread(work, lambda: search.run(kind), clock, grace_s)
-            if measurable:
+            if measurable and not search.together:
                 search.plan.learn(clock.search + clock.rerank)
         finally:
             work.leave()
@@ -208,7 +215,15 @@ class Engine:
                 raise DeadlineExceeded("the deadline passed while the request waited for a thread")
             return run()
 
-        future = asyncio.get_running_loop().run_in_executor(self._pool, timed)
+        return await self._until(work, asyncio.get_running_loop().run_in_executor(self._pool, timed), clock, grace_s)
+
+    async def _gathered(self, work: _Work, search: _Search) -> SearchAnswer:
+        """The answer of a question that may share its run with others; each waits until its own deadline."""
+        search.waits_since = time.perf_counter()
+        future = asyncio.wrap_future(self._gather.submit(search.plan, search))
+        return await self._until(work, future, search.clock, 0.0)
+
+    async def _until(self, work: _Work, future: asyncio.Future[T], clock: Clock, grace_s: float) -> T:
         work.wait_for(future)
         try:
             async with asyncio.timeout(max(0.0, clock.deadline + grace_s - time.monotonic())):
@@ -259,6 +274,8 @@ class _Search:
         self.num_threads = num_threads
         self.vectors: Vectors | None = query.vectors if isinstance(query, VectorQuery) else None
         self.cut: list[int] = []  # texts that were longer than the encoder reads
+        self.together = False  # it shared its run with others, whose time is no measure of its own
+        self.waits_since = 0.0  # time.perf_counter() when it was sent to a thread
         self.plan = _plan(served, settings)
         _check_fields(settings.conditions, served)
         _check_size(query, settings, served)
@@ -271,6 +288,17 @@ class _Search:
     def measurable(self) -> bool:
         """True for questions that cost about the same as others with their settings."""
         return self.vectors is not None and len(self.vectors) == 1
+
+    @property
+    def shares_work(self) -> bool:
+        """True where many such questions cost less in one search than one by one, and are answered the same."""
+        settings = self.settings
+        return (
+            self.measurable
+            and not (settings.conditions or settings.partial or settings.rerank_depth)
+            and "explain" not in settings.include
+            and (settings.exact or all(getattr(shard.index, "shares_work", False) for shard in self.served.shards))
+        )
 
     def run(self, kind: type[A]) -> A:
         """The answer, in the shape that is asked for: `kind`'s results, and what all shapes have in common."""
@@ -285,8 +313,8 @@ class _Search:
         if time.monotonic() >= clock.deadline:
             raise DeadlineExceeded("the deadline passed before the search began")
         before = time.perf_counter()
-        if len(queries) == 1 and kind is SearchAnswer:
-            found = self._recall(queries, own)
+        if kind is SearchAnswer:
+            found = self.recall(queries, own)
             [results] = self._name(found, 1)
             hits = len(results)
         else:
@@ -294,6 +322,11 @@ class _Search:
         clock.rerank = sum(part.rerank_s for part in found) if self.settings.rerank_depth is not None else 0.0
         clock.search = time.perf_counter() - before - clock.rerank
         return self._answer(found, results, len(queries), hits, kind)
+
+    def answer_from(self, found: list[Found]) -> SearchAnswer:
+        """The answer of one query that was searched for already."""
+        [results] = self._name(found, 1)
+        return self._answer(found, results, 1, len(results), SearchAnswer)
 
     def _slices(self, queries: Vectors, own: tuple[int, int] | None, kind: type[A]) -> tuple[list[Found], Any, int]:
         """What was found for all queries, in parts between which the deadline is looked at; results and hits."""
@@ -304,7 +337,7 @@ class _Search:
             if start and time.monotonic() >= self.clock.deadline:
                 raise DeadlineExceeded(f"the deadline passed after {start} of {len(queries)} queries")
             some = queries[start : start + SLICE]
-            part = self._recall(some, own)
+            part = self.recall(some, own)
             if kind is ColumnsAnswer:
                 columns.append(self._columns(part, start))
             else:
@@ -315,7 +348,7 @@ class _Search:
             return found, joined, len(joined.distances)
         return found, lists, sum(map(len, lists))
 
-    def _recall(self, queries: Vectors, own: tuple[int, int] | None) -> list[Found]:
+    def recall(self, queries: Vectors, own: tuple[int, int] | None) -> list[Found]:
         """What each shard finds for a slice of the queries."""
         settings = self.settings
         limit = Limit(settings.max_visited, self.clock.deadline)
@@ -451,6 +484,62 @@ class _Search:
             )
             for shard, part in zip(self.served.shards, found, strict=True)
         ]
+
+
+def run_together(searches: list[_Search]) -> list[SearchAnswer | Exception]:
+    """Answer questions that share version and settings in one search; each has its own answer or error.
+
+    The search may take as long as the latest deadline: who has to go earlier is not waiting any more when it ends.
+    """
+    now, began = time.monotonic(), time.perf_counter()
+    answers: dict[int, SearchAnswer | Exception] = {}
+    going: dict[int, _Search] = {}
+    for place, search in enumerate(searches):
+        search.clock.queue += began - search.waits_since
+        if now < search.clock.deadline:
+            going[place] = search
+        else:
+            answers[place] = DeadlineExceeded("the deadline passed while the request waited for a thread")
+    if len(going) > 1:
+        try:
+            answers |= _together(going)
+        except Exception:
+            log.exception("a search for several failed", extra={"data": {"questions": len(going)}})
+    for place, search in going.items():
+        if place not in answers:
+            try:
+                answers[place] = search.run(SearchAnswer)
+            except Exception as error:
+                answers[place] = error
+    return [answers[place] for place in range(len(searches))]
+
+
+def _together(going: dict[int, _Search]) -> dict[int, SearchAnswer | Exception]:
+    before = time.perf_counter()
+    vectors = np.concatenate([search.vectors for search in going.values() if search.vectors is not None])
+    last = max(going.values(), key=lambda search: search.clock.deadline)
+    found = last.recall(vectors, None)
+    seconds = time.perf_counter() - before
+    answers: dict[int, SearchAnswer | Exception] = {}
+    for row, (place, search) in enumerate(going.items()):
+        search.together, search.clock.search = True, seconds
+        try:
+            answers[place] = search.answer_from([_row(part, row) for part in found])
+        except DeadlineExceeded as error:
+            answers[place] = error
+    return answers
+
+
+def _row(found: Found, row: int) -> Found:
+    """What one of several queries found; each compared as many vectors as any other."""
+    n = len(found.labels)
+    return msgspec.structs.replace(
+        found,
+        labels=found.labels[row : row + 1],
+        distances=found.distances[row : row + 1],
+        visited=found.visited // n if found.visited >= 0 else -1,
+        hops=found.hops // n if found.hops >= 0 else -1,
+    )
 
 
 def _joined(parts: list[Columns]) -> Columns:
