@@ -32,6 +32,8 @@ from vecsvc.reaper import Reaper
 from vecsvc.telemetry import Metrics
 from vecsvc.types import Query, SearchSettings, VectorQuery
 
+HOLD_S: Final = 0.01  # so long may a body come behind its head; then its message goes the long way
+MAX_HELD_BYTES: Final = 65_536  # longer bodies go the long way at once, where they are counted
 MAX_REMEMBERED: Final = 512  # queries of URLs whose settings are known; past that all are forgotten and read anew
 
 _HANDLER: Final = (
@@ -83,6 +85,20 @@ class Direct:
         self._parsed: tuple[bytes, Query, SearchSettings] | None = None
         self._second, self._fixed = 0, b""
 
+    def may(self, message: RawRequestMessage) -> bool:
+        """Whether its head lets a message go the short way."""
+        path, headers = message.path, message.headers
+        return (
+            path.startswith(("/search", "/indexes/"))
+            and message.method == hdrs.METH_POST
+            and message.version == HttpVersion11
+            and not (message.should_close or message.chunked or message.upgrade)
+            and message.compression is None
+            and hdrs.EXPECT not in headers
+            and hdrs.CONTENT_ENCODING not in headers
+            and self._open()
+        )
+
     def answer(self, message: RawRequestMessage, body: bytes) -> bytes | None:
         """The answer's bytes, head and body; None where the long way has to be gone."""
         started = time.perf_counter()
@@ -93,20 +109,9 @@ class Direct:
                 return None
             # What has a percent sign or a slash in it is no index, and is refused the long way.
             name, operation = target[9:-7], "/indexes/{name}/search"
-        headers = message.headers
-        if (
-            not self._open()
-            or message.method != hdrs.METH_POST
-            or message.version != HttpVersion11
-            or message.should_close
-            or message.chunked
-            or message.upgrade
-            or message.compression is not None
-            or len(body) > self._settings.max_query_bytes
-            or hdrs.EXPECT in headers
-            or hdrs.CONTENT_ENCODING in headers
-        ):
+        if not self.may(message) or len(body) > self._settings.max_query_bytes:
             return None
+        headers = message.headers
         kind = headers.get(hdrs.CONTENT_TYPE)
         try:
             key = self._door.knock(headers, "read")
@@ -173,11 +178,13 @@ class Direct:
 class DirectHandler(web.RequestHandler):
     """aiohttp's connection, but a message that `direct` answers at once never becomes a request."""
 
-    __slots__ = ("_direct", "_reaper")
+    __slots__ = ("_direct", "_held", "_reaper", "_release")
 
     def __init__(self, server: web.Server | None, *, direct: Direct | None, reaper: Reaper, **options: Any) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **options)  # type: ignore[arg-type]
         self._direct, self._reaper = direct, reaper
+        self._held: tuple[RawRequestMessage, StreamReader] | None = None  # the body of a message that is on its way
+        self._release: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         waiter, transport, parser = self._waiter, self.transport, self._parser
@@ -195,18 +202,23 @@ class DirectHandler(web.RequestHandler):
             or transport.is_closing()
             or parser is None
         ):
+            self._let_go()
             super().data_received(data)
             return
-        again: _Again
         try:
             messages, upgraded, tail = parser.feed_data(data)
         except HttpProcessingError as error:
-            again = _Again(error, ([], False, b""))
-        else:
-            if len(messages) == 1 and not upgraded:
-                message, payload = messages[0]
-                body = arrived(payload)
-                answer = self._direct.answer(message, body) if body is not None else None
+            self._let_go()
+            self._the_long_way(data, error, ([], False, b""))
+            return
+        held = self._take()
+        if held is not None:
+            messages = [held, *messages]
+        if len(messages) == 1 and not upgraded:
+            message, payload = messages[0]
+            body = arrived(payload)
+            if body is not None:
+                answer = self._direct.answer(message, body)
                 if answer is not None:
                     parser.message_consumed()
                     self._request_count += 1
@@ -214,12 +226,43 @@ class DirectHandler(web.RequestHandler):
                     self._reaper.answered(self)
                     transport.write(answer)
                     return
-            again = _Again(None, (messages, upgraded, tail))
-        self._parser = again  # type: ignore[assignment]
+            elif held is None and not payload.is_eof() and self._direct.may(message) and _short(message):
+                # Many clients send head and body by themselves, the one right behind the other.
+                self._held = message, payload
+                self._release = self._loop.call_later(HOLD_S, self._let_go)
+                return
+        self._the_long_way(data, None, (messages, upgraded, tail))
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._take()
+        super().connection_lost(exc)
+
+    def _take(self) -> tuple[RawRequestMessage, StreamReader] | None:
+        """What is held, which is held no longer."""
+        held, self._held = self._held, None
+        if self._release is not None:
+            self._release.cancel()
+            self._release = None
+        return held
+
+    def _let_go(self) -> None:
+        """Send what is held the long way, where a body may take its time."""
+        held = self._take()
+        if held is not None:
+            self._the_long_way(b"", None, ([held], False, b""))
+
+    def _the_long_way(self, data: bytes, error: HttpProcessingError | None, found: tuple[Any, bool, bytes]) -> None:
+        parser = self._parser
+        self._parser = _Again(error, found)  # type: ignore[assignment]
         try:
             super().data_received(data)
         finally:
             self._parser = parser
+
+
+def _short(message: RawRequestMessage) -> bool:
+    length = message.headers.get(hdrs.CONTENT_LENGTH, "")
+    return length.isdecimal() and len(length) < 9 and int(length) <= MAX_HELD_BYTES
 
 
 class _Again:
