@@ -28,7 +28,6 @@ from vecsvc.errors import BadRow, InvalidVector
 from vecsvc.storage import (
     ArrayWriter,
     delete_file,
-    delete_folder,
     foreign_errors,
     make_folder,
     open_array,
@@ -127,10 +126,6 @@ class EncodedTexts:
             found.append(np.array(part[row - start : end - start]))
             row += len(found[-1])
         return np.concatenate(found)
-
-    def delete(self) -> None:
-        self._parts.clear()
-        delete_folder(self._folder)
 
 
 def encode_corpus(

@@ -16,6 +16,7 @@ import pytest
 import service
 from service import Service
 
+from vecsvc.access import added, new_key
 from vecsvc.config import ServeSettings
 from vecsvc.process import node
 from vecsvc.server import STATUS
@@ -170,6 +171,46 @@ def test_every_error_of_a_request_is_documented(document: Any) -> None:
             for status, response in operation["responses"].items():
                 assert "X-Request-Id" in response["headers"]
                 assert ("Retry-After" in response["headers"]) == (status in ("429", "503"))
+                assert ("Retry-After-Ms" in response["headers"]) == (status in ("429", "503"))
+
+
+@pytest.fixture(scope="module")
+def key_and_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    key, file = new_key(), tmp_path_factory.mktemp("keys") / "keys.toml"
+    file.write_bytes(added(b"", "test", key, scopes=["read"]))
+    file.chmod(0o600)
+    return key, file
+
+
+def test_where_keys_are_asked_for_the_document_says_how_and_of_which_routes(key_and_file: tuple[str, Path]) -> None:
+    key, file = key_and_file
+    handlers = node(service.index("texts"), ServeSettings(keys=str(file)))[2]
+    handlers.app()
+    declared = {(route.method.lower(), route.path): route.scope for route in handlers.routes.values()}
+    with service.running(service.index("texts"), keys=file) as running:
+        document = running.get("/openapi.json", Authorization=f"Bearer {key}").json()
+    schemes = document["components"]["securitySchemes"]
+    assert schemes == {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    statuses = {str(status) for _, status in STATUS} | {"200"}
+    assert set(document["paths"]["/search"]["post"]["responses"]) == statuses
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            scope = declared[method, path.replace("/indexes/texts/", "/indexes/{name}/")]
+            assert operation["security"] == ([] if scope == "open" else [{"bearer": []}, {"key": []}])
+            asked = {"401", "403", "429"} & set(operation["responses"])
+            assert asked == (set() if scope == "open" else {"401", "403", "429"}), path
+            if scope != "open":
+                assert "WWW-Authenticate" in operation["responses"]["401"]["headers"]
+    openapi_spec_validator = pytest.importorskip("openapi_spec_validator")
+    openapi_spec_validator.OpenAPIV31SpecValidator(document).validate()
+
+
+def test_where_no_keys_are_asked_for_the_document_does_not_speak_of_them(document: Any) -> None:
+    assert "securitySchemes" not in document["components"]
+    assert not any("security" in operation for path in document["paths"].values() for operation in path.values())
 
 
 def test_defaults_in_the_document_are_the_defaults_of_the_service(bounded: Service, document: Any) -> None:

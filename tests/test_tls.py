@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import http.client
 import logging
+import socket
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import service
+from service import Service
 
 from vecsvc import tls
-from vecsvc.errors import ConfigError
+from vecsvc.client import AsyncClient, Client
+from vecsvc.config import ServeSettings
+from vecsvc.errors import ConfigError, ServiceError
+from vecsvc.process import serve
 from vecsvc.tls import client_tls, server_tls
 
 pytest.importorskip("cryptography")
 from certificates import Authority  # it needs the package
+
+QUERY = service.vectors(1, seed=80)[0]
 
 
 @pytest.fixture
@@ -188,3 +201,125 @@ def test_files_are_looked_at_once_a_second_at_most(tmp_path: Path) -> None:
     file.unlink()
     now += tls.LOOK_S
     assert watch.changed()
+
+
+# ------------------------------------------------------------------------------------------------- the service
+
+
+@pytest.fixture(scope="module")
+def secured(authority: Authority) -> Iterator[Service]:
+    """Asks for a certificate on its public port."""
+    cert, key = authority.issue("service")
+    settings = {"tls_cert": cert, "tls_key": key, "tls_client_ca": authority.ca, "header_timeout_s": 1}
+    with service.started(service.index("squared"), **settings) as running:
+        running.wait_for("ready")
+        yield running
+        service.assert_clean(running)
+        assert running.stop() == 0
+
+
+def url(running: Service) -> str:
+    return f"https://127.0.0.1:{running.port}"
+
+
+def test_both_clients_speak_tls_and_show_their_certificate(secured: Service, authority: Authority) -> None:
+    named: Any = {"ca": authority.ca, "cert": authority.issue("client")}
+    with Client(url(secured), **named) as client:
+        assert client.ready() and len(client.search(vector=QUERY, k=3).results) == 3
+        assert len(client.search_batch(vectors=service.vectors(500, seed=2), k=3).results) == 500
+
+    async def ask() -> int:
+        async with AsyncClient(url(secured), **named) as client:
+            assert await client.ready()
+            return len((await client.search(vector=QUERY, k=3)).results)
+
+    assert asyncio.run(ask()) == 3
+
+
+def test_who_shows_no_certificate_or_trusts_nobody_gets_no_answer(
+    secured: Service, authority: Authority, tmp_path: Path
+) -> None:
+    strangers: list[dict[str, Any]] = [
+        {"ca": authority.ca},
+        {"ca": authority.ca, "cert": Authority(tmp_path).issue("client")},
+        {"cert": authority.issue("client")},
+    ]
+    for stranger in strangers:
+        with Client(url(secured), **stranger) as client, pytest.raises(ServiceError, match="no answer"):
+            client.indexes()
+    # A request in clear on the port gets nothing that could be taken for an answer.
+    assert secured.raw(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n") == b""
+
+
+def test_the_admin_port_speaks_tls_and_asks_for_no_certificate(secured: Service, authority: Authority) -> None:
+    context = client_tls(ca=authority.ca)
+    connection = http.client.HTTPSConnection("127.0.0.1", secured.admin_port, timeout=10, context=context)
+    with contextlib.closing(connection):
+        assert service.ask(connection, "GET", "/readyz").status == 200
+        assert b"vecsvc_in_flight" in service.ask(connection, "GET", "/metrics").body
+
+
+def test_a_connection_that_shakes_no_hands_is_closed(secured: Service) -> None:
+    with secured.socket() as sock:
+        assert service.read_all(sock) == b""
+
+
+def test_a_certificate_that_is_renewed_is_shown_without_a_restart(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("service")
+    context = client_tls(ca=authority.ca)
+
+    def serial(running: Service) -> str:
+        with (
+            socket.create_connection(("127.0.0.1", running.port), timeout=10) as sock,
+            context.wrap_socket(sock, server_hostname="localhost") as shaken,
+        ):
+            shown = shaken.getpeercert()
+            assert shown is not None
+            return str(shown["serialNumber"])
+
+    with service.started(service.index("squared"), tls_cert=cert, tls_key=key) as running:
+        running.wait_for("ready")
+        with Client(url(running), ca=authority.ca) as client:
+            assert client.ready()
+            before = serial(running)
+            authority.issue("service")
+            end = time.monotonic() + 10
+            while serial(running) == before:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            assert running.wait_for("certificates renewed")["files"] == f"{cert}, {key}"
+            assert client.ready(), "a connection that was open goes on"
+        service.assert_clean(running)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tls_cert": "missing.pem"}, "missing.pem: No such file"),
+        ({"tls_key": "key.pem"}, "of no use without tls_cert"),
+        ({"tls_client_ca": "ca.pem"}, "of no use without tls_cert"),
+    ],
+)
+def test_a_service_does_not_start_with_files_it_cannot_use(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        serve(service.index("squared"), ServeSettings(port=0, admin_port=0, **settings))
+
+
+@pytest.mark.parametrize("make", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("address", "options", "message"),
+    [
+        ("http://127.0.0.1:1", {"ca": "ca.pem"}, "ca and cert are for https://"),
+        ("http://127.0.0.1:1", {"cert": "cert.pem"}, "ca and cert are for https://"),
+        ("https://127.0.0.1:1", {"ca": "missing.pem"}, "missing.pem: No such file"),
+        ("https://127.0.0.1:1", {"cert": ("missing.pem", "key.pem")}, "missing.pem: No such file"),
+        ("http://127.0.0.1:1", {"api_key": "a\nb"}, "characters that no key has"),
+        ("http://127.0.0.1:1", {"api_key": "schlüssel"}, "characters that no key has"),
+    ],
+)
+def test_a_client_says_at_once_what_it_cannot_use(
+    make: Any, address: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(address, **options)

@@ -305,7 +305,9 @@ class Catalog:
     def let_go(self) -> bool:
         """Close versions before that nobody asked for so long. True where one went."""
         now, went = time.monotonic(), False
-        with self._refreshing:
+        if not self._refreshing.acquire(blocking=False):
+            return False  # a refresh is under way, which may take long, and does this when it ends
+        try:
             for name, versions in list(self._previous.items()):
                 kept = [s for s in versions[-MAX_PREVIOUS:] if now - s.asked_at < self._keep_previous_s]
                 self._previous = {**self._previous, name: kept}
@@ -313,6 +315,8 @@ class Catalog:
                     if served not in kept:
                         served.retire()
                         went = True
+        finally:
+            self._refreshing.release()
         return went
 
     def with_encoder(self, model: str | None) -> Served:
@@ -392,10 +396,11 @@ class Catalog:
             log.exception("cannot serve", extra={"data": {"index": folder.name, "version": version}})
             raise ArtifactUnfit(why) from error
         self._failed.pop(folder.name, None)
-        self._served = {**self._served, folder.name: served}
         if before is not None:
+            # First kept, then replaced: a front door must find it at any moment.
             before.asked_at = time.monotonic()
             self._previous = {**self._previous, folder.name: [*self._previous.get(folder.name, []), before]}
+        self._served = {**self._served, folder.name: served}
         return True
 
     def gauges(self, metrics: Metrics) -> None:

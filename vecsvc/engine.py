@@ -227,6 +227,9 @@ class Engine:
         try:
             async with asyncio.timeout(max(0.0, clock.deadline + grace_s - time.monotonic())):
                 return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            clock.deadline = 0.0  # nobody waits any more: what has not begun will not, what has ends at its next look
+            raise
         except TimeoutError as error:
             raise DeadlineExceeded("no answer within timeout_ms; ask for less, or allow more time") from error
 

@@ -33,6 +33,7 @@ from vecsvc.route_metrics import RouteMetrics
 HEDGE_BURST: Final = 32.0  # second questions that may be asked at once after a quiet time
 RETRY_BURST: Final = 256.0  # a node that dies fails all that it had in flight at once
 PROBE_S: Final = 1.0  # a slower replica gets a copy of a question so often, to see whether it recovered
+PROBE_GRACE_S: Final = 0.1  # past its deadline a copy is waited for so long, and then given up
 
 # Another replica may answer where one failed in these ways; all else is the question's fault, or would be the same.
 _RETRIED: Final = (NodeFailed, NotReady, Overloaded, InternalError)
@@ -137,6 +138,8 @@ class Call:
         try:
             for group in self.groups:
                 self._begin(group)
+                if group.error is not None and not self._partial:
+                    break  # nobody would read what the others answer
             self._end_if_done()
             if not self.finished.done():
                 self._set_timer()
@@ -146,6 +149,9 @@ class Call:
                 self._timer.cancel()
             for group in self.groups:
                 self._cancel(group, probes=not group.done)
+            if any(group.attempts for group in self.groups):
+                left = self.deadline - time.monotonic()
+                self._loop.call_later(max(0.0, left) + PROBE_GRACE_S, self._give_up_probes)
         if not self._partial:
             for group in self.groups:
                 if group.error is not None:
@@ -198,8 +204,10 @@ class Call:
             if node is chosen or not (node.usable() or node.returning(now)):
                 continue
             latency = node.latency(self._key)
-            if now - latency.at > PROBE_S and self._budgets.hedges.take():
+            # One that was ejected comes back by no other way, so that its copy needs no budget.
+            if now - latency.at > PROBE_S and (node.returning(now) or self._budgets.hedges.take()):
                 latency.at = now
+                self._budgets.metrics.hedges("probe_sent").inc()
                 self._send(group, node, "probe")
 
     # ---------------------------------------------------------------------------------------------- sending
@@ -246,11 +254,14 @@ class Call:
                 if attempt.kind != "first":
                     self._budgets.metrics.hedges(attempt.kind + "_won").inc()
                 group.answer = answer
+                self._outlived(group, now)
                 self._cancel(group, probes=False)
                 self._end_if_done()
             return
-        if isinstance(failure, NodeFailed | InternalError) and kind is not None:
-            node.failed(str(failure))
+        if kind is not None and isinstance(failure, _RETRIED):
+            node.latency(self._key).failed()
+            if isinstance(failure, NodeFailed | InternalError):
+                node.failed(str(failure))
         if not group.done and attempt.kind != "probe":
             self._again(group, failure)
 
@@ -268,7 +279,8 @@ class Call:
         for probe in group.attempts:
             probe.kind = "retry"  # what was only a copy is all that is left
             return
-        group.error = failure if not isinstance(failure, NodeFailed) else _missing(group, str(failure))
+        # A node that does not hold the version any more is as good as none.
+        group.error = _missing(group, str(failure)) if isinstance(failure, NodeFailed | NotReady) else failure
         self._end_if_done()
 
     # ------------------------------------------------------------------------------------------------- time
@@ -322,6 +334,13 @@ class Call:
                 attempt.awaited = False
                 attempt.node.in_flight -= 1
                 attempt.node.cancel(attempt.request)
+
+    def _give_up_probes(self) -> None:
+        """What a node never answers must not count as under way for ever."""
+        now = time.monotonic()
+        for group in self.groups:
+            self._outlived(group, now)
+            self._cancel(group, probes=True)
 
     def _end_if_done(self) -> None:
         failed = any(group.error is not None for group in self.groups)

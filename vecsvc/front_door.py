@@ -35,6 +35,7 @@ from vecsvc.remote import Ask, EmbeddedTexts, FoundRow, Kind, Part
 from vecsvc.router import RoutedVersion, Router
 from vecsvc.telemetry import Metrics
 from vecsvc.types import (
+    INCLUDES,
     BatchAnswer,
     Embedded,
     Id,
@@ -175,8 +176,10 @@ class FrontDoor:
         else:
             hits = merge.hits()
         parts: list[Part] = [group.answer for group in groups if group.answer is not None]
-        clock.search = time.perf_counter() - started
+        queued = max((part.queue_s for part in parts), default=0.0)
+        clock.queue += queued
         clock.rerank = max((part.rerank_s for part in parts), default=0.0)
+        clock.search = max(0.0, time.perf_counter() - started - queued - clock.rerank)
         answer = merge.answer(hits, parts, clock, isinstance(query, TextQuery), cut)
         self._metrics.search(version.name, answer.stats.strategy).observe(clock.search)
         if answer.stats.shortfall:
@@ -278,13 +281,13 @@ def _encode(version: RoutedVersion, vectors: Vectors, settings: SearchSettings, 
             dim=vectors.shape[1],
             vectors=vectors.astype("<f4", copy=False).tobytes(),
             k=k,
-            conditions=[(c.field, c.operator, c.value) for c in settings.conditions],
+            conditions=remote.write_conditions(settings.conditions),
             params=list(settings.params),
             exact=settings.exact,
             max_visited=settings.max_visited,
             rerank_depth=settings.rerank_depth,
             partial=settings.partial,
-            include=list(settings.include),
+            include=[name for name in INCLUDES if name in settings.include],
         )
     )
 

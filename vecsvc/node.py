@@ -25,7 +25,10 @@ MAX_KEYS: Final = 64  # sorts of question whose latency is told apart; past that
 UNKNOWN_S: Final = 0.001  # what is believed of a node that was never asked
 SLOW_START_S: Final = 0.05  # when to ask a second node while nothing is known yet
 MAX_EJECT_S: Final = 30.0
+MAX_BLAMED_S: Final = 1.0  # how slow a node is taken to be at most for failures that come fast
 RECONNECT_S: Final = (0.05, 2.0)  # first and longest wait before a lost connection is tried again
+STEADY_S: Final = 1.0  # a connection that held so long is tried again after the first wait
+MAX_UNSENT_BYTES: Final = 64 << 20  # questions that a node has not read; past that others are asked
 
 # Called once with an answer's kind and payload, or with the error that ended the wait for it.
 Reply = Callable[[Kind | None, bytes, NodeFailed | None], None]
@@ -58,6 +61,10 @@ class Latency:
     def outlived(self, seconds: float) -> None:
         """A question that was not answered yet took at least so long."""
         self.mean = max(self.mean, seconds)
+
+    def failed(self) -> None:
+        """A failure comes fast, and must not make a node look better than one that works."""
+        self.mean = max(self.mean, min(MAX_BLAMED_S, 2 * self.mean))
 
 
 class Node:
@@ -123,7 +130,7 @@ class Node:
             log.info("node returned", extra={"data": {"node": self.name}})
 
     def failed(self, why: str) -> None:
-        """It answered with a failure of its own. Too many in a row, and it is left alone for a while."""
+        """It failed by a fault of its own. Too many times in a row, and it is left alone for a while."""
         self._failures += 1
         if self._failures >= self._settings.eject_failures:
             self._failures = 0
@@ -146,14 +153,16 @@ class Node:
         wait = first
         try:
             while True:
+                began = time.monotonic()
                 try:
                     await self._connected()
-                    wait = first
                 except (OSError, TimeoutError, NodeFailed) as error:
                     self._lost(error)
                 except Exception as error:
                     log.exception("a bug of ours", extra={"data": {"node": self.name}})
                     self._lost(error)
+                if time.monotonic() - began >= STEADY_S + self._settings.connect_timeout_s:
+                    wait = first
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))
                 wait = min(longest, 2 * wait)
         finally:
@@ -163,22 +172,13 @@ class Node:
 
     async def _connected(self) -> None:
         """Connect, and stay until the connection is lost. Raises what ended it."""
-        settings, loop = self._settings, asyncio.get_running_loop()
-        async with asyncio.timeout(settings.connect_timeout_s):
-            _, connection = await loop.create_connection(
-                lambda: _Connection(self.name, self._heard, self._lost),
-                self.address.host,
-                self.address.port,
-                ssl=self._tls,
-                # Certificates name the service, not the address of each of its nodes.
-                server_hostname="" if self._tls is not None else None,
-            )
-            try:
-                connection.hello()
-                await connection.greeted
-            except BaseException:
-                connection.close(f"node {self.name} did not say what it holds within connect_timeout_s")
-                raise
+        settings = self._settings
+        late = f"node {self.name} did not say what it holds within connect_timeout_s, {settings.connect_timeout_s:g} s"
+        try:
+            async with asyncio.timeout(settings.connect_timeout_s):
+                connection = await self._greeted(late)
+        except TimeoutError:
+            raise TimeoutError(late) from None
         self._connection = connection
         self.problem = ""
         log.info("node connected", extra={"data": {"node": self.name}})
@@ -193,6 +193,24 @@ class Node:
             connection.close(str(error))
             raise
 
+    async def _greeted(self, late: str) -> _Connection:
+        """A connection on which the node has said what it holds."""
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: _Connection(self.name, self._heard, self._lost),
+            self.address.host,
+            self.address.port,
+            ssl=self._tls,
+            # Certificates name the service, not the address of each of its nodes.
+            server_hostname="" if self._tls is not None else None,
+        )
+        try:
+            connection.hello()
+            await connection.greeted
+        except BaseException:
+            connection.close(late)
+            raise
+        return connection
+
     def _heard(self, holdings: Holdings) -> None:
         if holdings != self.holdings:
             self.holdings = holdings
@@ -202,10 +220,12 @@ class Node:
     def _lost(self, error: Exception) -> None:
         why = str(error) or type(error).__name__
         was_up, self.holdings, self._connection = self.holdings is not None, None, None
-        self._ejected_until, self._failures = 0.0, 0
         if why != self.problem:
             log.warning("node lost" if was_up else "node not reached", extra={"data": {"node": self.name, "why": why}})
         self.problem = why
+        if was_up and self.in_flight:
+            # One that breaks off again and again over questions is no better than one that answers with failures.
+            self.failed(why)
         if was_up:
             self._changed()
 
@@ -233,6 +253,8 @@ class _Connection(asyncio.Protocol):
     def ask(self, make: Callable[[int], bytes], reply: Reply) -> int:
         if self._transport is None:
             raise NodeFailed(f"node {self._name} is not connected")
+        if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            raise NodeFailed(f"node {self._name} has not read {MAX_UNSENT_BYTES} bytes of questions")
         request = next(self._numbers) & 0xFFFFFFFF
         self._transport.write(make(request))
         self._replies[request] = reply

@@ -12,20 +12,22 @@ import struct
 import zlib
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 import numpy as np
 
 from vecsvc import errors
 from vecsvc.errors import InternalError, ProtocolError, ServiceError, VecsvcError
-from vecsvc.types import MAX_SHARDS, Condition, Id, SearchSettings, ShardExplain, Vectors
+from vecsvc.filters import OPERATORS
+from vecsvc.types import MAX_SHARDS, Condition, Id, Include, SearchSettings, ShardExplain, Vectors
 
 T = TypeVar("T")
 
 PROTOCOL: Final = 1  # rises when an older end would not understand
 MAX_REQUEST_BYTES: Final = 64 << 20  # a batch of vectors fits by max_body_bytes
 MAX_ANSWER_BYTES: Final = 512 << 20  # an answer is bounded by the engine's own limit on its size in memory
+MAX_K: Final = 1_000_000  # and of a rerank's depth; what a front door asks stays below by its own limits
 
 _HEAD: Final = struct.Struct("<IBII")
 _ASKED: Final = struct.Struct("<dH")
@@ -84,16 +86,16 @@ class Ask(_Message, frozen=True):
 
     index: str
     version: str
-    dim: int
+    dim: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
     vectors: bytes  # (n, dim) little-endian float32
-    k: int
-    conditions: list[tuple[str, str, Any]]
+    k: Annotated[int, msgspec.Meta(ge=1, le=MAX_K)]
+    conditions: bytes  # JSON, which alone carries numbers of any size; empty for none
     params: list[tuple[str, int]]
     exact: bool
-    max_visited: int | None
-    rerank_depth: int | None
+    max_visited: Annotated[int, msgspec.Meta(ge=1, le=1 << 53)] | None
+    rerank_depth: Annotated[int, msgspec.Meta(ge=1, le=MAX_K)] | None
     partial: bool  # what was found by the deadline is better than nothing
-    include: list[str]
+    include: list[Include]
 
     def rows(self) -> Vectors:
         return np.frombuffer(self.vectors, "<f4").reshape(-1, self.dim)
@@ -101,7 +103,7 @@ class Ask(_Message, frozen=True):
     def settings(self, timeout_ms: float) -> SearchSettings:
         return SearchSettings(
             k=self.k,
-            conditions=tuple(Condition(*one) for one in self.conditions),
+            conditions=tuple(Condition(*one) for one in read_conditions(self.conditions)),
             params=tuple(self.params),
             exact=self.exact,
             max_visited=self.max_visited,
@@ -194,6 +196,7 @@ MESSAGES: Final[dict[Kind, type[Any]]] = {
 _EMPTY: Final = frozenset((Kind.CANCEL, Kind.PING, Kind.PONG))
 _decoders: Final = {kind: msgspec.msgpack.Decoder(message) for kind, message in MESSAGES.items()}
 _ask_decoder: Final = msgspec.msgpack.Decoder(Ask)
+_conditions_decoder: Final = msgspec.json.Decoder(list[tuple[str, str, Any]])
 _encoder: Final = msgspec.msgpack.Encoder()
 
 
@@ -216,6 +219,24 @@ def search_frame(request: int, timeout_ms: float, shards: tuple[int, ...], ask: 
     return frame(Kind.SEARCH, request, head + ask)
 
 
+def write_conditions(conditions: tuple[Condition, ...]) -> bytes:
+    return msgspec.json.encode([(c.field, c.operator, c.value) for c in conditions]) if conditions else b""
+
+
+def read_conditions(data: bytes) -> list[tuple[str, str, Any]]:
+    """Raises ProtocolError."""
+    if not data:
+        return []
+    try:
+        found = _conditions_decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"a filter that cannot be read: {error}") from error
+    for _, operator, _ in found:
+        if operator not in OPERATORS:
+            raise ProtocolError(f"a filter with operator {operator[:80]!r}, known are {', '.join(OPERATORS)}")
+    return found
+
+
 def decode_search(payload: bytes) -> tuple[float, tuple[int, ...], Ask]:
     """The deadline in ms from now, the shards, and the question. Raises ProtocolError."""
     try:
@@ -227,7 +248,7 @@ def decode_search(payload: bytes) -> tuple[float, tuple[int, ...], Ask]:
         ask = _ask_decoder.decode(memoryview(payload)[at:])
     except (struct.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"a question that cannot be read: {error}") from error
-    if ask.dim < 1 or not ask.vectors or len(ask.vectors) % (4 * ask.dim):
+    if not ask.vectors or len(ask.vectors) % (4 * ask.dim):
         raise ProtocolError(f"a question whose {len(ask.vectors)} bytes are no rows of {ask.dim} float32")
     return timeout_ms, shards, ask
 
@@ -247,17 +268,22 @@ class Frames:
 
     def __init__(self, kinds: frozenset[Kind], max_bytes: int) -> None:
         self._kinds, self._max_bytes = kinds, max_bytes
-        self._parts: list[bytes] = []
-        self._held = 0
+        self._held = bytearray()
         self._needed = _HEAD.size
+
+    @property
+    def held_bytes(self) -> int:
+        return len(self._held)
 
     def feed(self, data: bytes) -> Iterator[tuple[Kind, int, bytes]]:
         """(kind, request id, payload) of each frame that is whole now. Raises ProtocolError."""
-        self._parts.append(data)
-        self._held += len(data)
-        if self._held < self._needed:
-            return
-        buffer = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        buffer = data
+        if self._held:
+            self._held += data
+            if len(self._held) < self._needed:
+                return
+            buffer = bytes(self._held)
+            self._held.clear()
         at = 0
         while True:
             if len(buffer) - at < _HEAD.size:
@@ -276,8 +302,7 @@ class Frames:
                 raise ProtocolError("a frame whose checksum is wrong")
             at += _HEAD.size + length
             yield Kind(kind), request, payload
-        rest = buffer[at:] if at else buffer
-        self._parts, self._held = ([rest] if rest else []), len(rest)
+        self._held += buffer[at:]
 
 
 OF_FRONT_DOORS: Final = frozenset(kind for kind in Kind if kind < Kind.HOLDINGS)
@@ -294,7 +319,7 @@ def _tree(cls: type[VecsvcError]) -> Iterator[type[VecsvcError]]:
 _BY_CODE: Final[dict[str, type[VecsvcError]]] = {}
 for _cls in _tree(VecsvcError):
     _BY_CODE.setdefault(_cls.code, _cls)
-_BY_CODE["invalid"] = errors.InvalidRequest
+_BY_CODE["invalid"], _BY_CODE["internal"] = errors.InvalidRequest, InternalError
 
 
 def failure(error: Exception) -> Failed:

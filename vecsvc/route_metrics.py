@@ -16,15 +16,21 @@ from vecsvc.telemetry import Count, Family, Spread
 class RouteMetrics:
     """Counted in the event loop; registers itself where the service's own metrics are."""
 
-    def __init__(self, registry: CollectorRegistry, states: Callable[[], Iterable[tuple[str, int]]]) -> None:
-        """`states` tells the state of each node and how often it was ejected."""
-        self._states = states
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        states: Callable[[], Iterable[tuple[str, int]]],
+        missing: Callable[[], Iterable[tuple[str, int]]],
+    ) -> None:
+        """`states` tells the state of each node and how often it was ejected; `missing` indexes and lacking shards."""
+        self._states, self._missing = states, missing
         self.shard = Family(Spread, "vecsvc_shard_seconds", "Seconds until a node answered, by node", ("node",))
         self.hedges = Family(
             Count,
             "vecsvc_hedges",
-            "Questions that were asked a second time (sent), had no budget for it (no_budget), or were answered by "
-            "another than the first node (hedge_won, retry_won, probe_won)",
+            "Questions that were asked a second time (sent), had no budget for it (no_budget), were copied to see how "
+            "a node does (probe_sent), or were answered by another than the first node (hedge_won, retry_won, "
+            "probe_won)",
             ("outcome",),
         )
         self.retries = Family(Count, "vecsvc_shard_retries", "Questions asked again because a node failed", ())
@@ -50,6 +56,10 @@ class RouteMetrics:
         ).items():
             nodes.add_metric([state], n)
         yield nodes
+        missing = GaugeMetricFamily("vecsvc_shards_missing", "Shards that no node holds", labels=["index"])
+        for index, number in self._missing():
+            missing.add_metric([index], number)
+        yield missing
         ejections = CounterMetricFamily("vecsvc_shard_ejections", "Times that a failing node was left alone")
         ejections.add_metric([], sum(n for _, n in states))
         yield ejections

@@ -36,6 +36,7 @@ log: Final = logging.getLogger("vecsvc.router")
 
 MAX_INDEXES: Final = 1024
 DESCRIBE_TIMEOUT_S: Final = 5.0
+FIRST_WAIT_S: Final = 10.0  # a new front door waits so long for the last shards before it answers without them
 
 
 class RemoteEncoder:
@@ -82,6 +83,15 @@ class RoutedVersion:
             groups.setdefault(tuple(sorted(map(id, found))), ([], found))[0].append(shard)
         self.groups = [(tuple(shards), found) for shards, found in groups.values()]
 
+    def keep(self, nodes: Iterable[Node]) -> None:
+        """Tell nodes that went over to another version that this one is still asked for, be it seldom."""
+        wanted = remote.Describe(self.name, self.version)
+        for node in nodes:
+            held = holding(node, self.name, self.version, self.digest)
+            if held is not None and not held.current:
+                with contextlib.suppress(NodeFailed):
+                    node.ask(lambda request: remote.message(Kind.DESCRIBE, request, wanted), _ignore)
+
     def nodes(self) -> list[Node]:
         """Every node that holds some shard."""
         return list({id(node): node for _, nodes in self.groups for node in nodes}.values())
@@ -92,6 +102,10 @@ class RoutedVersion:
 
     def release(self) -> None:
         """Nothing is open here; it is what versions in this process are asked to do."""
+
+
+def _ignore(kind: Kind | None, payload: bytes, error: NodeFailed | None) -> None:
+    pass
 
 
 def holding(node: Node, index: str, version: str, digest: str) -> Held | None:
@@ -114,15 +128,27 @@ class Router:
         self._changed = asyncio.Event()
         self.ready = asyncio.Event()  # set once all questions could be answered
         self._problems: dict[str, str] = {"vecsvc": "no node was reached yet"}
-        self.metrics = RouteMetrics(metrics.registry, lambda: [(n.state, n.ejections) for n in self.nodes()])
+        self._answerable_since: float | None = None  # since when some shard of some index has a node
+        self.metrics = RouteMetrics(
+            metrics.registry,
+            lambda: [(n.state, n.ejections) for n in self.nodes()],
+            lambda: [(name, len(version.missing())) for name, version in self.serving.items()],
+        )
         self.budgets = Budgets.of(settings, self.metrics)
 
     def nodes(self) -> list[Node]:
         return [node for node, _ in self._nodes.values()]
 
     def problem(self) -> str:
-        """Why not every question can be answered; empty where all can."""
-        return "; ".join(f"{name}: {why}" for name, why in self._problems.items())
+        """Why questions should go to another front door; empty where they should not.
+
+        A shard that is gone is gone for all front doors: were they all to call themselves unready, nobody would be
+        there to say what is missing, to answer in part, or to answer from other indexes.
+        """
+        since = self._answerable_since
+        if since is not None and (self.ready.is_set() or time.monotonic() - since >= FIRST_WAIT_S):
+            return ""
+        return self.told(self._problems) or "not every node was asked yet"
 
     @property
     def problems(self) -> dict[str, str]:
@@ -143,33 +169,29 @@ class Router:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                found = set(await self._looked())
-                for address in found - self._nodes.keys():
-                    node = Node(address, self._settings, self._changed.set, self._tls)
-                    self._nodes[address] = node, loop.create_task(node.run())
-                for address in self._nodes.keys() - found:
-                    node, task = self._nodes.pop(address)
-                    task.cancel()
-                    self.metrics.forget(node.name)
-                    log.info("node gone from the topology", extra={"data": {"node": node.name}})
-                    self._changed.set()
+                try:
+                    found = set(await self._discovery.look())
+                    for address in found - self._nodes.keys():
+                        node = Node(address, self._settings, self._changed.set, self._tls)
+                        self._nodes[address] = node, loop.create_task(node.run())
+                    for address in self._nodes.keys() - found:
+                        node, task = self._nodes.pop(address)
+                        task.cancel()
+                        self.metrics.forget(node.name)
+                        log.info("node gone from the topology", extra={"data": {"node": node.name}})
+                        self._changed.set()
+                except Exception:
+                    log.exception("a bug of ours")  # what is known stays, and the next look may go better
                 await asyncio.sleep(self._settings.discover_s)
         finally:
             for _, task in self._nodes.values():
                 task.cancel()
 
-    async def _looked(self) -> Iterable[Address]:
-        try:
-            return await self._discovery.look()
-        except Exception:
-            log.exception("a bug of ours")  # the nodes that are known stay
-            return list(self._nodes)
-
     async def _settle_forever(self) -> None:
         while True:
             # A flip may be due by time alone, so it looks now and then even where nothing changed.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(1.0, self._settings.flip_wait_s or 1.0)):
+                async with asyncio.timeout(min(1.0, max(0.05, self._settings.flip_wait_s))):
                     await self._changed.wait()
             self._changed.clear()
             try:
@@ -195,6 +217,7 @@ class Router:
             serving = self.serving.get(name)
             if serving is not None:
                 serving.regroup(nodes)
+                serving.keep(nodes)
                 missing = serving.missing()
                 if missing:
                     problems[name] = f"no node for shards {listed(missing)} of {serving.total}"
@@ -208,13 +231,17 @@ class Router:
             problems["topology"] = self._discovery.problem
         if problems != self._problems:
             level = logging.WARNING if problems else logging.INFO
-            log.log(level, "not ready" if problems else "ready", extra={"data": {"why": self.problem_of(problems)}})
+            log.log(level, "not whole" if problems else "ready", extra={"data": {"why": self.told(problems)}})
         self._problems = problems
+        if not any(nodes for version in self.serving.values() for _, nodes in version.groups):
+            self._answerable_since = None
+        elif self._answerable_since is None:
+            self._answerable_since = time.monotonic()
         if not problems:
             self.ready.set()
 
     @staticmethod
-    def problem_of(problems: dict[str, str]) -> str:
+    def told(problems: dict[str, str]) -> str:
         return "; ".join(f"{name}: {why}" for name, why in problems.items())
 
     def _choose(self, name: str, offers: list[_Offer]) -> _Offer | None:

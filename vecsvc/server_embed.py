@@ -12,8 +12,7 @@ from aiohttp import hdrs, web
 
 from vecsvc.config import HttpSettings
 from vecsvc.door import Door, Route
-from vecsvc.encoders.base import EncoderSpec
-from vecsvc.encoders.onnx import unit_length
+from vecsvc.encoders.base import EncoderSpec, unit_length
 from vecsvc.errors import NotReady, TextTooLong, UnsupportedMediaType
 from vecsvc.front_door import Backend
 from vecsvc.schemas import JSON

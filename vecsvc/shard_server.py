@@ -19,6 +19,7 @@ from vecsvc.manifest import Manifest
 from vecsvc.ranking import merge_top_k
 from vecsvc.remote import Held, Holdings, Kind, Part
 from vecsvc.shard import Found, Shard
+from vecsvc.telemetry import LineBudget
 from vecsvc.types import Id, VectorQuery
 
 log: Final = logging.getLogger("vecsvc.shards")
@@ -26,8 +27,11 @@ log: Final = logging.getLogger("vecsvc.shards")
 MAX_FRONT_DOORS: Final = 256  # connections; one more is closed
 MAX_WAITING: Final = 1024  # requests of one connection that are not answered yet
 MAX_UNREAD_BYTES: Final = 256 << 20  # answers that a front door has not read; past that it is cut off
+MAX_UNFINISHED_BYTES: Final = 256 << 20  # parts of questions that have not arrived whole, of all front doors
+GREET_S: Final = 5.0  # a connection that has not said HELLO by then is closed, and so takes nobody's place
 TELL_S: Final = 0.25  # how often it is looked whether something changed that front doors should know
 QUIET_S: Final = 0.25  # so long nothing must have been asked before the connections are closed
+LOG_LINES_PER_S: Final = 10  # about connections that sent what nobody can read
 
 
 class ShardServer:
@@ -37,8 +41,14 @@ class ShardServer:
         self.engine, self.catalog = engine, catalog
         self.connections: set[_FrontDoor] = set()
         self.draining = False
+        self.unfinished_bytes = 0
         self._told = b""
         self._server: asyncio.Server | None = None
+        self._lines = LineBudget(LOG_LINES_PER_S)
+
+    def may_log(self) -> bool:
+        """Whether there is room for another line about bytes that strangers sent."""
+        return self._lines.take()
 
     async def listen(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
         """Answer front doors on that port, which comes back. Raises ConfigError where it cannot be had."""
@@ -70,8 +80,12 @@ class ShardServer:
     async def watch(self) -> None:
         """Until cancelled: let go of versions that no front door asks for, and tell what changed."""
         while True:
-            await self.engine.in_thread(self.catalog.let_go)
-            self.tell()
+            try:
+                self.tell()
+                if await self.engine.in_thread(self.catalog.let_go):
+                    self.tell()
+            except Exception:
+                log.exception("a bug of ours")
             await asyncio.sleep(TELL_S)
 
     def drain(self) -> None:
@@ -91,7 +105,7 @@ class ShardServer:
             if any(connection.tasks for connection in self.connections):
                 quiet_since = now
         for connection in list(self.connections):
-            connection.close()
+            connection.close(flush=True)
 
 
 class _FrontDoor(asyncio.Protocol):
@@ -101,6 +115,7 @@ class _FrontDoor(asyncio.Protocol):
         self._server = server
         self._frames = remote.Frames(remote.OF_FRONT_DOORS, remote.MAX_REQUEST_BYTES)
         self._transport: asyncio.Transport | None = None
+        self._greeting: asyncio.TimerHandle | None = None
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.greeted = False
 
@@ -108,12 +123,18 @@ class _FrontDoor(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only
         self._transport.set_write_buffer_limits(high=MAX_UNREAD_BYTES)
         self._server.connections.add(self)
+        self._greeting = asyncio.get_running_loop().call_later(GREET_S, self.close)
         if len(self._server.connections) > MAX_FRONT_DOORS:
+            if self._server.may_log():
+                log.warning("front door refused", extra={"data": {"limit": MAX_FRONT_DOORS}})
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
+        self._server.unfinished_bytes -= self._frames.held_bytes
         self._transport = None
+        if self._greeting is not None:
+            self._greeting.cancel()
         for task in self.tasks.values():
             task.cancel()
 
@@ -121,12 +142,18 @@ class _FrontDoor(asyncio.Protocol):
         self.close()  # who reads so little is gone
 
     def data_received(self, data: bytes) -> None:
+        server, before = self._server, self._frames.held_bytes
         try:
             for kind, request, payload in self._frames.feed(data):
                 self._take(kind, request, payload)
+            if server.unfinished_bytes + self._frames.held_bytes - before > MAX_UNFINISHED_BYTES:
+                raise ProtocolError(f"front doors sent parts of questions of more than {MAX_UNFINISHED_BYTES} bytes")
         except ProtocolError as error:
-            log.warning("front door cut off", extra={"data": {"why": str(error)[:300]}})
+            if server.may_log():
+                log.warning("front door cut off", extra={"data": {"why": str(error)[:300]}})
             self.close()
+        finally:
+            server.unfinished_bytes += self._frames.held_bytes - before
 
     def _take(self, kind: Kind, request: int, payload: bytes) -> None:
         if kind is Kind.PING:
@@ -138,13 +165,18 @@ class _FrontDoor(asyncio.Protocol):
         elif kind is Kind.HELLO:
             remote.decode(kind, payload)
             self.greeted = True
+            if self._greeting is not None:
+                self._greeting.cancel()
             self.send(remote.message(Kind.HOLDINGS, request, self._server.holdings()))
         elif len(self.tasks) >= MAX_WAITING:
             self.send(remote.message(Kind.FAILED, request, _full()))
         elif request not in self.tasks:
             # Decoded here, so that bytes that cannot be read end the connection and not a task.
             asked = remote.decode_search(payload) if kind is Kind.SEARCH else remote.decode(kind, payload)
-            self.tasks[request] = asyncio.get_running_loop().create_task(self._answer(kind, request, asked))
+            task = asyncio.get_running_loop().create_task(self._answer(kind, request, asked))
+            self.tasks[request] = task
+            # Not at the end of the task's own work: one that is cancelled before it began never gets there.
+            task.add_done_callback(lambda _: self.tasks.pop(request, None))
 
     async def _answer(self, kind: Kind, request: int, asked: Any) -> None:
         try:
@@ -157,16 +189,15 @@ class _FrontDoor(asyncio.Protocol):
         except Exception as error:
             log.exception("a bug of ours", extra={"data": {"kind": kind.name}})
             self.send(remote.message(Kind.FAILED, request, remote.failure(error)))
-        finally:
-            self.tasks.pop(request, None)
 
     def send(self, data: bytes) -> None:
         if self._transport is not None:
             self._transport.write(data)
 
-    def close(self) -> None:
+    def close(self, *, flush: bool = False) -> None:
+        """At once, or when what was answered is sent."""
         if self._transport is not None:
-            self._transport.abort()
+            self._transport.close() if flush else self._transport.abort()
 
 
 def _full() -> remote.Failed:
@@ -300,12 +331,13 @@ _ANSWERS: Final[dict[Kind, Any]] = {
 
 def _retained(server: ShardServer, index: str, version: str) -> Served:
     """The version, kept open until the caller releases it: let_go may close it in its thread at any time."""
-    served = server.catalog.version(index, version)
-    served.retain()
-    if served.closed:
+    while True:
+        served = server.catalog.version(index, version)
+        served.retain()
+        # What is still there after that was retained in time.
+        if server.catalog.version(index, version) is served:
+            return served
         served.release()
-        return _retained(server, index, version)
-    return served
 
 
 def _without_files(manifest: Manifest) -> Manifest:

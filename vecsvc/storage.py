@@ -303,6 +303,18 @@ class Lease:
 # ---------------------------------------------------------------------------------- versions of an index
 
 
+def delete_unheld(folder: Path) -> bool:
+    """Delete a folder that no living process holds; False where one does."""
+    lease = Lease.take(folder, exclusive=True)
+    if lease is None:
+        return False
+    try:
+        delete_folder(folder)
+    finally:
+        lease.release()
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class IndexFolder:
     """One index in an --out folder: its versions and which of them serves."""
@@ -432,12 +444,7 @@ class IndexFolder:
         """Delete what builds that died left behind; the folders of living builds are flocked."""
         gone = []
         for folder in sorted(self.path.glob(f"{STAGING}*")):
-            lease = Lease.take(folder, exclusive=True)
-            if lease is not None:
-                try:
-                    delete_folder(folder)
-                finally:
-                    lease.release()
+            if delete_unheld(folder):
                 gone.append(folder.name)
         for state in sorted(self.path.glob(f"{STATE}*")):
             if not (self.path / state.name.replace(STATE, STAGING, 1).removesuffix(".tmp")).exists():

@@ -41,7 +41,7 @@ def read_topology(path: Path) -> Topology:
         document = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"no file {path}; --config names a TOML file with nodes = [...] or dns = [...]") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
     for key in document:
         if key not in ("nodes", "dns"):
