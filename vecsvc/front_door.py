@@ -19,7 +19,6 @@ from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.engine import Engine
 from vecsvc.errors import (
     InvalidParameter,
-    InvalidRequest,
     NotReady,
     ProtocolError,
     ShardsMissing,
@@ -31,7 +30,7 @@ from vecsvc.fan_out import Group
 from vecsvc.ids import id_hash
 from vecsvc.merging import Merge, check_part
 from vecsvc.question import columns_of
-from vecsvc.question_checks import Clock, check_question, check_vectors, count, encoder_of
+from vecsvc.question_checks import Clock, check_question, check_vectors, count, encoder_of, wrong_params
 from vecsvc.ranking import nearest_shards, queries_of_shards
 from vecsvc.remote import Ask, EmbeddedTexts, FoundRow, Kind, Part
 from vecsvc.router import RoutedVersion, Router
@@ -326,4 +325,4 @@ def _check(version: RoutedVersion, query: Query, settings: SearchSettings) -> No
         try:
             indexes.search_params(manifest.spec.kind, **{**manifest.search, **dict(settings.params)})
         except (UnknownParameter, InvalidParameter) as error:
-            raise InvalidRequest(f"params: {error}; every kind takes exact and max_visited") from error
+            raise wrong_params(error) from error

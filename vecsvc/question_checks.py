@@ -82,7 +82,7 @@ def plan_of(served: Served, settings: SearchSettings) -> Plan:
     try:
         return served.plan(settings)
     except (UnknownParameter, InvalidParameter) as error:
-        raise InvalidRequest(f"params: {error}; every kind takes exact, max_visited and probe_shards") from error
+        raise wrong_params(error) from error
 
 
 def check_question(query: Query, settings: SearchSettings, manifest: Manifest) -> None:
@@ -122,3 +122,8 @@ def check_vectors(vectors: Vectors, manifest: Manifest) -> None:
     else:
         for row, vector in enumerate(vectors):
             check_vector(vector, spec.metric, f"vectors[{row}]")
+
+
+def wrong_params(error: Exception) -> InvalidRequest:
+    """What the kind of the index says of search settings, with those that every kind knows."""
+    return InvalidRequest(f"params: {error}; every kind takes exact, max_visited and probe_shards")
