@@ -28,7 +28,6 @@ from vecsvc.errors import BadRow, InvalidVector
 from vecsvc.storage import (
     ArrayWriter,
     delete_file,
-    delete_folder,
     foreign_errors,
     make_folder,
     open_array,
@@ -80,7 +79,7 @@ class EncodedTexts:
     def __init__(self, staging: Path, dim: int) -> None:
         """What lies there and is no whole part goes."""
         self._folder = staging / FOLDER
-        self._dim = dim
+        self.dim = dim
         # First row -> file and rows. Parts are opened when they are read: each map keeps a descriptor.
         self._parts: dict[int, tuple[Path, int]] = {}
         make_folder(self._folder)
@@ -95,7 +94,7 @@ class EncodedTexts:
                 self._parts[int(named[1])] = path, len(self._open(path))
 
     def _open(self, path: Path) -> Vectors:
-        return open_array(path, np.float32, (None, self._dim))
+        return open_array(path, np.float32, (None, self.dim))
 
     @property
     def rows(self) -> int:
@@ -107,7 +106,7 @@ class EncodedTexts:
 
     def add(self, window: Window, vectors: Vectors) -> None:
         aside = self._folder / _UNFINISHED
-        writer = ArrayWriter(aside, np.float32, (self._dim,))
+        writer = ArrayWriter(aside, np.float32, (self.dim,))
         try:
             writer.write(vectors)
             writer.close()
@@ -127,10 +126,6 @@ class EncodedTexts:
             found.append(np.array(part[row - start : end - start]))
             row += len(found[-1])
         return np.concatenate(found)
-
-    def delete(self) -> None:
-        self._parts.clear()
-        delete_folder(self._folder)
 
 
 def encode_corpus(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +14,17 @@ from vecsvc import indexes
 from vecsvc.distance import exact_distances
 from vecsvc.exact_search import ExactSearch
 from vecsvc.indexes import Index
-from vecsvc.manifest import Certificate, OperatingPoint
-from vecsvc.ranking import recall
+from vecsvc.manifest import Certificate, OperatingPoint, ProbePoint
+from vecsvc.ranking import nearest_shards, recall
 from vecsvc.storage import release_pages
 from vecsvc.types import Distances, IndexSpec, Metric, StoredVectors, Vectors
 
 K: Final = 10
 TIMED: Final = 32  # queries whose latency is taken at each operating point
 BLOCK_ROWS: Final = 8192  # rows compared before their pages are let go
+PROBED: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # numbers of shards that are worth a figure
+
+_Ranked: TypeAlias = tuple[Distances, NDArray[np.int64]]  # distances and corpus rows (queries, m); -1 at +inf
 
 
 class Certifier:
@@ -30,44 +33,61 @@ class Certifier:
     Shards are measured one by one, while each is in memory; their answers are merged in the end.
     """
 
-    def __init__(self, vectors: list[StoredVectors], metric: Metric, queries: int, seed: int) -> None:
+    def __init__(
+        self,
+        vectors: list[StoredVectors],
+        rows: list[NDArray[np.int64]],
+        metric: Metric,
+        queries: int,
+        seed: int,
+        *,
+        centroids: Vectors | None = None,
+    ) -> None:
+        """`rows` are the corpus rows of each shard's vectors, ascending: all rows where there are several shards.
+
+        With `centroids` some rows may live in two shards; they count once.
+        """
         self.vectors, self.metric = vectors, metric
-        self._offsets = np.concatenate([[0], np.cumsum([len(v) for v in vectors])])
-        total = int(self._offsets[-1])
+        self._rows, self._centroids = rows, centroids
+        total = len(rows[0]) if len(rows) == 1 else 1 + max(int(mine[-1]) for mine in rows)
         rng = np.random.default_rng(seed)
         # A row needs others to be near to.
-        self._rows = np.sort(rng.choice(total, size=min(queries, total), replace=False)) if total > 1 else np.empty(0)
+        chosen = np.sort(rng.choice(total, size=min(queries, total), replace=False)) if total > 1 else np.empty(0, int)
+        self._sampled: NDArray[np.int64] = rows[0][chosen] if len(rows) == 1 else chosen
         self._queries = self._gather()
         self._k = min(K, total - 1)
-        self._truth: list[Distances] = []
-        self._found: list[list[Distances]] = []
-        self._latency: list[NDArray[np.float64]] = []
-        self._visited: list[NDArray[np.float64]] = []
-        self._points: list[dict[str, Any]] = []
+        self._truth: list[_Ranked] = []
+        self._found: list[list[_Ranked]] = []  # of each shard, at each of its operating points
+        self._latency: list[list[float]] = []
+        self._visited: list[list[float]] = []
+        self._points: list[list[dict[str, Any]]] = []
         self._defaults: dict[str, Any] = {}
 
     def _gather(self) -> Vectors:
-        dim = self.vectors[0].shape[1]
-        queries = np.empty((len(self._rows), dim), dtype=np.float32)
-        for i, row in enumerate(self._rows):
-            shard = int(np.searchsorted(self._offsets, row, side="right")) - 1
-            queries[i] = self.vectors[shard][int(row - self._offsets[shard])]
+        queries = np.empty((len(self._sampled), self.vectors[0].shape[1]), dtype=np.float32)
+        for number, vectors in enumerate(self.vectors):
+            own = self._own(number)
+            queries[own >= 0] = vectors[own[own >= 0]]
         return queries
+
+    def _own(self, number: int) -> NDArray[np.int64]:
+        """The sampled rows' labels in a shard, -1 for those that do not live there."""
+        rows = self._rows[number]
+        at = np.minimum(np.searchsorted(rows, self._sampled), len(rows) - 1)
+        return np.where(rows[at] == self._sampled, at, -1)
 
     def load(self, number: int, folder: Path, spec: IndexSpec) -> Index:
         return indexes.load(folder, spec, vectors=self.vectors[number])
 
     def measure(self, number: int, index: Index, num_threads: int = 1) -> None:
         """Ask one shard's index every query at every operating point, and every vector for the truth."""
-        if not len(self._rows):
+        if not len(self._sampled):
             return
-        vectors, offset = self.vectors[number], int(self._offsets[number])
-        own = self._rows - offset
-        self._truth.append(self._nearest(vectors, own))
-        self._points = base.operating_points(index.spec)
+        own, points = self._own(number), base.operating_points(index.spec)
+        self._truth.append(self._nearest(number, own))
         self._defaults = indexes.params_dict(indexes.search_params(index.spec.kind))
         found, latency, visited = [], [], []
-        for point in self._points:
+        for point in points:
             params = indexes.search_params(index.spec.kind, **point)
             answer = index.search(self._queries, self._k + 1, params, num_threads=num_threads)
             times = []
@@ -75,26 +95,34 @@ class Certifier:
                 started = time.perf_counter()
                 index.search(query[None], self._k, params)
                 times.append(time.perf_counter() - started)
-            found.append(self._distances(vectors, answer.labels, own))
+            found.append(self._distances(number, answer.labels, own))
             latency.append(float(np.median(times)) * 1e3)
             visited.append(float(answer.visited.mean()))
         self._found.append(found)
-        self._latency.append(np.array(latency))
-        self._visited.append(np.array(visited))
+        self._latency.append(latency)
+        self._visited.append(visited)
+        self._points.append(points)
 
-    def _nearest(self, vectors: StoredVectors, own: NDArray[Any]) -> Distances:
-        """True distances (queries, k) of the nearest rows, sorted. Pages of the map are let go on the way."""
-        best = np.full((len(self._queries), self._k), np.inf, dtype=np.float32)
+    def _nearest(self, number: int, own: NDArray[np.int64]) -> _Ranked:
+        """The nearest rows (queries, k) by true distances. Pages of the map are let go on the way."""
+        vectors, rows = self.vectors[number], self._rows[number]
+        distances = np.full((len(self._queries), self._k), np.inf, dtype=np.float32)
+        nearest = np.full(distances.shape, -1, dtype=np.int64)
         for start in range(0, len(vectors), BLOCK_ROWS):
             block = vectors[start : start + BLOCK_ROWS]
             found = ExactSearch(block, self.metric).search(self._queries, min(self._k + 1, len(block)))
-            distances = np.where(found.labels + start == own[:, None], np.float32(np.inf), found.distances)
-            best = np.sort(np.concatenate([best, distances], axis=1), axis=1)[:, : self._k]
+            labels = found.labels + start
+            is_own = labels == own[:, None]
+            both = np.concatenate([distances, np.where(is_own, np.float32(np.inf), found.distances)], axis=1)
+            names = np.concatenate([nearest, np.where(is_own, -1, rows[labels])], axis=1)
+            order = np.argsort(both, axis=1, kind="stable")[:, : self._k]
+            distances, nearest = np.take_along_axis(both, order, axis=1), np.take_along_axis(names, order, axis=1)
             release_pages(vectors)
-        return best
+        return distances, nearest
 
-    def _distances(self, vectors: StoredVectors, labels: NDArray[np.int64], own: NDArray[Any]) -> Distances:
-        """True distances of the labels found, sorted, without the query's own row; +inf for empty places."""
+    def _distances(self, number: int, labels: NDArray[np.int64], own: NDArray[np.int64]) -> _Ranked:
+        """The labels found, with true distances and without the query's own row; -1 at +inf for empty places."""
+        vectors, rows = self.vectors[number], self._rows[number]
         distances = np.full(labels.shape, np.inf, dtype=np.float32)
         for i, row in enumerate(labels):
             keep = (row >= 0) & (row != own[i])
@@ -102,8 +130,7 @@ class Certifier:
             if i % 8 == 7:
                 release_pages(vectors)  # with each row the system maps its neighbourhood too
         release_pages(vectors)
-        distances.sort(axis=1)
-        return distances
+        return distances, np.where(np.isinf(distances), -1, rows[labels])
 
     def _at_least_default(self, params: dict[str, Any]) -> bool:
         return all(params.get(name, value) >= value for name, value in self._defaults.items())
@@ -116,29 +143,61 @@ class Certifier:
         """
         if not self._found:
             return None, {}
-        bounds = np.sort(np.concatenate(self._truth, axis=1), axis=1)[:, self._k - 1]
         points = []
-        for at, params in enumerate(self._points):
-            merged = np.sort(np.concatenate([found[at] for found in self._found], axis=1), axis=1)[:, : self._k]
-            each = recall(merged, bounds)
-            error = 1.96 * float(each.std()) / np.sqrt(len(each))
+        # What a kind offers may depend on the size of a shard; what all of them know can be asked of the index.
+        for params in [point for point in self._points[0] if all(point in points for points in self._points)]:
+            at = [points.index(params) for points in self._points]
+            measured, error = self._recall([found[i] for found, i in zip(self._found, at, strict=True)])
             points.append(
                 OperatingPoint(
                     params=params,
-                    recall=round(float(each.mean()), 4),
-                    recall_error=round(float(error), 4),
-                    latency_ms=round(float(sum(latency[at] for latency in self._latency)), 4),
-                    visited=round(float(sum(visited[at] for visited in self._visited)), 1),
+                    recall=measured,
+                    recall_error=error,
+                    latency_ms=round(sum(latency[i] for latency, i in zip(self._latency, at, strict=True)), 4),
+                    visited=round(sum(visited[i] for visited, i in zip(self._visited, at, strict=True)), 1),
                 )
             )
         good = [p for p in points if p.recall - p.recall_error >= target and self._at_least_default(p.params)]
         chosen = good[0] if good else points[-1]
         certificate = Certificate(
             k=self._k,
-            queries=len(self._rows),
+            queries=len(self._sampled),
             method="sampled rows of the corpus, each one's own row left out; exact distances; ties are no errors",
             target=target,
             reached=bool(good),
             points=points,
         )
         return certificate, dict(chosen.params)
+
+    def probes(self, search: dict[str, Any]) -> list[ProbePoint]:
+        """Recall where each query asks its nearest shards only, with these search settings."""
+        if not self._found or self._centroids is None:
+            return []
+        found = [found[points.index(search)] for found, points in zip(self._found, self._points, strict=True)]
+        shards = len(found)
+        order = nearest_shards(self._queries, self._centroids, shards, self.metric)
+        place = np.argsort(order, axis=1)  # of each shard among those that a query would ask
+        measured = []
+        for n in sorted({shards, *(n for n in PROBED if n < shards)}):
+            asked = [
+                (np.where(place[:, [number]] < n, distances, np.float32(np.inf)), rows)
+                for number, (distances, rows) in enumerate(found)
+            ]
+            measured.append(ProbePoint(n, *self._recall(asked)))
+        return measured
+
+    def _recall(self, found: list[_Ranked]) -> tuple[float, float]:
+        """Of what the shards found together: the mean, and half the width of its 95 % interval."""
+        each = recall(_merged(found, self._k), _merged(self._truth, self._k)[:, self._k - 1])
+        return round(float(each.mean()), 4), round(1.96 * float(each.std()) / float(np.sqrt(len(each))), 4)
+
+
+def _merged(parts: list[_Ranked], k: int) -> Distances:
+    """The k smallest distances (queries, k) of all parts; a row that two parts have counts once."""
+    distances = np.concatenate([distances for distances, _ in parts], axis=1)
+    rows = np.concatenate([rows for _, rows in parts], axis=1)
+    order = np.lexsort((distances, rows), axis=1)
+    distances, rows = np.take_along_axis(distances, order, axis=1), np.take_along_axis(rows, order, axis=1)
+    distances[:, 1:][rows[:, 1:] == rows[:, :-1]] = np.inf
+    distances.sort(axis=1)
+    return distances[:, :k]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from index_builders.encoder_folder import write_json
 from index_builders.onnx_graph import IR_VERSION, OPSET, import_onnx
 from vecsvc.errors import EncoderError
 from vecsvc.storage import make_folder, replace_file
@@ -77,8 +78,8 @@ def write_cnn_lstm(folder: Path, weights: Mapping[str, NDArray[Any]], *, half: b
         replace_file(folder / name, model.SerializeToString())
     replace_file(folder / WEIGHTS, bytes(store.data))
     config = folder / CONFIG
-    content = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-    replace_file(config, (json.dumps({**content, "cells": CELLS}, indent=2) + "\n").encode())
+    content = msgspec.json.decode(config.read_bytes()) if config.is_file() else {}
+    write_json(config, {**content, "cells": CELLS})
     return sizes
 
 

@@ -18,12 +18,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from index_builders.cnn_lstm_graph import write_cnn_lstm
 from index_builders.cnn_lstm_train import Lesson, TokenLists, Training, import_torch, quantized, train
 from index_builders.encoder_folder import new_encoder_folder, refuse_existing, write_json
-from vecsvc.encoders.base import Encoder, EncoderSpec
+from vecsvc.encoders.base import Encoder, EncoderSpec, unit_length
 from vecsvc.encoders.folder import LENGTH, OWN, TOKENIZER, encoder_files
-from vecsvc.encoders.onnx import open_encoder, unit_length
+from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import CorpusError
 from vecsvc.exact_search import ExactSearch
-from vecsvc.storage import make_folder, open_array, replace_file, write_array, write_file
+from vecsvc.storage import make_folder, open_array, write_array, write_file
 from vecsvc.types import Vectors
 
 PAD: Final = "[PAD]"
@@ -113,7 +113,7 @@ def distill(
             spec, measured = _measure(teacher, learnt, test, vectors, staging, out.name)
             config = msgspec.json.decode((staging / OWN).read_bytes())
             config["measured"] = {"distill": msgspec.to_builtins(measured)}
-            replace_file(staging / OWN, msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+            write_json(staging / OWN, config)
             write_file(staging / CARD, card(spec, measured, student).encode())
     finally:
         teacher.close()

@@ -16,7 +16,17 @@ from vecsvc.encoders.base import CANARY_TEXTS, EncoderSpec
 from vecsvc.encoders.folder import find_model
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import ConfigError, EncoderError, StorageError
-from vecsvc.storage import STAGING, Lease, copy_file, delete_folder, make_folder, rename, sync_folder, write_file
+from vecsvc.storage import (
+    STAGING,
+    Lease,
+    copy_file,
+    delete_folder,
+    delete_unheld,
+    make_folder,
+    rename,
+    replace_file,
+    sync_folder,
+)
 
 
 @contextlib.contextmanager
@@ -62,12 +72,7 @@ def sweep(out: Path) -> None:
     for folder in sorted(out.parent.iterdir()):
         if not dead.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
             continue
-        lease = Lease.take(folder, exclusive=True)
-        if lease is not None:
-            try:
-                delete_folder(folder)
-            finally:
-                lease.release()
+        delete_unheld(folder)
 
 
 def copy_files(files: list[Path], source: Path, target: Path) -> None:
@@ -80,7 +85,7 @@ def copy_files(files: list[Path], source: Path, target: Path) -> None:
 
 def write_json(file: Path, content: Any) -> None:
     make_folder(file.parent)
-    write_file(file, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
+    replace_file(file, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
 
 
 def check_encoder(folder: Path, name: str, *, full: bool) -> EncoderSpec:

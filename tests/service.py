@@ -137,6 +137,8 @@ def index(name: str) -> Path:
         options["kind"] = "exact"
     if name == "sharded":
         options["shards"] = 3
+    if name == "squared":
+        options |= {"shards": 4, "partition": "cluster", "border_share": 0.3}
     if name == "texts":
         options["encoder"] = str(encoder_folder())
     return build(corpus, work_folder() / "all", name, **options)
@@ -181,7 +183,11 @@ class Reply:
         """The message of an error, whose shape is checked on the way."""
         assert self.status >= 400, self
         document = self.json()
-        assert list(document) == ["error"] and list(document["error"]) == ["code", "message"], self
+        assert list(document) == ["error"], self
+        if self.status in (429, 503):
+            milliseconds = document["error"].pop("retry_after_ms")
+            assert 0 < milliseconds <= 1000 * int(self.headers["retry-after"]), self
+        assert list(document["error"]) == ["code", "message"], self
         assert all(isinstance(value, str) and value for value in document["error"].values()), self
         message: str = document["error"]["message"]
         return message

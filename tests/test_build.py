@@ -35,8 +35,7 @@ from corpora import (
 )
 from tiny_bert import write_tiny_bert
 
-from index_builders import base, certify
-from index_builders import pipeline as build_module
+from index_builders import base, certify, index_shards
 from index_builders.corpus import Corpus
 from vecsvc import indexes, storage
 from vecsvc.encoders.onnx import open_encoder
@@ -728,7 +727,7 @@ def test_what_cannot_be_read_back_is_not_published(corpus: Path, out: Path, monk
     """A library that does not notice a full disk leaves a short file, with a hash to match."""
     build(corpus, out, version="v1", kind=GRAPH)
     before = answers(out, make_vectors(3, 8, seed=1))
-    file_entries = build_module.file_entries
+    file_entries = index_shards.file_entries
 
     def cut(folder: Path, paths: list[Path]) -> Any:
         for path in paths:
@@ -737,7 +736,7 @@ def test_what_cannot_be_read_back_is_not_published(corpus: Path, out: Path, monk
         return file_entries(folder, paths)
 
     with monkeypatch.context() as broken:
-        broken.setattr(build_module, "file_entries", cut)
+        broken.setattr(index_shards, "file_entries", cut)
         with pytest.raises(StorageError, match=f"cannot be read back: .*{GRAPH_FILE}"):
             build(corpus, out, version="v2", kind=GRAPH)
     assert untouched(out, before) and IndexFolder(out / "demo").versions() == ["v1"]

@@ -16,7 +16,7 @@ import pytest
 from corpora import WORDS, build, current_version, file_hashes, make_texts, strays, write_corpus
 from tiny_bert import write_tiny_bert
 
-from index_builders import bulk_encode, pipeline
+from index_builders import bulk_encode, ingest, pipeline
 from index_builders.bulk_encode import EncodedTexts, encode_corpus, windows
 from index_builders.corpus import Batch
 from vecsvc import encoders, storage
@@ -160,7 +160,7 @@ def test_cores_can_run_other_texts_or_share_one_run(
         return executor(workers, **names)
 
     monkeypatch.setattr(bulk_encode, "RUN_THREADS", run)
-    monkeypatch.setattr(pipeline, "open_encoder", opens)
+    monkeypatch.setattr(ingest, "open_encoder", opens)
     monkeypatch.setattr(bulk_encode, "ThreadPoolExecutor", starts)
     build(corpus, tmp_path / "out", encoder=str(bert), threads=threads)
     assert (opened, pools) == ([session], [pool])

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import service
 from service import DIM, GRAPH, Service, corpora
 
 from vecsvc import errors
+from vecsvc.access import added, new_key
 from vecsvc.client import AsyncClient, Client
 from vecsvc.types import BatchAnswer, SearchAnswer
 
@@ -182,6 +184,26 @@ def test_errors_come_back_as_the_class_that_the_service_raised(
 def test_a_batch_that_is_too_large_is_named(client: Any) -> None:
     with pytest.raises(errors.InvalidRequest, match="the batch has 6 queries, expected 1 to 5"):
         client.search_batch(vectors=np.ones((6, DIM)), index="products")
+
+
+@both
+def test_a_key_travels_and_its_refusals_come_back_as_our_classes(make: Any, tmp_path: Path) -> None:
+    file, keys = tmp_path / "keys.toml", {"team": new_key(), "slow": new_key(), "prometheus": new_key()}
+    data = added(b"", "team", keys["team"], scopes=["read"])
+    data = added(data, "slow", keys["slow"], scopes=["read"], rate_per_s=0.01)
+    file.write_bytes(added(data, "prometheus", keys["prometheus"], scopes=["metrics"]))
+    file.chmod(0o600)
+    with service.running(service.index("squared"), keys=file) as guarded:
+        with make(guarded.url, api_key=keys["team"]) as client:
+            assert len(client.search(vector=QUERY).results) == 10 and client.indexes()
+        for key, error in ((None, errors.Unauthorized), ("x", errors.Unauthorized), ("prometheus", errors.Forbidden)):
+            with make(guarded.url, api_key=keys.get(key, key)) as client, pytest.raises(error):
+                client.search(vector=QUERY)
+        with make(guarded.url, api_key=keys["slow"]) as client:
+            client.search(vector=QUERY)
+            with pytest.raises(errors.RateLimited) as refused:
+                client.search(vector=QUERY)
+        assert 50 < refused.value.retry_after_s <= 100
 
 
 @both

@@ -46,18 +46,21 @@ from vecsvc.storage import IndexFolder
 from vecsvc.types import TextQuery
 
 WITH_ENCODER = GRAPH
+WITH_CLUSTERS = "kd_tree"
 FLIPS = 20
 
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An --out folder with an index of each kind: two shards, stored fields, one with an encoder."""
+    """An --out folder with an index of each kind: two shards, stored fields, one with an encoder, one with clusters."""
     folder = tmp_path_factory.mktemp("artifacts")
     corpus = write_corpus(folder / "demo.parquet", n=60, dim=16)
     bert = write_tiny_bert(folder / "bert", dim=16)
     for kind in KINDS:
         encoder = str(bert) if kind == WITH_ENCODER else ""
-        build(corpus, folder / "out", kind=kind, name=kind, version="v1", shards=2, fields="*", encoder=encoder)
+        partition = "cluster" if kind == WITH_CLUSTERS else "hash"
+        more: dict[str, Any] = {"shards": 2, "fields": "*", "encoder": encoder, "partition": partition}
+        build(corpus, folder / "out", kind=kind, name=kind, version="v1", **more)
     return folder / "out"
 
 

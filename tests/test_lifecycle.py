@@ -338,6 +338,9 @@ def test_a_request_that_began_with_a_version_ends_with_it_and_then_the_version_i
 # ------------------------------------------------------------------------------------------- overload and deadlines
 
 
+BATCH = json.dumps({"vectors": [[1.0] * 16] * 9}).encode()  # as few as are bulk
+
+
 def long_batch(running: Service, timeout_ms: int = 30_000) -> Reply:
     """Some tenths of a second of exact search."""
     rows = service.vectors(1024, seed=15, dim=16).tobytes()
@@ -347,8 +350,9 @@ def long_batch(running: Service, timeout_ms: int = 30_000) -> Reply:
 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[Service]:
-    """Takes one search at a time."""
-    with service.running(service.index("large"), max_in_flight=1, reload_poll_s=0) as running:
+    """Takes one question and one batch at a time."""
+    limits = {"max_in_flight": 1, "max_bulk_in_flight": 1}
+    with service.running(service.index("large"), reload_poll_s=0, **limits) as running:
         yield running
 
 
@@ -369,7 +373,7 @@ def test_overload_is_refused_within_milliseconds_and_passes(narrow: Service) -> 
     with contextlib.closing(narrow.connect()) as connection:
         while busy.is_alive():
             started = time.monotonic()
-            reply = service.ask(connection, "POST", "/search", json.dumps({"id": 1}).encode(), JSON)
+            reply = service.ask(connection, "POST", "/search/batch", BATCH, JSON)
             seconds.append(time.monotonic() - started)
             if reply.status == 200:
                 break
@@ -380,11 +384,11 @@ def test_overload_is_refused_within_milliseconds_and_passes(narrow: Service) -> 
     assert refused, "the search was over before anything could be refused"
     for reply in refused:
         assert reply.status == 429 and reply.headers["retry-after"] == "1"
-        assert "1 requests are in flight, the limit max_in_flight" in reply.message
+        assert "1 requests are in flight, the limit max_bulk_in_flight" in reply.message
     assert sorted(seconds)[len(seconds) // 2] < 0.05
     wait_until_idle(narrow)
     assert narrow.search(id=1)["results"]
-    assert narrow.metric("vecsvc_requests_total", operation="/search", status="429") >= len(refused)
+    assert narrow.metric("vecsvc_requests_total", operation="/search/batch", status="429") >= len(refused)
 
 
 def test_a_deadline_ends_the_wait_and_the_search_still_counts_until_it_ends(narrow: Service) -> None:
@@ -394,7 +398,7 @@ def test_a_deadline_ends_the_wait_and_the_search_still_counts_until_it_ends(narr
     assert reply.status == 504 and "timeout_ms" in reply.message
     assert time.monotonic() - started < 0.5
     # The search that nobody waits for any more still has its place: others are refused, not queued behind it.
-    after = narrow.post("/search", {"id": 1})
+    after = narrow.post("/search/batch", BATCH)
     assert after.status in (200, 429) and narrow.get("/livez").status == 200
     wait_until_idle(narrow)
     assert narrow.search(id=1)["results"]

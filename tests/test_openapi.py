@@ -16,9 +16,10 @@ import pytest
 import service
 from service import Service
 
+from vecsvc.access import added, new_key
 from vecsvc.config import ServeSettings
+from vecsvc.process import node
 from vecsvc.server import STATUS
-from vecsvc.server import Service as Served
 
 # Settings of requests, each with a value that stands nowhere else in the document.
 BOUNDS = {
@@ -36,6 +37,7 @@ BOUNDS = {
     "max_buffered_bytes": 9_100_003,
     "body_timeout_s": 911,
     "max_in_flight": 912,
+    "max_bulk_in_flight": 917,
     "max_embed_texts": 913,
     "max_embed_chars": 1914,
     "embed_timeout_ms": 1915,
@@ -46,6 +48,8 @@ NOT_OF_REQUESTS = {
     *("host", "port", "admin_host", "admin_port", "encoder", "device", "verify", "reload_poll_s", "search_threads"),
     *("inline_ms", "max_connections", "header_timeout_s", "write_timeout_s", "keepalive_s", "drain_s", "shutdown_s"),
     *("log", "log_lines_per_s", "memory", "kernels", "bulk_run_ms", "encoder_provider", "encoder_threads"),
+    *("keys", "tls_cert", "tls_key", "tls_client_ca", "shard_tls_cert", "shard_tls_key", "shard_tls_ca"),
+    *("shards", "shard_host", "shard_port", "previous_version_s"),
     *("encoder_instances", "encoder_memory_mb", "encoder_stall_s", "encoder_batching", "encoder_cache"),
 }
 
@@ -149,7 +153,7 @@ def test_every_setting_is_either_a_stated_bound_or_no_concern_of_requests() -> N
 
 
 def test_every_route_is_in_the_document_and_every_path_has_a_route(document: Any) -> None:
-    app = Served(service.index("texts"), ServeSettings()).app()
+    app = node(service.index("texts"), ServeSettings())[2].app()
     routes = {(route.method, route.resource.canonical) for route in app.router.routes() if route.resource}
     paths = {
         (method.upper(), path.replace("/indexes/texts/", "/indexes/{name}/"))
@@ -160,13 +164,53 @@ def test_every_route_is_in_the_document_and_every_path_has_a_route(document: Any
 
 
 def test_every_error_of_a_request_is_documented(document: Any) -> None:
-    statuses = {str(status) for _, status in STATUS} | {"200"}
+    statuses = {str(status) for _, status in STATUS} - {"401", "403"} | {"200"}
     assert set(document["paths"]["/search"]["post"]["responses"]) == statuses
     for operations in document["paths"].values():
         for operation in operations.values():
             for status, response in operation["responses"].items():
                 assert "X-Request-Id" in response["headers"]
                 assert ("Retry-After" in response["headers"]) == (status in ("429", "503"))
+                assert ("Retry-After-Ms" in response["headers"]) == (status in ("429", "503"))
+
+
+@pytest.fixture(scope="module")
+def key_and_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    key, file = new_key(), tmp_path_factory.mktemp("keys") / "keys.toml"
+    file.write_bytes(added(b"", "test", key, scopes=["read"]))
+    file.chmod(0o600)
+    return key, file
+
+
+def test_where_keys_are_asked_for_the_document_says_how_and_of_which_routes(key_and_file: tuple[str, Path]) -> None:
+    key, file = key_and_file
+    handlers = node(service.index("texts"), ServeSettings(keys=str(file)))[2]
+    handlers.app()
+    declared = {(route.method.lower(), route.path): route.scope for route in handlers.routes.values()}
+    with service.running(service.index("texts"), keys=file) as running:
+        document = running.get("/openapi.json", Authorization=f"Bearer {key}").json()
+    schemes = document["components"]["securitySchemes"]
+    assert schemes == {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    statuses = {str(status) for _, status in STATUS} | {"200"}
+    assert set(document["paths"]["/search"]["post"]["responses"]) == statuses
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            scope = declared[method, path.replace("/indexes/texts/", "/indexes/{name}/")]
+            assert operation["security"] == ([] if scope == "open" else [{"bearer": []}, {"key": []}])
+            asked = {"401", "403", "429"} & set(operation["responses"])
+            assert asked == (set() if scope == "open" else {"401", "403", "429"}), path
+            if scope != "open":
+                assert "WWW-Authenticate" in operation["responses"]["401"]["headers"]
+    openapi_spec_validator = pytest.importorskip("openapi_spec_validator")
+    openapi_spec_validator.OpenAPIV31SpecValidator(document).validate()
+
+
+def test_where_no_keys_are_asked_for_the_document_does_not_speak_of_them(document: Any) -> None:
+    assert "securitySchemes" not in document["components"]
+    assert not any("security" in operation for path in document["paths"].values() for operation in path.values())
 
 
 def test_defaults_in_the_document_are_the_defaults_of_the_service(bounded: Service, document: Any) -> None:

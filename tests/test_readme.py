@@ -85,20 +85,26 @@ def commands(folder: Path) -> Iterator[dict[str, str]]:
     }
 
 
+@pytest.mark.timeout(300)
 def test_every_command_of_the_readme_works_as_it_stands(folder: Path, commands: dict[str, str]) -> None:
     assert sum(command.startswith("vecsvc ") for command in COMMANDS) >= 15
-    server: subprocess.Popen[bytes] | None = None
+    servers: list[subprocess.Popen[bytes]] = []
+    ports = {"8080": commands["VECSVC_PORT"], "8081": commands["VECSVC_ADMIN_PORT"]}
     try:
         for command in COMMANDS:
-            line = command.replace("localhost:8080", f"127.0.0.1:{commands['VECSVC_PORT']}")
-            line = line.replace("localhost:8081", f"127.0.0.1:{commands['VECSVC_ADMIN_PORT']}")
+            # The reader's ports may be taken here, so each stands for one that is free.
+            line = re.sub(r"\b8[0-9]{3}\b", lambda found: ports.setdefault(found[0], str(free_port())), command)
+            line = line.replace("localhost:", "127.0.0.1:")
             words = with_encoder(shlex.split(line))
-            if words[:2] == ["vecsvc", "serve"] and "--help" not in words:
-                server = subprocess.Popen(words, cwd=folder, env=commands, stderr=subprocess.DEVNULL)
-                wait_until_ready(commands["VECSVC_ADMIN_PORT"], server)
+            if words[:2] in (["vecsvc", "serve"], ["vecsvc", "route"]) and "--help" not in words:
+                servers.append(subprocess.Popen(words, cwd=folder, env=commands, stderr=subprocess.DEVNULL))
+                admin = words[words.index("--admin-port") + 1] if "--admin-port" in words else ports["8081"]
+                wait_until_ready(admin, servers[-1])
                 continue
             if words[0] == "curl":
                 words.insert(1, "--fail-with-body")
+            if ">" in words:
+                words = ["sh", "-c", line]
             done = subprocess.run(words, cwd=folder, env=commands, capture_output=True, text=True, timeout=60)
             assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
             if words[0] == "curl" and "/search" in line:
@@ -109,9 +115,9 @@ def test_every_command_of_the_readme_works_as_it_stands(folder: Path, commands: 
                 else:
                     assert all(hit["fields"]["label"] in (3, 8) for hit in hits)
     finally:
-        if server is not None:
+        for server in servers:
             server.send_signal(signal.SIGTERM)
-            assert server.wait(timeout=30) == 0
+        assert [server.wait(timeout=30) for server in servers] == [0] * len(servers)
 
 
 def wait_until_ready(port: str, server: subprocess.Popen[bytes]) -> None:

@@ -88,7 +88,7 @@ def test_a_vector_gets_the_rows_in_the_order_of_brute_force(every: Service, name
         assert [hit["distance"] for hit in answer["results"]] == pytest.approx([d for _, d in expected], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["products", "squared", "texts"])
+@pytest.mark.parametrize("name", ["products", "texts"])
 def test_default_settings_give_what_the_index_itself_gives(every: Service, name: str) -> None:
     folder = IndexFolder(service.index(name))
     served = Served(folder, "v1", ServeSettings())

@@ -173,7 +173,8 @@ class Batcher:
             if waiting and waiting + request.waiting_tokens > self.settings.max_waiting_tokens:
                 raise Overloaded(
                     f"{waiting} tokens wait for the encoder and {request.waiting_tokens} came, "
-                    f"the limit max_waiting_tokens is {self.settings.max_waiting_tokens}"
+                    f"the limit max_waiting_tokens is {self.settings.max_waiting_tokens}",
+                    retry_after_s=waiting / self.times.budget(self.settings.run_s) * self.settings.run_s,
                 )
             request.queued = time.perf_counter()
             self._lanes.add(request, lane)

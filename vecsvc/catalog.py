@@ -27,11 +27,11 @@ from vecsvc.errors import (
     UnknownModel,
     VecsvcError,
 )
-from vecsvc.manifest import Manifest, check_files, read_manifest
+from vecsvc.manifest import CENTROIDS_FILE, Manifest, check_files, read_manifest
 from vecsvc.shard import Shard
-from vecsvc.storage import MANIFEST, IndexFolder, Lease, index_folders
+from vecsvc.storage import MANIFEST, IndexFolder, Lease, index_folders, open_array
 from vecsvc.telemetry import Metrics
-from vecsvc.types import SearchSettings, ServedIndex
+from vecsvc.types import SearchSettings, ServedIndex, Vectors
 
 log: Final = logging.getLogger("vecsvc.catalog")
 
@@ -77,6 +77,7 @@ class Served:
         self._lock = threading.Lock()
         self.shards: list[Shard] = []  # those that this process opens
         self.asked_at = time.monotonic()  # when a front door last named this version
+        self.centroids: Vectors | None = None  # of all shards, see nearest_shards; None where a hash spread the rows
         self.encoder: PooledEncoder | None = None
         self._encoders = encoders if encoders is not None else EncoderPool(settings, Metrics())
         self._encoder_folder = encoder_path(settings.encoder) if settings.encoder else path / ENCODER_FOLDER
@@ -106,6 +107,9 @@ class Served:
                     device=settings.device,
                 )
             )
+        if manifest.clusters is not None:
+            shape = (len(manifest.shards), manifest.spec.dim + 1)
+            self.centroids = open_array(path / CENTROIDS_FILE, np.float32, shape, mmap=False)
         try:
             self.params: Any = indexes.search_params(manifest.spec.kind, **manifest.search)
         except VecsvcError as error:
@@ -169,6 +173,7 @@ class Served:
             settings.k,
             settings.exact,
             settings.max_visited,
+            settings.probe_shards,
             settings.rerank_depth,
             settings.include,
         )

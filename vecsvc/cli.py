@@ -15,6 +15,7 @@ import msgspec
 
 from vecsvc import __version__
 from vecsvc.cli_encoder import encoder, json_option
+from vecsvc.cli_keys import keys
 from vecsvc.config import BuildSettings, RouteSettings, ServeSettings, field_types, read_settings
 from vecsvc.errors import ArtifactDamaged, ConfigError, UserError, VecsvcError
 from vecsvc.storage import IndexFolder, index_folders
@@ -349,6 +350,11 @@ def _print_manifest(name: str, facts: dict[str, Any]) -> None:
                 f"    {_settings_text(point['params']):<24} recall {point['recall']:.4f} ± {point['recall_error']:.4f}"
                 f"  {point['latency_ms']:.3f} ms{mark}"
             )
+    if facts["clusters"]:
+        share = facts["clusters"]["copies"] / spec["size"]
+        click.echo(f"  clusters, {share:.1%} of the rows in two shards; recall with so many probe_shards:")
+        for point in facts["clusters"]["probes"]:
+            click.echo(f"    {point['shards']:<24} recall {point['recall']:.4f} ± {point['recall_error']:.4f}")
 
 
 @cli.command()
@@ -419,3 +425,4 @@ def doctor(as_json: bool) -> None:
 
 
 cli.add_command(encoder)
+cli.add_command(keys)

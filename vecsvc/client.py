@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import base64
 import http.client
+import ssl
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 from urllib.parse import quote, urlsplit
 
 import aiohttp
 import msgspec
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import ArrayLike
 
 from vecsvc import errors
@@ -24,9 +26,11 @@ from vecsvc.encoders.base import Role
 from vecsvc.errors import ConfigError, InvalidRequest, InvalidVector, ServiceError, VecsvcError
 from vecsvc.schemas import JSON, ErrorAnswer
 from vecsvc.schemas_embed import OPENAI_PATH, OpenAIAnswer
+from vecsvc.tls import client_tls
 from vecsvc.types import BatchAnswer, Id, Include, SearchAnswer, Vectors
 
 T = TypeVar("T")
+Cert: TypeAlias = str | tuple[str, str]  # PEM file of chain and private key, or of each
 
 DEFAULT_TIMEOUT_S: Final = 30.0
 
@@ -68,7 +72,29 @@ def _decode(status: int, body: bytes, kind: type[T]) -> T:
         error = msgspec.json.decode(body, type=ErrorAnswer).error
     except msgspec.MsgspecError as malformed:
         raise ServiceError(f"HTTP {status}: {body[:200]!r}") from malformed
-    raise _ERRORS.get(error.code, ServiceError)(error.message)
+    kind_of_error = _ERRORS.get(error.code, ServiceError)
+    if issubclass(kind_of_error, ServiceError) and error.retry_after_ms is not UNSET:
+        raise kind_of_error(error.message, retry_after_s=error.retry_after_ms / 1e3)
+    raise kind_of_error(error.message)
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    if api_key is None:
+        return {}
+    if not api_key.isascii() or not api_key.isprintable():
+        raise ConfigError("api_key has characters that no key has; give the text that `vecsvc keys new` printed")
+    return {"Authorization": f"Bearer {api_key}"}
+
+
+def _tls(url: str, ca: str | None, cert: Cert | None) -> ssl.SSLContext | None:
+    """None for a service without TLS."""
+    scheme = urlsplit(url).scheme
+    if scheme != "https":
+        if ca is not None or cert is not None:
+            raise ConfigError(f"ca and cert are for https://, the URL is {url!r}")
+        return None
+    chain, key = (cert, "") if isinstance(cert, str) else cert if cert is not None else ("", "")
+    return client_tls(chain, key, ca if ca is not None else "")
 
 
 def _question(
@@ -100,15 +126,31 @@ def _embeddings(status: int, headers: Mapping[str, str], body: bytes) -> Embeddi
 class Client:
     """One keep-alive connection; not for several threads at once.
 
-    Every call raises the error that the service names (errors.py), ServiceError where it cannot be reached.
+    Every call raises the error that the service names (errors.py), ServiceError where it cannot be reached; its
+    `retry_after_s` says when to ask again, where the service knows.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        api_key: str | None = None,
+        ca: str | None = None,
+        cert: Cert | None = None,
+    ) -> None:
+        """For https, `ca` is the PEM file of who signed the service's certificate, where the system does not know;
+        `cert` is the client's own, where the service asks for one."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{url!r} is no URL of a service; write http://host:port")
-        make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = make(parts.hostname, parts.port, timeout=timeout_s)
+        tls = _tls(url, ca, cert)
+        self._connection: http.client.HTTPConnection = (
+            http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_s)
+            if tls is None
+            else http.client.HTTPSConnection(parts.hostname, parts.port, timeout=timeout_s, context=tls)
+        )
+        self._headers = _headers(api_key)
         self._prefix = parts.path.rstrip("/")
 
     def search(
@@ -172,7 +214,7 @@ class Client:
 
     def _ask(self, method: str, path: str, question: Mapping[str, Any] | None) -> tuple[int, Mapping[str, str], bytes]:
         body = None if question is None else _body(question)
-        headers = {} if body is None else {"Content-Type": JSON}
+        headers = self._headers if body is None else {**self._headers, "Content-Type": JSON}
         try:
             try:
                 self._connection.request(method, self._prefix + path, body, headers)
@@ -201,8 +243,20 @@ class Client:
 class AsyncClient:
     """Any number of calls at once, over a pool of connections. Raises what Client raises."""
 
-    def __init__(self, url: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, max_connections: int = 100) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        max_connections: int = 100,
+        api_key: str | None = None,
+        ca: str | None = None,
+        cert: Cert | None = None,
+    ) -> None:
+        """As Client, with at most `max_connections` at a time."""
         self._url = url.rstrip("/")
+        self._headers = _headers(api_key)
+        self._tls = _tls(url, ca, cert)
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._max_connections = max_connections
         self._session: aiohttp.ClientSession | None = None
@@ -271,10 +325,11 @@ class AsyncClient:
         self, method: str, path: str, question: Mapping[str, Any] | None
     ) -> tuple[int, Mapping[str, str], bytes]:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=self._max_connections)
+            tls = self._tls if self._tls is not None else True
+            connector = aiohttp.TCPConnector(limit=self._max_connections, ssl=tls)
             self._session = aiohttp.ClientSession(timeout=self._timeout, connector=connector)
         body = None if question is None else _body(question)
-        headers = {} if body is None else {"Content-Type": JSON}
+        headers = self._headers if body is None else {**self._headers, "Content-Type": JSON}
         async with self._session.request(method, self._url + path, data=body, headers=headers) as response:
             found = {name.lower(): value for name, value in response.headers.items()}
             return response.status, found, await response.read()

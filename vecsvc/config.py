@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 from vecsvc.errors import ConfigError, InvalidParameter, UnknownParameter, VecsvcError
+from vecsvc.types import MAX_SHARDS
 
 T = TypeVar("T")
 ENV_PREFIX: Final = "VECSVC_"
@@ -47,8 +48,22 @@ class HttpSettings:
         8081, "port of /metrics, probes, reload and rollback; 0 lets the system choose", low=0, high=65_535
     )
     max_in_flight: int = option(
-        64, "requests that search or wait for a search; one more is refused with 429", low=1, high=100_000
+        64, "questions that are at work or wait for it; one more is refused with 429", low=1, high=100_000
     )
+    max_bulk_in_flight: int = option(
+        16, "the same for requests of more than 8 queries or texts, which have threads of their own", low=1, high=10_000
+    )
+    keys: str = option("", "file of the API keys, see `vecsvc keys`; empty for none, and everybody may ask")
+    tls_cert: str = option("", "PEM file of the certificate chain of both HTTP ports; empty for no TLS")
+    tls_key: str = option("", "PEM file of its private key; empty where tls_cert holds it too")
+    tls_client_ca: str = option(
+        "", "PEM file of the authorities whose clients may use the public port; empty for clients without certificate"
+    )
+    shard_tls_cert: str = option(
+        "", "PEM file of the certificate chain between front doors and nodes, where both sides show one; empty for none"
+    )
+    shard_tls_key: str = option("", "PEM file of its private key; empty where shard_tls_cert holds it too")
+    shard_tls_ca: str = option("", "PEM file of the authorities that signed the certificates of front doors and nodes")
     max_connections: int = option(1024, "open connections; one more is closed", low=1, high=1_000_000)
     timeout_ms: float = option(2000.0, "deadline of a request that names none", low=1, high=600_000)
     max_timeout_ms: float = option(30_000.0, "longest deadline a request may name", low=1, high=600_000)
@@ -189,7 +204,20 @@ class BuildSettings:
     name: str = option("", "name of the index; empty for the corpus file's stem")
     kind: str = option("auto", "kind of index: auto, exact, nng, tp_tree, hnsw, kd_tree, faiss, or a plug-in's")
     metric: str = option("cosine", "what near means", choices=("l2", "ip", "cosine"))
-    shards: int = option(1, "parts the corpus is split into by a hash of the id", low=1, high=256)
+    shards: int = option(1, "parts the corpus is split into", low=1, high=MAX_SHARDS)
+    partition: str = option(
+        "hash",
+        "how rows are spread over shards: by a hash of the id, or by nearness (cluster), so that a question with "
+        "probe_shards need not ask all",
+        choices=("hash", "cluster"),
+    )
+    border_share: float = option(
+        0.1,
+        "with --partition cluster: the share of the rows that may live in two shards, those nearest to a border; "
+        "more buys recall where few shards are asked",
+        low=0.0,
+        high=1.0,
+    )
     version: str = option("", "name of the version; empty for the time")
     encoder: str = option(
         "",

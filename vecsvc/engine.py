@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from vecsvc import indexes
+from vecsvc.admission import Admission, Budget
 from vecsvc.catalog import Catalog, Plan, Served
 from vecsvc.config import ServeSettings
 from vecsvc.distance import check_vector, score
@@ -23,14 +24,14 @@ from vecsvc.errors import (
     DimensionMismatch,
     InvalidParameter,
     InvalidRequest,
-    Overloaded,
     ShardsMissing,
     UnknownId,
     UnknownParameter,
+    listed,
 )
 from vecsvc.manifest import Manifest
-from vecsvc.ranking import merge_top_k
-from vecsvc.shard import Found, Shard
+from vecsvc.ranking import merge_top_k, nearest_shards, queries_of_shards
+from vecsvc.shard import Found, Shard, placed
 from vecsvc.telemetry import Metrics
 from vecsvc.types import (
     BatchAnswer,
@@ -71,7 +72,6 @@ _HIT_BYTES: Final = 256
 _FIELD_BYTES: Final = 256
 _VALUE_BYTES: Final = 32
 SLICE: Final = 64  # queries of a batch between two looks at the deadline
-MAX_NAMED: Final = 10  # texts that an answer names one by one
 MAX_CANDIDATES: Final = 100_000  # of one query: k or rerank.depth, times k_factor
 
 
@@ -102,8 +102,10 @@ class Engine:
         self._settings = settings
         self._metrics = metrics
         self._threads = threads
+        self.admission = Admission(settings.max_in_flight, settings.max_bulk_in_flight)
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="vecsvc-search")
-        self._in_flight = 0
+        # Bulk waits for threads of its own, so that no question waits behind it; the cores are shared by the system.
+        self._bulk_pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="vecsvc-bulk")
         self._inline_s = settings.inline_ms / 1e3
 
     async def search(self, name: str | None, query: Query, settings: SearchSettings) -> SearchAnswer:
@@ -114,15 +116,14 @@ class Engine:
     async def search_batch(self, name: str | None, query: Query, settings: SearchSettings) -> BatchAnswer:
         """Answer many questions that share their settings."""
         clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
-        if self._in_flight >= self._settings.max_in_flight:
-            raise Overloaded(f"{self._settings.max_in_flight} requests are in flight, the limit max_in_flight")
+        budget = self.admission.of(count(query))
+        budget.check()
         served = self.retained(name)
-        self._in_flight += 1
         # From here on `work` owns both until it ends: a caller whose deadline passes leaves a search behind
         # in its thread, and that still counts, and still reads the index.
-        work = _Work(self, served)
+        work = _Work(budget, served)
         try:
-            search = _Search(served, query, settings, clock, self._threads)
+            search = _Search(served, query, settings, clock, self._threads_for(budget))
             if isinstance(query, TextQuery):
                 await search.encode(query.texts)
             measurable, seconds = search.measurable, search.plan.seconds
@@ -150,13 +151,12 @@ class Engine:
         The caller has retained `served`, and releases it. What comes back is read while that is so.
         """
         clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
-        if self._in_flight >= self._settings.max_in_flight:
-            raise Overloaded(f"{self._settings.max_in_flight} requests are in flight, the limit max_in_flight")
+        budget = self.admission.of(count(query))
+        budget.check()
         served.retain()
-        self._in_flight += 1
-        work = _Work(self, served)
+        work = _Work(budget, served)
         try:
-            search = _Search(served, query, settings, clock, self._threads, shards)
+            search = _Search(served, query, settings, clock, self._threads_for(budget), shards)
             seconds = search.plan.seconds
             if search.measurable and seconds is not None and seconds <= self._inline_s:
                 found = search.find()
@@ -182,16 +182,16 @@ class Engine:
 
         `check` sees the very encoder that will make them, and may refuse: the index may get another at any time.
         """
-        if self._in_flight >= self._settings.max_in_flight:
-            raise Overloaded(f"{self._settings.max_in_flight} requests are in flight, the limit max_in_flight")
+        budget = self.admission.of(len(texts))
+        budget.check()
         served = self.retained(name)
-        self._in_flight += 1
+        entered = budget.enter()
         try:
             encoder = encoder_of(served)
             check(encoder.spec)
             encoded = await encoder.encode(texts, role, deadline=time.monotonic() + timeout_ms / 1e3)
         finally:
-            self._in_flight -= 1
+            budget.leave(entered)
             served.release()
         return Embedded(encoded.vectors, encoded.tokens, encoded.truncated, encoder.spec.name)
 
@@ -208,6 +208,10 @@ class Engine:
                 return served
             served.release()
 
+    def _threads_for(self, budget: Budget) -> int:
+        """Batches that run side by side share the threads that one alone may have."""
+        return max(1, self._threads // budget.in_flight) if budget is self.admission.bulk else self._threads
+
     async def _in_thread(self, work: _Work, run: Callable[[], T], clock: Clock, grace_s: float) -> T:
         submitted = time.perf_counter()
 
@@ -217,7 +221,8 @@ class Engine:
                 raise DeadlineExceeded("the deadline passed while the request waited for a thread")
             return run()
 
-        future = asyncio.get_running_loop().run_in_executor(self._pool, timed)
+        pool = self._bulk_pool if work.budget is self.admission.bulk else self._pool
+        future = asyncio.get_running_loop().run_in_executor(pool, timed)
         work.wait_for(future)
         try:
             async with asyncio.timeout(max(0.0, clock.deadline + grace_s - time.monotonic())):
@@ -234,17 +239,19 @@ class Engine:
 
     @property
     def in_flight(self) -> int:
-        return self._in_flight
+        return self.admission.in_flight
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._bulk_pool):
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Work:
     """Holds a place in admission and a version open until both the caller and its thread are done."""
 
-    def __init__(self, engine: Engine, served: Served) -> None:
-        self._engine, self._served = engine, served
+    def __init__(self, budget: Budget, served: Served) -> None:
+        self.budget, self._served = budget, served
+        self._entered = budget.enter()
         self._future: asyncio.Future[Any] | None = None
 
     def wait_for(self, future: asyncio.Future[Any]) -> None:
@@ -259,7 +266,7 @@ class _Work:
     def _end(self, future: asyncio.Future[Any] | None) -> None:
         if future is not None and not future.cancelled():
             future.exception()  # nobody else will ask for it
-        self._engine._in_flight -= 1
+        self.budget.leave(self._entered)
         self._served.release()
 
 
@@ -280,6 +287,7 @@ class _Search:
         self.num_threads = num_threads
         self.vectors: Vectors | None = query.vectors if isinstance(query, VectorQuery) else None
         self.cut: list[int] = []  # texts that were longer than the encoder reads
+        self.wanted: set[int] = set()  # shards that some query probes; empty where all are asked
         self.plan = _plan(served, settings)
         if shards is None and not served.whole and not settings.partial:
             held = ", ".join(map(str, served.numbers))
@@ -306,7 +314,8 @@ class _Search:
         for start in range(0, len(self.vectors), SLICE):
             if time.monotonic() >= self.clock.deadline:
                 raise DeadlineExceeded(f"the deadline passed after {start} of {len(self.vectors)} queries")
-            slices.append(self._recall(self.vectors[start : start + SLICE], None))
+            queries = self.vectors[start : start + SLICE]
+            slices.append([self._ask(shard, queries, {}) for shard in self.shards])
         found = slices[0]
         if len(slices) > 1:
             found = [_joined(parts) for parts in zip(*slices, strict=True)]
@@ -316,13 +325,15 @@ class _Search:
 
     def run(self) -> BatchAnswer:
         clock = self.clock
-        own: tuple[Shard, int] | None = None  # shard and label of the row that a query by id leaves out
+        own: dict[int, int] = {}  # shard -> label of the row that a query by id leaves out
         if self.vectors is not None:
             queries = self.vectors
         else:
             assert isinstance(self.query, IdQuery)
             own = self._find(self.query)
-            queries = np.asarray(own[0].vectors[own[1] : own[1] + 1], dtype=np.float32)
+            first = next(shard for shard in self.shards if shard.number in own)
+            label = own[first.number]
+            queries = np.asarray(first.vectors[label : label + 1], dtype=np.float32)
         if time.monotonic() >= clock.deadline:
             raise DeadlineExceeded("the deadline passed before the search began")
         before = time.perf_counter()
@@ -331,31 +342,40 @@ class _Search:
         for start in range(SLICE, len(queries), SLICE):
             if time.monotonic() >= clock.deadline:
                 raise DeadlineExceeded(f"the deadline passed after {start} of {len(queries)} queries")
-            part = self._recall(queries[start : start + SLICE], None)
+            part = self._recall(queries[start : start + SLICE], own)
             hits += self._name(part, len(queries[start : start + SLICE]))
-            found = list(map(_sum, found, part))
-        clock.rerank = sum(part.rerank_s for part in found)
+            found = [_either(a, b) for a, b in zip(found, part, strict=True)]
+        clock.rerank = sum(part.rerank_s for part in found if part is not None)
         clock.search = time.perf_counter() - before - clock.rerank
         return self._answer(found, hits)
 
-    def _recall(self, queries: Vectors, own: tuple[Shard, int] | None) -> list[Found]:
-        """What each shard finds for a slice of the queries."""
+    def _recall(self, queries: Vectors, own: dict[int, int]) -> list[Found | None]:
+        """What each shard finds for a slice of the queries; None where none of them asks it."""
+        served, probe = self.served, self.settings.probe_shards
+        if probe is None or served.centroids is None:
+            return [self._ask(shard, queries, own) for shard in self.shards]
+        asking = queries_of_shards(nearest_shards(queries, served.centroids, probe, served.manifest.metric))
+        self.wanted |= asking.keys()
+        found: list[Found | None] = []
+        for shard in self.shards:
+            rows = asking.get(shard.number)
+            part = None if rows is None else placed(self._ask(shard, queries[rows], own), rows, len(queries))
+            found.append(part)
+        return found
+
+    def _ask(self, shard: Shard, queries: Vectors, own: dict[int, int]) -> Found:
         settings = self.settings
-        limit = Limit(settings.max_visited, self.clock.deadline)
-        return [
-            shard.search(
-                queries,
-                settings.k,
-                self.plan.params,
-                conditions=settings.conditions,
-                exact=settings.exact,
-                without=own[1] if own is not None and own[0] is shard else None,
-                rerank_depth=settings.rerank_depth,
-                limit=limit,
-                num_threads=self.num_threads if len(queries) > 1 else 1,
-            )
-            for shard in self.shards
-        ]
+        return shard.search(
+            queries,
+            settings.k,
+            self.plan.params,
+            conditions=settings.conditions,
+            exact=settings.exact,
+            without=own.get(shard.number),
+            rerank_depth=settings.rerank_depth,
+            limit=Limit(settings.max_visited, self.clock.deadline),
+            num_threads=self.num_threads if len(queries) > 1 else 1,
+        )
 
     async def encode(self, texts: list[str]) -> None:
         """From here on the question is one by vectors."""
@@ -365,19 +385,20 @@ class _Search:
         self.clock.encode = encoded.encode_s
         self.cut = [at for at, cut in enumerate(encoded.truncated) if cut]
 
-    def _find(self, query: IdQuery) -> tuple[Shard, int]:
-        for shard in self.shards:
-            label = shard.ids.label(query.id)
-            if label is not None:
-                return shard, label
+    def _find(self, query: IdQuery) -> dict[int, int]:
+        """Shard -> label of a row; near a border a row lives in two shards."""
+        found = {shard.number: label for shard in self.shards if (label := shard.ids.label(query.id)) is not None}
+        if found:
+            return found
         raise UnknownId(f"index {self.served.name!r} has no id {query.id!r}")
 
-    def _name(self, found: list[Found], n: int) -> list[list[Hit]]:
+    def _name(self, found: list[Found | None], n: int) -> list[list[Hit]]:
         """Merge the shards' answers and turn labels into hits."""
         shards, k, metric = self.shards, self.settings.k, self.served.manifest.metric
-        if len(shards) == 1 and not self.settings.include:
+        part = found[0]
+        if len(shards) == 1 and part is not None and not self.settings.include:
             # The common case, without the steps that it does not need: one shard's order is the answer's.
-            part, ids = found[0], shards[0].ids
+            ids = shards[0].ids
             answers = []
             for row in range(n):
                 labels = part.labels[row].tolist()
@@ -386,18 +407,19 @@ class _Search:
                 distances = part.distances[row]
                 answers.append(list(map(Hit, ids.of(labels), score(distances, metric).tolist(), distances.tolist())))
             return answers
-        return [self._merge(found, row, k) for row in range(n)]
+        asked = [(shard, part) for shard, part in zip(shards, found, strict=True) if part is not None]
+        return [self._merge(asked, row, k) for row in range(n)]
 
-    def _merge(self, found: list[Found], row: int, k: int) -> list[Hit]:
-        shards, metric, include = self.shards, self.served.manifest.metric, self.settings.include
+    def _merge(self, asked: list[tuple[Shard, Found]], row: int, k: int) -> list[Hit]:
+        metric, include = self.served.manifest.metric, self.settings.include
         parts = []
-        for shard, part in zip(shards, found, strict=True):
+        for shard, part in asked:
             labels = part.labels[row]
             parts.append((part.distances[row], np.where(labels >= 0, shard.rows[labels], -1)))
         which, position = merge_top_k(parts, k)
         hits = []
         for number, at in zip(which.tolist(), position.tolist(), strict=True):
-            shard, part = shards[number], found[number]
+            shard, part = asked[number]
             labels = [int(part.labels[row, at])]
             distance = part.distances[row, at : at + 1]
             hits.append(
@@ -411,33 +433,36 @@ class _Search:
             )
         return hits
 
-    def _answer(self, found: list[Found], hits: list[list[Hit]]) -> BatchAnswer:
+    def _answer(self, found: list[Found | None], hits: list[list[Hit]]) -> BatchAnswer:
         served, settings = self.served, self.settings
+        asked = [part for part in found if part is not None]
         degraded = []
         if self.cut:
             degraded.append(cut_note(self.cut, len(hits), encoder_of(served).spec.max_tokens))
-        if not served.whole:
-            degraded.append(f"shards that are not held here: {_missing(served)}")
-        if any(part.stopped for part in found):
+        wanted = self.wanted if self.wanted else set(range(len(served.manifest.shards)))
+        missing = sorted(wanted - set(served.numbers))
+        if missing:
+            degraded.append(f"shards that are not held here: {listed(missing)}")
+        if any(part.stopped for part in asked):
             degraded.append("the search was cut short")
             if not settings.partial and time.monotonic() >= self.clock.deadline:
                 raise DeadlineExceeded("no full answer within timeout_ms; allow more time, or ask with partial")
-        strategy, visited = found[0].strategy, found[0].visited
-        for part in found[1:]:
+        strategy, visited = asked[0].strategy, asked[0].visited
+        for part in asked[1:]:
             strategy = strategy if part.strategy == strategy else "mixed"
             visited = -1 if min(visited, part.visited) < 0 else visited + part.visited
         encoder = served.encoder if isinstance(self.query, TextQuery) else None
         return BatchAnswer(
             hits,
             self.clock.took_ms(),
-            Coverage(len(found), len(served.manifest.shards), degraded),
+            Coverage(len(wanted) - len(missing), len(wanted), degraded),
             Stats(strategy, visited, settings.k * len(hits) - sum(map(len, hits))),
             served.id,
             encoder.spec.name if encoder is not None else None,
             self.explain(found) if "explain" in settings.include else None,
         )
 
-    def explain(self, found: list[Found]) -> list[ShardExplain]:
+    def explain(self, found: Sequence[Found | None]) -> list[ShardExplain]:
         return [
             ShardExplain(
                 shard=shard.number,
@@ -450,25 +475,31 @@ class _Search:
                 took_ms=round(part.took_s * 1e3, 3),
             )
             for shard, part in zip(self.shards, found, strict=True)
+            if part is not None
         ]
 
 
-def _missing(served: Served) -> str:
-    missing = [n for n in range(len(served.manifest.shards)) if n not in served.numbers]
-    more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
-    return ", ".join(map(str, missing[:MAX_NAMED])) + more
+def count(query: Query) -> int:
+    """How many questions there are in one."""
+    if isinstance(query, VectorQuery):
+        return len(query.vectors)
+    return len(query.texts) if isinstance(query, TextQuery) else 1
 
 
 def _joined(parts: tuple[Found, ...]) -> Found:
     """Slices of a batch as one."""
     return msgspec.structs.replace(
-        functools.reduce(_sum, parts),
+        functools.reduce(_total, parts),
         labels=np.concatenate([part.labels for part in parts]),
         distances=np.concatenate([part.distances for part in parts]),
     )
 
 
-def _sum(a: Found, b: Found) -> Found:
+def _either(a: Found | None, b: Found | None) -> Found | None:
+    return _total(a, b) if a is not None and b is not None else a if b is None else b
+
+
+def _total(a: Found, b: Found) -> Found:
     """What two slices of a batch took together; their labels were named already."""
     return msgspec.structs.replace(
         b,
@@ -494,8 +525,7 @@ def encoder_of(served: HasEncoder[E]) -> E:
 def cut_note(cut: list[int], texts: int, max_tokens: int) -> str:
     if texts == 1:
         return f"the text was cut at {max_tokens} tokens"
-    more = f" and {len(cut) - MAX_NAMED} more" if len(cut) > MAX_NAMED else ""
-    return f"cut at {max_tokens} tokens: texts {', '.join(map(str, cut[:MAX_NAMED]))}{more}"
+    return f"cut at {max_tokens} tokens: texts {listed(cut)}"
 
 
 def _ms(seconds: float) -> float:
@@ -507,20 +537,21 @@ def _plan(served: Served, settings: SearchSettings) -> Plan:
     try:
         return served.plan(settings)
     except (UnknownParameter, InvalidParameter) as error:
-        raise InvalidRequest(f"params: {error}; every kind takes exact and max_visited") from error
+        raise InvalidRequest(f"params: {error}; every kind takes exact, max_visited and probe_shards") from error
 
 
 def check_question(query: Query, settings: SearchSettings, manifest: Manifest) -> None:
     """Refuse a question that no shard of the index could answer, or whose answer would be too large."""
+    if settings.probe_shards is not None and manifest.clusters is None:
+        raise InvalidRequest(
+            f"params.probe_shards is {settings.probe_shards}, and a hash spread the rows of index {manifest.name!r}, "
+            "so that every shard has a part of every answer: leave it out, or build with --partition cluster"
+        )
     for condition in settings.conditions:
         if condition.field not in manifest.fields:
             stored = ", ".join(manifest.fields) or "none"
             raise InvalidRequest(f"filter: {condition.field!r} is no stored field of {manifest.name!r}: {stored}")
-    hits = settings.k
-    if isinstance(query, VectorQuery):
-        hits *= len(query.vectors)
-    elif isinstance(query, TextQuery):
-        hits *= len(query.texts)
+    hits = settings.k * count(query)
     hit_bytes = _HIT_BYTES
     if settings.include:
         if "fields" in settings.include:

@@ -12,6 +12,8 @@ VecsvcError
             MissingColumn
             BadRow                 one row is to blame; names its number and id
         RequestError
+            Unauthorized           no key, or none that holds
+            Forbidden              the key may do other things, but not this
             MalformedRequest       the bytes are not what they say they are
             InvalidRequest         well-formed, but wrong
                 DimensionMismatch
@@ -34,6 +36,7 @@ VecsvcError
     StorageError                   the disk or the object store refused
     ServiceError                   the service cannot answer now
         Overloaded
+            RateLimited            one key asks for more than its share
         NotReady
             ShardsMissing          shards that the question needs have no node that answers
         DeadlineExceeded
@@ -41,6 +44,17 @@ VecsvcError
             ProtocolError          bytes that are no frame of the shard protocol
     InternalError                  a bug of ours, seen from another process
 """
+
+from collections.abc import Sequence
+from typing import Final
+
+MAX_LISTED: Final = 10  # things that a message names one by one
+
+
+def listed(things: Sequence[object]) -> str:
+    """Things as a message names them, with the number of those left out."""
+    more = f" and {len(things) - MAX_LISTED} more" if len(things) > MAX_LISTED else ""
+    return ", ".join(map(str, things[:MAX_LISTED])) + more
 
 
 class VecsvcError(Exception):
@@ -89,6 +103,14 @@ class BadRow(CorpusError):
 
 class RequestError(UserError):
     code = "invalid"
+
+
+class Unauthorized(RequestError):
+    code = "unauthorized"
+
+
+class Forbidden(RequestError):
+    code = "forbidden"
 
 
 class MalformedRequest(RequestError):
@@ -172,15 +194,29 @@ class StorageError(VecsvcError):
 
 
 class ServiceError(VecsvcError):
+    """`retry_after_s` is when it may go better; None where nobody can tell."""
+
     code = "unavailable"
+    retry_after_s: float | None = None
+
+    def __init__(self, message: str = "", *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
 
 class Overloaded(ServiceError):
     code = "overloaded"
+    retry_after_s = 1.0
+
+
+class RateLimited(Overloaded):
+    code = "rate_limited"
 
 
 class NotReady(ServiceError):
     code = "not_ready"
+    retry_after_s = 1.0
 
 
 class ShardsMissing(NotReady):

@@ -86,6 +86,7 @@ class Group:
     make: Callable[[int, float], bytes]  # the frame, from a request id and the milliseconds that are left
     expects: Kind
     check: Callable[[Any], None] = lambda answer: None  # raises ProtocolError where the answer makes no sense
+    queries: list[int] | None = None  # which of the question's queries these shards are asked; None for all
     answer: Any = None
     error: VecsvcError | None = None
     tried: list[Node] = field(default_factory=list)

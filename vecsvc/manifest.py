@@ -21,7 +21,7 @@ import msgspec
 from vecsvc.errors import ArtifactDamaged, ArtifactUnfit
 from vecsvc.seal import MAX_MANIFEST_BYTES, sealed, unsealed
 from vecsvc.storage import MANIFEST, sha256, write_file
-from vecsvc.types import MAX_DIM, IndexSpec, Metric
+from vecsvc.types import MAX_DIM, MAX_SHARDS, IndexSpec, Metric
 
 # Rises when what was built before cannot be read any more. Within a format, fields are only added, each with a default,
 # so that every manifest of the format is read; tests/golden holds one of each. A field that is newer than the reader
@@ -30,8 +30,9 @@ FORMAT_VERSION: Final = 1
 
 VECTORS_FILE: Final = "vectors.npy"  # (size, dim) float32 or float16, as the corpus gave them
 INDEX_FOLDER: Final = "index"  # what the kind wrote
+CENTROIDS_FILE: Final = "centroids.npy"  # (shards, dim + 1) float32, see ranking.nearest_shards
 
-_PATH: Final = re.compile(r"(shards/\d{3,4}|encoder)(/[A-Za-z0-9][A-Za-z0-9._-]{0,100}){1,2}")
+_PATH: Final = re.compile(r"centroids\.npy|(shards/\d{3,4}|encoder)(/[A-Za-z0-9][A-Za-z0-9._-]{0,100}){1,2}")
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,6 +104,22 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     points: list[OperatingPoint]
 
 
+class ProbePoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is found where each query asks its nearest shards only, at the default search settings."""
+
+    shards: int
+    recall: float
+    recall_error: float  # half the width of the 95 % interval
+
+
+class Clusters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How rows were spread by nearness."""
+
+    file: FileEntry  # centroids.npy
+    copies: int  # rows that live in a second shard too, so the shards' sizes add up to more than the index's
+    probes: list[ProbePoint]  # the fewest shards first; empty without a certificate
+
+
 class BytesPerVector(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a vector takes on disk, over all shards; the encoder belongs to none."""
 
@@ -116,9 +133,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     version: str
     created: str  # UTC, ISO 8601; versions are ordered by it
-    spec: IndexSpec  # of the whole index; its size is the sum of the shards'
+    spec: IndexSpec  # of the whole index: its size counts different rows, its params are those of the first shard
     search: dict[str, Any]  # search settings for requests that name none
-    partition: str
+    partition: Literal["hash", "cluster"]
     id_type: Literal["int", "str"]
     vector_dtype: Literal["float32", "float16"]
     fields: dict[str, str]  # stored fields: name -> Arrow type
@@ -128,24 +145,29 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     provenance: Provenance
     certificate: Certificate | None
     bytes_per_vector: BytesPerVector | None = None  # read_manifest works it out where a build did not say it yet
+    clusters: Clusters | None = None  # where the partition is `cluster`
 
     def files(self) -> list[FileEntry]:
         own = [file for shard in self.shards for file in shard.files]
-        return own + (self.encoder.files if self.encoder else [])
+        return own + self.shared_files()
+
+    def shared_files(self) -> list[FileEntry]:
+        """What belongs to no shard, and whoever opens one of them needs too."""
+        return (self.encoder.files if self.encoder else []) + ([self.clusters.file] if self.clusters else [])
 
     @property
     def metric(self) -> Metric:
         return self.spec.metric
 
 
-def bytes_per_vector(shards: Sequence[ShardEntry]) -> BytesPerVector:
+def bytes_per_vector(shards: Sequence[ShardEntry], size: int) -> BytesPerVector:
+    """Of an index of `size` different rows."""
     total = {"index": 0, "vectors": 0, "rest": 0}
     for shard in shards:
         for file in shard.files:
             inside = file.path.split("/", 2)[-1]
             part = "index" if inside.startswith(f"{INDEX_FOLDER}/") else "vectors" if inside == VECTORS_FILE else "rest"
             total[part] += file.size_bytes
-    size = sum(shard.size for shard in shards)
     return BytesPerVector(**{part: round(size_bytes / size, 1) for part, size_bytes in total.items()})
 
 
@@ -178,7 +200,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactUnfit(f"{path}: {error}") from error
     _check_sense(path, manifest)
     if manifest.bytes_per_vector is None:
-        manifest = msgspec.structs.replace(manifest, bytes_per_vector=bytes_per_vector(manifest.shards))
+        manifest = msgspec.structs.replace(
+            manifest, bytes_per_vector=bytes_per_vector(manifest.shards, manifest.spec.size)
+        )
     return manifest
 
 
@@ -192,10 +216,19 @@ def _check_sense(path: Path, manifest: Manifest) -> None:
             raise ArtifactDamaged(f"{path}: {file.path[:120]!r} is no path inside an artifact")
     if not 1 <= manifest.spec.dim <= MAX_DIM:
         raise ArtifactDamaged(f"{path}: dim is {manifest.spec.dim}, expected 1 to {MAX_DIM}")
-    if sum(shard.size for shard in manifest.shards) != manifest.spec.size or not manifest.shards:
-        raise ArtifactDamaged(f"{path}: the shards' sizes do not add up to {manifest.spec.size}")
+    clusters, size = manifest.clusters, manifest.spec.size
+    if (clusters is None) != (manifest.partition == "hash"):
+        raise ArtifactDamaged(f"{path}: the partition is {manifest.partition}, and clusters are {clusters}")
+    if clusters is not None and (clusters.file.path != CENTROIDS_FILE or not 0 <= clusters.copies <= size):
+        raise ArtifactDamaged(f"{path}: {clusters.file.path!r} with {clusters.copies} copies are no clusters")
+    if not 1 <= len(manifest.shards) <= MAX_SHARDS:
+        raise ArtifactDamaged(f"{path}: there are {len(manifest.shards)} shards, expected 1 to {MAX_SHARDS}")
+    if sum(shard.size for shard in manifest.shards) != size + (clusters.copies if clusters else 0):
+        raise ArtifactDamaged(f"{path}: the shards' sizes do not add up to {size}")
     for number, shard in enumerate(manifest.shards):
-        if shard.size < 1 or shard.spec != replace(manifest.spec, size=shard.size):
+        # Some kinds work out params from the number of vectors, so those may differ.
+        same = replace(manifest.spec, size=shard.size, params=shard.spec.params)
+        if shard.size < 1 or shard.spec != same:
             raise ArtifactDamaged(f"{path}: shard {number} is of {shard.spec}, the index of {manifest.spec}")
 
 

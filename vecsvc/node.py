@@ -156,7 +156,10 @@ class Node:
                 began = time.monotonic()
                 try:
                     await self._connected()
-                except (OSError, TimeoutError, NodeFailed, ssl.SSLError) as error:
+                except (OSError, TimeoutError, NodeFailed) as error:
+                    self._lost(error)
+                except Exception as error:
+                    log.exception("a bug of ours", extra={"data": {"node": self.name}})
                     self._lost(error)
                 if time.monotonic() - began >= STEADY_S + self._settings.connect_timeout_s:
                     wait = first

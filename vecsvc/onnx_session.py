@@ -52,8 +52,6 @@ class SessionSettings:
     # cpu, cuda, or what else this onnxruntime has, by its own name: openvino, CoreMLExecutionProvider, ...
     device: str = "cpu"
     num_threads: int = 0  # of one run; more shorten long runs, and take cores from others; 0 is one a core
-    # Waiting threads burn their core for some microseconds less a run: for a machine that does nothing else.
-    spinning: bool = False
     # Most memory that runs may take at once beside the weights; a run that needs more fails alone. 0 is no ceiling.
     memory_mb: int = 0
 
@@ -201,7 +199,8 @@ def _options(onnxruntime: Any, settings: SessionSettings) -> Any:
     options.intra_op_num_threads = settings.num_threads or usable_cores()
     options.inter_op_num_threads = 1
     # A thread that spins while it waits takes its core from the search that comes next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
+    # Threads that spin while they wait burn a core that searches need, for some microseconds less a run.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     # A pattern is kept for every shape of input ever seen, and texts come in hundreds of them.
     options.enable_mem_pattern = False

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from vecsvc import __version__, indexes
+from vecsvc.access import KEY_HEADER
 from vecsvc.config import HttpSettings, field_types
 from vecsvc.engine import MAX_ANSWER_BYTES
 from vecsvc.filters import MAX_DEPTH, OPERATORS
@@ -19,21 +20,25 @@ from vecsvc.front_door import Described
 from vecsvc.indexes.base import module
 from vecsvc.openapi_embed import ANSWERS, ERRORS, VECTORS, embed_paths
 from vecsvc.schemas import ARROW, BINARY, JSON, MAX_URL_TEXT_CHARS, ErrorAnswer
-from vecsvc.types import DEFAULT_K, INCLUDES, MAX_ABS, BatchAnswer, SearchAnswer
+from vecsvc.types import DEFAULT_K, INCLUDES, MAX_ABS, MAX_SHARDS, BatchAnswer, SearchAnswer
 
+OPEN_PATHS: Final = ("/livez", "/readyz")  # that never ask for a key
 _REF: Final = "#/components/schemas/{name}"
 
 # Settings of the service are named in braces.
 _ERRORS: Final = {
     400: "the bytes are not what they say they are",
+    401: "no key, or none that holds",
+    403: "the key may not do this",
     404: "no such index, model or id",
     408: "the body did not arrive within {body_timeout_s:g} s",
     413: "the body has more than {max_query_bytes} bytes, that of a batch more than {max_body_bytes}; or a text "
     "that may not be cut is too long",
     415: "the body has another type, or is compressed",
     422: "well-formed, but wrong: the message names the value and what would be right",
-    429: "{max_in_flight} requests are in flight, or {max_buffered_bytes} bytes of bodies, "
-    "or too many tokens wait for an encoder; see Retry-After",
+    429: "the key asks for more than its rate; or {max_in_flight} questions are in flight, or {max_bulk_in_flight} "
+    "requests of more than 8, or {max_buffered_bytes} bytes of bodies, or {max_waiting_tokens} tokens wait for an "
+    "encoder; see Retry-After",
     500: "the service failed",
     503: "not ready; the message says why",
     504: "the deadline timeout_ms passed; for embeddings that is {embed_timeout_ms:g} ms",
@@ -45,6 +50,13 @@ _MIN_FLOAT32: Final = 1.401298464324817e-45  # smaller ones become zero
 _FIRST_TOO_LARGE: Final = float(
     (np.float64(np.float32(MAX_ABS)) + np.float64(np.nextafter(np.float32(MAX_ABS), np.float32(np.inf)))) / 2
 )
+
+
+class _Known(dict[str, Any]):
+    """Settings by their names; a front door lacks those of what only its nodes do."""
+
+    def __missing__(self, name: str) -> str:
+        return "too many"
 
 
 class IndexSummary(msgspec.Struct, frozen=True):
@@ -140,6 +152,7 @@ def document(served: Sequence[Described], settings: HttpSettings) -> dict[str, A
         paths |= _search_paths(f"/indexes/{one.name}", prefix, one, settings)
         if len(served) == 1:
             paths |= _search_paths("", prefix, one, settings)
+    secured: dict[str, Any] = _secure(paths, settings) if settings.keys else {}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -148,8 +161,25 @@ def document(served: Sequence[Described], settings: HttpSettings) -> dict[str, A
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": {"schemas": components},
+        "components": {"schemas": components, **secured},
     }
+
+
+def _secure(paths: dict[str, Any], settings: HttpSettings) -> dict[str, Any]:
+    """Say of each operation that it asks for a key, and how it refuses; the two ways to send one."""
+    schemes = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "key": {"type": "apiKey", "in": "header", "name": KEY_HEADER},
+    }
+    for path, operations in paths.items():
+        for operation in operations.values():
+            operation["security"] = [] if path in OPEN_PATHS else [{name: []} for name in schemes]
+            if path not in OPEN_PATHS:
+                error = operation["responses"]["500"]["content"][JSON]["schema"]["$ref"].rpartition("/")[2]
+                refused = _responses("Status", (401, 403, 429), settings, error_name=error)
+                del refused["200"]
+                operation["responses"] |= refused
+    return {"securitySchemes": schemes}
 
 
 def _get(summary: str, answer: str, operation: str, errors: Iterable[int], settings: HttpSettings) -> dict[str, Any]:
@@ -170,13 +200,17 @@ def _responses(
         content[ARROW] = {"schema": {"type": "string", "format": "binary", "description": meaning}}
     error = {JSON: {"schema": {"$ref": _REF.format(name=error_name)}}}
     request_id = {"X-Request-Id": {"description": "yours, or one of ours", "schema": {"type": "string"}}}
-    retry = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
+    challenge = {"WWW-Authenticate": {"description": "the scheme, Bearer", "schema": {"type": "string"}}}
+    retry = {
+        "Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}},
+        "Retry-After-Ms": {"description": "milliseconds", "schema": {"type": "integer", "minimum": 1}},
+    }
     return {
         "200": {"description": "OK", "headers": request_id, "content": content},
         **{
             str(status): {
-                "description": _ERRORS[status].format_map(asdict(settings)),
-                "headers": request_id | (retry if status in (429, 503) else {}),
+                "description": _ERRORS[status].format_map(_Known(asdict(settings))),
+                "headers": request_id | (retry if status in (429, 503) else challenge if status == 401 else {}),
                 "content": error,
             }
             for status in errors
@@ -338,12 +372,19 @@ def _vector(served: Described) -> dict[str, Any]:
 
 
 def _params(served: Described) -> dict[str, Any]:
-    """`exact` and `max_visited`, and the settings of the index's kind with their bounds."""
+    """What every kind takes, and the settings of the index's kind with their bounds."""
     cls = module(served.manifest.spec.kind).SearchParams
     properties: dict[str, Any] = {
         "exact": {"type": "boolean", "default": False, "description": "compare with every vector"},
         "max_visited": {"type": "integer", "minimum": 1, "maximum": 2**53, "description": "vectors to compare at most"},
     }
+    if served.centroids is not None:
+        properties["probe_shards"] = {
+            "type": "integer",
+            "minimum": 1,
+            "maximum": MAX_SHARDS,
+            "description": "ask so many shards, those nearest to the query; all of them unless it is given",
+        }
     defaults = {**indexes.params_dict(cls()), **served.manifest.search}
     for field in dataclasses.fields(cls):
         schema: dict[str, Any] = {"type": "integer", "description": field.metadata.get("meaning", "")}

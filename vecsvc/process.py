@@ -11,16 +11,18 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import time
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import threadpoolctl
 import uvloop
 from aiohttp import web
 
 from vecsvc import __version__, machine_code
+from vecsvc.access import is_loopback
 from vecsvc.catalog import Catalog
 from vecsvc.config import HttpSettings, ServeSettings
 from vecsvc.engine import Engine
@@ -28,6 +30,7 @@ from vecsvc.errors import ConfigError
 from vecsvc.server import Connection, Service
 from vecsvc.shard_server import ShardServer
 from vecsvc.telemetry import Metrics, configure_logging
+from vecsvc.tls import server_tls
 
 log: Final = logging.getLogger("vecsvc.server")
 
@@ -62,17 +65,21 @@ def allow_files(settings: HttpSettings) -> None:
 async def _run(directory: Path, settings: ServeSettings) -> None:
     started = time.perf_counter()
     catalog, engine, service = node(directory, settings)
+    tls, admin_tls = http_tls(settings)
     machine_code.announce = functools.partial(_compiling, catalog)
-    runner, listener = await listen(service, service.app(), settings.host, settings.port)
-    admin, admin_listener = await listen(service, service.admin_app(), settings.admin_host, settings.admin_port)
+    runner, listener = await listen(service, service.app(), settings.host, settings.port, tls)
+    admin, admin_listener = await listen(
+        service, service.admin_app(), settings.admin_host, settings.admin_port, admin_tls
+    )
     stop = stop_signal()
     port, admin_port = (server.sockets[0].getsockname()[1] for server in (listener, admin_listener))
     facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
     shards: ShardServer | None = None
     if settings.shard_port is not None:
         shards = ShardServer(engine, catalog)
-        facts["shard_port"] = await shards.listen(settings.shard_host, settings.shard_port)
+        facts["shard_port"] = await shards.listen(settings.shard_host, settings.shard_port, shard_tls(settings))
     log.info("listening", extra={"data": facts})
+    warn_if_open(settings)
     watch = asyncio.create_task(_watch(service, settings, started))
     reap = asyncio.create_task(service.reaper.run([runner, admin]))
     tell = asyncio.create_task(shards.watch()) if shards is not None else None
@@ -82,7 +89,7 @@ async def _run(directory: Path, settings: ServeSettings) -> None:
     if shards is not None:
         shards.drain()
     await asyncio.sleep(settings.drain_s)
-    await close_port(listener, service, runner)
+    await close_port(listener, service, runner, tls)
     await finish(service, runner)
     if shards is not None and tell is not None:
         await shards.finish(settings.shutdown_s)
@@ -136,13 +143,50 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-async def listen(service: Service, app: web.Application, host: str, port: int) -> tuple[web.AppRunner, asyncio.Server]:
+def http_tls(settings: HttpSettings) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
+    """TLS of the public and of the admin port, whose callers name themselves by keys and need no certificate."""
+    if not settings.tls_cert:
+        if settings.tls_key or settings.tls_client_ca:
+            raise ConfigError("tls_key and tls_client_ca are of no use without tls_cert")
+        return None, None
+    return (
+        server_tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca),
+        server_tls(settings.tls_cert, settings.tls_key),
+    )
+
+
+def shard_tls(settings: ServeSettings) -> ssl.SSLContext | None:
+    """TLS of the shard port: front doors show a certificate of the same authority."""
+    if not settings.shard_tls_cert:
+        if settings.shard_tls_key or settings.shard_tls_ca:
+            raise ConfigError("shard_tls_key and shard_tls_ca are of no use without shard_tls_cert")
+        if not is_loopback(settings.shard_host):
+            remedy = "shard_tls_cert, or a network policy"
+            log.warning("whoever reaches the shard port may ask", extra={"data": {"remedy": remedy}})
+        return None
+    if not settings.shard_tls_ca:
+        raise ConfigError("shard_tls_ca is missing: the authority that signed the certificates of front doors")
+    return server_tls(settings.shard_tls_cert, settings.shard_tls_key, settings.shard_tls_ca)
+
+
+def warn_if_open(settings: HttpSettings) -> None:
+    hosts = [host for host in (settings.host, settings.admin_host) if not is_loopback(host)]
+    if hosts and not settings.keys:
+        remedy = "vecsvc keys new, and --keys"
+        log.warning("whoever reaches the port may ask", extra={"data": {"hosts": hosts, "remedy": remedy}})
+
+
+async def listen(
+    service: Service, app: web.Application, host: str, port: int, tls: ssl.SSLContext | None
+) -> tuple[web.AppRunner, asyncio.Server]:
     # _finish waits for requests in flight; when that is over, aiohttp need not begin to wait anew.
     runner = web.AppRunner(app, shutdown_timeout=GRACE_S)
     await runner.setup()
     loop = asyncio.get_running_loop()
     try:
-        listener = await loop.create_server(lambda: Connection(service, runner.server), host, port, backlog=1024)
+        listener = await loop.create_server(
+            lambda: Connection(service, runner.server), host, port, backlog=1024, **_handshake(service, tls)
+        )
     except OSError as error:
         await runner.cleanup()
         # asyncio puts words of its own around the system's.
@@ -151,7 +195,14 @@ async def listen(service: Service, app: web.Application, host: str, port: int) -
     return runner, listener
 
 
-async def close_port(listener: asyncio.Server, service: Service, runner: web.AppRunner) -> None:
+def _handshake(service: Service, tls: ssl.SSLContext | None) -> dict[str, Any]:
+    """Before its handshake a connection is none that the reaper knows, so that has a limit of its own."""
+    return {"ssl": tls, "ssl_handshake_timeout": service.settings.header_timeout_s} if tls is not None else {}
+
+
+async def close_port(
+    listener: asyncio.Server, service: Service, runner: web.AppRunner, tls: ssl.SSLContext | None
+) -> None:
     """Close the port, and take in whom the kernel let in already: for a client, that is to be accepted."""
     held = [socket.socket(fileno=os.dup(port.fileno())) for port in listener.sockets]
     listener.close()
@@ -161,8 +212,9 @@ async def close_port(listener: asyncio.Server, service: Service, runner: web.App
             port.setblocking(False)
             while True:
                 waiting.append(port.accept()[0])
-    for client in waiting:
-        await asyncio.get_running_loop().connect_accepted_socket(lambda: Connection(service, runner.server), client)
+    loop, options = asyncio.get_running_loop(), _handshake(service, tls)
+    taken = [loop.connect_accepted_socket(lambda: Connection(service, runner.server), c, **options) for c in waiting]
+    await asyncio.gather(*taken, return_exceptions=True)  # who fails to shake hands is no concern of the others
 
 
 async def _watch(service: Service, settings: ServeSettings, started: float) -> None:

@@ -7,7 +7,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vecsvc.types import Distances, Labels
+from vecsvc.distance import exact_distances, unit
+from vecsvc.types import Distances, Labels, Metric, Vectors
 
 TOLERANCE: Final = 1e-5  # a distance this close to the k-th true one is a hit
 
@@ -51,6 +52,25 @@ def merge_top_k(parts: list[tuple[Distances, NDArray[np.int64]]], k: int) -> tup
     _, first = np.unique(rows[order], return_index=True)
     order = order[np.sort(first)][:k]
     return part[order], position[order]
+
+
+def nearest_shards(queries: Vectors, centroids: Vectors, n: int, metric: Metric) -> NDArray[np.int64]:
+    """The n shards (n_queries, n) in which each query's neighbours are likeliest, the likeliest first.
+
+    `centroids` (n_shards, dim + 1) is what a version's centroids.npy holds: where a shard is, and last what is added
+    to the distance from there. That offset is what keeps shards equally large, so it moves their borders, for queries
+    as for rows. Distances are squared for l2, otherwise `1 - <q, c>` of the query's direction: how long a query is
+    changes nothing in its answer. All shards where there are fewer than n; ties go to the smaller number.
+    """
+    places, offsets = centroids[:, :-1], centroids[:, -1]
+    flat: Metric = "l2" if metric == "l2" else "ip"
+    points = queries if metric == "l2" else unit(queries)
+    return np.stack([top_k(exact_distances(point, places, flat) + offsets, n)[0] for point in points])
+
+
+def queries_of_shards(chosen: NDArray[np.int64]) -> dict[int, NDArray[np.intp]]:
+    """Which rows of `chosen` (n_queries, n) ask each shard, so that each is asked once, by its number."""
+    return {int(shard): np.flatnonzero((chosen == shard).any(axis=1)) for shard in np.unique(chosen)}
 
 
 def recall(found: Distances, bounds: Distances) -> NDArray[np.float64]:

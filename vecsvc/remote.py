@@ -18,16 +18,15 @@ import msgspec
 import numpy as np
 
 from vecsvc import errors
-from vecsvc.errors import InternalError, ProtocolError, VecsvcError
+from vecsvc.errors import InternalError, ProtocolError, ServiceError, VecsvcError
 from vecsvc.filters import OPERATORS
-from vecsvc.types import Condition, Id, Include, SearchSettings, ShardExplain, Vectors
+from vecsvc.types import MAX_SHARDS, Condition, Id, Include, SearchSettings, ShardExplain, Vectors
 
 T = TypeVar("T")
 
 PROTOCOL: Final = 1  # rises when an older end would not understand
 MAX_REQUEST_BYTES: Final = 64 << 20  # a batch of vectors fits by max_body_bytes
 MAX_ANSWER_BYTES: Final = 512 << 20  # an answer is bounded by the engine's own limit on its size in memory
-MAX_SHARDS: Final = 4096  # of one index
 MAX_K: Final = 1_000_000  # and of a rerank's depth; what a front door asks stays below by its own limits
 
 _HEAD: Final = struct.Struct("<IBII")
@@ -95,6 +94,7 @@ class Ask(_Message, frozen=True):
     exact: bool
     max_visited: Annotated[int, msgspec.Meta(ge=1, le=1 << 53)] | None
     rerank_depth: Annotated[int, msgspec.Meta(ge=1, le=MAX_K)] | None
+    partial: bool  # what was found by the deadline is better than nothing
     include: list[Include]
 
     def rows(self) -> Vectors:
@@ -109,6 +109,7 @@ class Ask(_Message, frozen=True):
             max_visited=self.max_visited,
             rerank_depth=self.rerank_depth,
             timeout_ms=timeout_ms,
+            partial=self.partial,
             include=frozenset(self.include),
         )
 
@@ -171,13 +172,13 @@ class Description(_Message, frozen=True):
     manifest: bytes  # JSON
     schema: bytes  # Arrow schema of the stored fields, as an IPC message
     encoder: bytes  # JSON of the EncoderSpec of what encodes its queries; empty where it takes no text
-    centroids: bytes | None  # float32 (shards, dim) where the index is partitioned by clusters
+    centroids: bytes | None  # float32 (shards, dim + 1), see nearest_shards; None where a hash spread the rows
 
 
 class Failed(_Message, frozen=True):
     code: str
     message: str
-    retry_after_ms: int = 0  # 0 where waiting would not help
+    retry_after_s: float | None = None  # when it may go better; None where nobody can tell
 
 
 MESSAGES: Final[dict[Kind, type[Any]]] = {
@@ -322,6 +323,8 @@ _BY_CODE["invalid"], _BY_CODE["internal"] = errors.InvalidRequest, InternalError
 
 
 def failure(error: Exception) -> Failed:
+    if isinstance(error, ServiceError):
+        return Failed(error.code, str(error), error.retry_after_s)
     if isinstance(error, VecsvcError):
         return Failed(error.code, str(error))
     return Failed(InternalError.code, "the node failed; its log says why")
@@ -329,4 +332,7 @@ def failure(error: Exception) -> Failed:
 
 def raised(failed: Failed) -> VecsvcError:
     """The error that a node met, as the same class here."""
-    return _BY_CODE.get(failed.code, InternalError)(failed.message)
+    error = _BY_CODE.get(failed.code, InternalError)(failed.message)
+    if isinstance(error, ServiceError):
+        error.retry_after_s = failed.retry_after_s
+    return error

@@ -18,12 +18,11 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from vecsvc import remote
 from vecsvc.config import RouteSettings
 from vecsvc.encoders.base import EncoderSpec
-from vecsvc.errors import NodeFailed, ProtocolError, VecsvcError
+from vecsvc.errors import MAX_LISTED, NodeFailed, ProtocolError, VecsvcError, listed
 from vecsvc.fan_out import Budgets, Call, Group
 from vecsvc.manifest import Manifest
 from vecsvc.node import Node
@@ -31,13 +30,11 @@ from vecsvc.remote import Description, Held, Kind
 from vecsvc.route_metrics import RouteMetrics
 from vecsvc.telemetry import Metrics
 from vecsvc.topology import Address, Discovery
-from vecsvc.types import ServedIndex
+from vecsvc.types import MAX_SHARDS, ServedIndex, Vectors
 
 log: Final = logging.getLogger("vecsvc.router")
 
 MAX_INDEXES: Final = 1024
-MAX_SHARDS: Final = remote.MAX_SHARDS
-MAX_NAMED: Final = 10  # nodes or shards that a message names one by one
 DESCRIBE_TIMEOUT_S: Final = 5.0
 FIRST_WAIT_S: Final = 10.0  # a new front door waits so long for the last shards before it answers without them
 
@@ -65,9 +62,12 @@ class RoutedVersion:
             raise ProtocolError(f"version {held.version!r} of {held.index!r} is described wrongly: {error}") from error
         self.encoder = RemoteEncoder(spec) if spec is not None else None
         self.total = len(self.manifest.shards)
-        self.centroids: NDArray[np.float32] | None = None
+        self.centroids: Vectors | None = None
         if description.centroids is not None:
-            self.centroids = np.frombuffer(description.centroids, "<f4").reshape(self.total, -1)
+            shape = self.total, self.manifest.spec.dim + 1
+            if len(description.centroids) != 4 * shape[0] * shape[1]:
+                raise ProtocolError(f"{len(description.centroids)} bytes are no centroids of shape {shape}")
+            self.centroids = np.frombuffer(description.centroids, "<f4").reshape(shape)
         self.groups: list[tuple[tuple[int, ...], list[Node]]] = []  # shards that the same nodes hold, and these nodes
 
     def regroup(self, nodes: Iterable[Node]) -> None:
@@ -220,12 +220,12 @@ class Router:
                 serving.keep(nodes)
                 missing = serving.missing()
                 if missing:
-                    problems[name] = f"no node for shards {_listed(missing)} of {serving.total}"
+                    problems[name] = f"no node for shards {listed(missing)} of {serving.total}"
             elif name not in problems:
                 least = min((offer.missing for offer in mine), key=len)
-                problems[name] = f"no node for shards {_listed(least)}" if least else "no version serves yet"
+                problems[name] = f"no node for shards {listed(least)}" if least else "no version serves yet"
         if not self.serving and not problems:
-            why = "; ".join(f"{node.name}: {node.problem or 'holds nothing'}" for node in nodes[:MAX_NAMED])
+            why = "; ".join(f"{node.name}: {node.problem or 'holds nothing'}" for node in nodes[:MAX_LISTED])
             problems["vecsvc"] = f"no node holds an index: {why or 'the topology names none'}"
         if self._discovery.problem:
             problems["topology"] = self._discovery.problem
@@ -336,8 +336,3 @@ def _offers(nodes: list[Node]) -> list[_Offer]:
             (held.version, held.digest) == (offer.version, offer.digest) for _, held in having.get(offer.index, [])
         )
     return list(found.values())
-
-
-def _listed(numbers: list[int]) -> str:
-    more = f" and {len(numbers) - MAX_NAMED} more" if len(numbers) > MAX_NAMED else ""
-    return ", ".join(map(str, numbers[:MAX_NAMED])) + more

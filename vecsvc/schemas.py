@@ -23,6 +23,7 @@ from vecsvc.types import (
     DEFAULT_K,
     INCLUDES,
     MAX_DIM,
+    MAX_SHARDS,
     BatchAnswer,
     Condition,
     Id,
@@ -192,15 +193,15 @@ def _explain(error: msgspec.ValidationError, body: bytes) -> MalformedRequest | 
 
 
 def _settings(wire: CommonBody, limits: HttpSettings) -> SearchSettings:
-    depth, exact, max_visited, timeout_ms = None, False, None, limits.timeout_ms
-    params: tuple[tuple[str, int], ...] = ()
+    depth, timeout_ms = None, limits.timeout_ms
+    params = _NO_PARAMS
     conditions: tuple[Condition, ...] = ()
     if wire.rerank is not False:
         if wire.rerank is True:
             raise InvalidRequest('rerank must be false or {"depth": n}, got true')
         depth = _between("rerank.depth", wire.rerank.depth, 1, limits.max_depth)
     if wire.params is not UNSET:
-        exact, max_visited, params = _params(wire.params)
+        params = _params(wire.params)
     if wire.filter is not UNSET:
         conditions = _conditions(wire.filter, limits)
     if wire.timeout_ms is not UNSET:
@@ -208,9 +209,10 @@ def _settings(wire: CommonBody, limits: HttpSettings) -> SearchSettings:
     return SearchSettings(
         k=_k(wire, limits),
         conditions=conditions,
-        params=params,
-        exact=exact,
-        max_visited=max_visited,
+        params=params.own,
+        exact=params.exact,
+        max_visited=params.max_visited,
+        probe_shards=params.probe_shards,
         rerank_depth=depth,
         timeout_ms=timeout_ms,
         partial=wire.partial,
@@ -237,11 +239,22 @@ def _k(wire: CommonBody, limits: HttpSettings) -> int:
     return _between(name, value, 1, limits.max_k)
 
 
-def _params(params: Mapping[str, Any]) -> tuple[bool, int | None, tuple[tuple[str, int], ...]]:
+class _Params(Struct, frozen=True, gc=False):
     """What every kind knows, apart from the settings of its own; those are checked against the index."""
+
+    exact: bool = False
+    max_visited: int | None = None
+    probe_shards: int | None = None
+    own: tuple[tuple[str, int], ...] = ()
+
+
+_NO_PARAMS: Final = _Params()
+
+
+def _params(params: Mapping[str, Any]) -> _Params:
     if len(params) > MAX_PARAMS:
         raise InvalidRequest(f"params has {len(params)} settings, no kind knows more than {MAX_PARAMS}")
-    exact, max_visited, own = False, None, []
+    exact, max_visited, probe_shards, own = False, None, None, []
     for name, value in params.items():
         if name == "exact":
             if not isinstance(value, bool):
@@ -249,11 +262,13 @@ def _params(params: Mapping[str, Any]) -> tuple[bool, int | None, tuple[tuple[st
             exact = value
         elif name == "max_visited":
             max_visited = _between("params.max_visited", value, 1, 2**53)
+        elif name == "probe_shards":
+            probe_shards = _between("params.probe_shards", value, 1, MAX_SHARDS)
         elif type(value) is int:
             own.append((name, value))
         else:
             raise InvalidRequest(f"params.{name[:_MAX_SHOWN]} must be an integer, got {shown(value)}")
-    return exact, max_visited, tuple(own)
+    return _Params(exact, max_visited, probe_shards, tuple(own))
 
 
 def _timeout(timeout_ms: float, limits: HttpSettings) -> float:
@@ -392,14 +407,15 @@ def encode_arrow(answer: BatchAnswer | SearchAnswer, id_type: IdType | None = No
     return stream
 
 
-class ErrorDetail(Struct, frozen=True):
+class ErrorDetail(Struct, frozen=True, omit_defaults=True):
     code: str
     message: str
+    retry_after_ms: int | UnsetType = UNSET  # where it passes: 429 and 503
 
 
 class ErrorAnswer(Struct, frozen=True):
     error: ErrorDetail
 
 
-def encode_error(code: str, message: str) -> bytes:
-    return _encoder.encode(ErrorAnswer(ErrorDetail(code, message)))
+def encode_error(code: str, message: str, retry_after_ms: int | UnsetType = UNSET) -> bytes:
+    return _encoder.encode(ErrorAnswer(ErrorDetail(code, message, retry_after_ms)))

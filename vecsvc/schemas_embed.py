@@ -191,6 +191,7 @@ class OpenAIErrorDetail(Struct, frozen=True):
     type: str
     param: str | None  # the field to blame, where it is one
     code: str
+    retry_after_ms: int | UnsetType = UNSET  # as in our own errors
 
 
 class OpenAIErrorAnswer(Struct, frozen=True):
@@ -200,22 +201,24 @@ class OpenAIErrorAnswer(Struct, frozen=True):
 class TeiErrorAnswer(Struct, frozen=True):
     error: str
     error_type: Literal["Unhealthy", "Backend", "Overloaded", "Validation"]
+    retry_after_ms: int | UnsetType = UNSET
 
 
 _PARAM: Final = re.compile(rf"(?:\$\.)?({'|'.join(OpenAIBody.__struct_fields__)})\b")
 
 
-def error_body(path: str, status: int, code: str, message: str) -> bytes:
+def error_body(path: str, status: int, code: str, message: str, retry_after_ms: int | None = None) -> bytes:
     """An error in the shape of what the path is like: OpenAI's, TEI's, or ours."""
+    retry = UNSET if retry_after_ms is None else retry_after_ms
     if path == OPENAI_PATH:
         kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
         # Our messages begin with the field that they are about.
         found = _PARAM.match(message)
         param = "model" if code == "model_not_found" else found[1] if found else None
-        return msgspec.json.encode(OpenAIErrorAnswer(OpenAIErrorDetail(message, kind, param, code)))
+        return msgspec.json.encode(OpenAIErrorAnswer(OpenAIErrorDetail(message, kind, param, code, retry)))
     if path == TEI_PATH or (path.startswith("/indexes/") and path.endswith(TEI_PATH) and path.count("/") == 3):
         known: dict[int, Literal["Unhealthy", "Overloaded"]] = {503: "Unhealthy", 429: "Overloaded"}
         return msgspec.json.encode(
-            TeiErrorAnswer(message, known.get(status) or ("Validation" if status < 500 else "Backend"))
+            TeiErrorAnswer(message, known.get(status) or ("Validation" if status < 500 else "Backend"), retry)
         )
-    return encode_error(code, message)
+    return encode_error(code, message, retry)

@@ -6,28 +6,37 @@ import asyncio
 import functools
 import itertools
 import logging
+import math
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeVar
 
 import msgspec
-from aiohttp import HttpVersion11, hdrs, web
+from aiohttp import hdrs, web
 
 from vecsvc import openapi, schemas, schemas_embed
+from vecsvc.access import Keyring
+from vecsvc.admission import LARGE_BYTES
 from vecsvc.catalog import Catalog
 from vecsvc.config import HttpSettings
+from vecsvc.door import CHALLENGE, Door, Handler, Route, invite, leave_body
+from vecsvc.engine import count
 from vecsvc.errors import (
     BodyTooLarge,
     DeadlineExceeded,
+    Forbidden,
     InvalidRequest,
     MalformedRequest,
     NotReady,
     Overloaded,
     RequestTimeout,
+    ServiceError,
     TextTooLong,
+    Unauthorized,
     UnknownId,
     UnknownIndex,
     UnknownModel,
@@ -45,11 +54,13 @@ from vecsvc.types import BatchAnswer, Query, SearchSettings
 
 log: Final = logging.getLogger("vecsvc.server")
 
-Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+T = TypeVar("T")
 
 # The one place that says which error is which status; the first class that fits wins.
 STATUS: Final[tuple[tuple[type[VecsvcError], int], ...]] = (
     (MalformedRequest, 400),
+    (Unauthorized, 401),
+    (Forbidden, 403),
     (UnknownIndex, 404),
     (UnknownModel, 404),
     (UnknownId, 404),
@@ -65,9 +76,11 @@ STATUS: Final[tuple[tuple[type[VecsvcError], int], ...]] = (
     (DeadlineExceeded, 504),
     (VecsvcError, 500),
 )
-RETRY_AFTER_S: Final = "1"
+RETRY_AFTER_MS: Final = "Retry-After-Ms"  # where OpenAI's clients look first
+RETRY_AFTER_S: Final = 1.0  # where the error does not know better
 MAX_LINE_BYTES: Final = 32_768  # of a request line: room for the longest ?q= of percent-encoded UTF-8
-SMALL_BODY_BYTES: Final = 65_536  # shorter bodies need no room in max_buffered_bytes
+REFUSAL_LINES_PER_S: Final = 10  # of requests that were not let in: they come in floods, and are no news
+ADMIN_THREADS: Final = 4  # for reload and rollback alone, which so wait for no question
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _JSON: Final = "application/json; charset=utf-8"
@@ -85,7 +98,9 @@ class Service:
         self.engine = engine
         self.catalog = engine.catalog
         self.reaper = Reaper(settings)
-        self.embed_routes = EmbedRoutes(self.engine, settings, self.metrics, self._read)
+        self.door = Door(Keyring(Path(settings.keys)) if settings.keys else None, self.engine.admission)
+        self.embed_routes = EmbedRoutes(self.engine, settings, self.metrics, self._read, self.door)
+        self.routes: dict[web.AbstractRoute, Route] = {}  # what each route of its applications declares
         self.draining = False
         self._loading: set[asyncio.Future[Any]] = set()  # threads that look for versions to open
         self._buffered = 0  # bytes of bodies that are being read
@@ -95,6 +110,8 @@ class Service:
         self._log_all = settings.log == "all"
         self._log_errors = settings.log != "none"
         self._lines = LineBudget(settings.log_lines_per_s)
+        self._refusal_lines = LineBudget(min(REFUSAL_LINES_PER_S, settings.log_lines_per_s))
+        self._admin_threads = ThreadPoolExecutor(ADMIN_THREADS, thread_name_prefix="vecsvc-admin")
 
     # -------------------------------------------------------------------------------------- applications
 
@@ -103,30 +120,38 @@ class Service:
         return self._app(
             self.settings.max_body_bytes,
             [
-                ("POST", "/search", self._search),
-                ("GET", "/search", self._get_search),
-                ("POST", "/search/batch", self._batch),
-                ("GET", "/indexes", self._indexes),
-                ("GET", "/indexes/{name}", self._index),
-                ("POST", "/indexes/{name}/search", self._search),
-                ("GET", "/indexes/{name}/search", self._get_search),
-                ("POST", "/indexes/{name}/search/batch", self._batch),
-                ("GET", "/openapi.json", self._openapi),
+                Route("POST", "/search", "read", "single", self._search),
+                Route("GET", "/search", "read", "single", self._get_search),
+                Route("POST", "/search/batch", "read", "many", self._batch),
+                Route("GET", "/indexes", "read", "none", self._indexes),
+                Route("GET", "/indexes/{name}", "read", "none", self._index),
+                Route("POST", "/indexes/{name}/search", "read", "single", self._search),
+                Route("GET", "/indexes/{name}/search", "read", "single", self._get_search),
+                Route("POST", "/indexes/{name}/search/batch", "read", "many", self._batch),
+                Route("GET", "/openapi.json", "read", "none", self._openapi),
                 *self.embed_routes.routes(),
             ],
         )
 
     def admin_app(self) -> web.Application:
         """The routes of the admin port."""
-        routes: list[tuple[str, str, Handler]] = [("GET", "/metrics", self._metrics)]
+        routes = [Route("GET", "/metrics", "metrics", "none", self._metrics)]
         if self._directory is not None:
-            routes += [("POST", "/reload", self._reload), ("POST", "/indexes/{name}/rollback", self._rollback)]
+            routes += [
+                Route("POST", "/reload", "admin", "none", self._reload),
+                Route("POST", "/indexes/{name}/rollback", "admin", "none", self._rollback),
+            ]
         return self._app(65_536, routes)
 
-    def _app(self, max_body_bytes: int, routes: list[tuple[str, str, Handler]]) -> web.Application:
+    def _app(self, max_body_bytes: int, routes: list[Route]) -> web.Application:
         app = web.Application(client_max_size=max_body_bytes, middlewares=[self._border])
-        for method, path, handler in [*routes, ("GET", "/livez", self._livez), ("GET", "/readyz", self._readyz)]:
-            app.router.add_route(method, path, handler, expect_handler=_expect)
+        probes = [
+            Route("GET", "/livez", "open", "none", self._livez),
+            Route("GET", "/readyz", "open", "none", self._readyz),
+        ]
+        for route in [*routes, *probes]:
+            added = app.router.add_route(route.method, route.path, route.handler, expect_handler=_expect)
+            self.routes[added] = route
         return app
 
     # ------------------------------------------------------------------------------------------ the border
@@ -136,15 +161,22 @@ class Service:
         """Every request comes in and goes out here: its id, its errors as JSON, its metrics and its log line."""
         started = time.perf_counter()
         self.reaper.begin(request)
-        why = ""
+        why, lines = "", self._lines
+        route = self.routes.get(request.match_info.route)
         try:
+            # Where no route fits there is nothing to be let in to, and the handler says so.
+            if route is not None:
+                self.door.admit(request, route)
             response = await handler(request)
         except VecsvcError as error:
             status = next(status for kind, status in STATUS if isinstance(error, kind))
             why = str(error)
             if status == 500 and self.may_log():
                 log.error("failed", exc_info=error)
-            response = _error(status, error.code, why, request.path)
+            if status in (401, 403, 429):
+                lines = self._refusal_lines
+            response = _error(status, error.code, why, request.path, _retry_after_s(error))
+            leave_body(request, response)
             if isinstance(error, BodyTooLarge | UnsupportedMediaType) or request.content.exception() is not None:
                 # What is left of the body would be taken for the next request.
                 response.force_close()
@@ -152,6 +184,7 @@ class Service:
             why = error.reason
             message = f"{error.reason}: {request.method} {request.path[:200]}"
             response = _error(error.status, _code(error.reason), message, request.path)
+            leave_body(request, response)
             if hdrs.ALLOW in error.headers:
                 response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
         except (asyncio.CancelledError, ConnectionError):
@@ -174,14 +207,17 @@ class Service:
         operation = resource.canonical if resource is not None else "unknown"
         self.metrics.requests(operation, str(response.status)).inc()
         self.metrics.latency(operation).observe(seconds)
-        if self._log_all or (why and self._log_errors and self.may_log()):
-            data = {
+        if self._log_all or (why and self._log_errors and self.may_log(lines)):
+            data: dict[str, Any] = {
                 "request_id": request_id,
                 "method": request.method,
                 "path": request.path[:200],
                 "status": response.status,
                 "ms": round(seconds * 1e3, 3),
             }
+            key = self.door.name(request)
+            if key is not None:
+                data["key"] = key
             log.info("request", extra={"data": {**data, "why": why} if why else data})
         return response
 
@@ -194,17 +230,19 @@ class Service:
         response.force_close()
         return response
 
-    def may_log(self) -> bool:
+    def may_log(self, lines: LineBudget | None = None) -> bool:
         """Whether there is room for another line about a failed request; those left out are told a second later."""
-        if self._lines.take():
+        lines = lines if lines is not None else self._lines
+        if lines.take():
             return True
-        if self._lines.kept_back == 1:
-            asyncio.get_running_loop().call_later(1.0, self._tell_kept_back)
+        if lines.kept_back == 1:
+            asyncio.get_running_loop().call_later(1.0, self._tell_kept_back, lines)
         return False
 
-    def _tell_kept_back(self) -> None:
-        log.warning("lines left out", extra={"data": {"lines": self._lines.kept_back, "limit": "log_lines_per_s"}})
-        self._lines.kept_back = 0
+    def _tell_kept_back(self, lines: LineBudget) -> None:
+        limit = "log_lines_per_s" if lines is self._lines else "REFUSAL_LINES_PER_S"
+        log.warning("lines left out", extra={"data": {"lines": lines.kept_back, "limit": limit}})
+        lines.kept_back = 0
 
     async def _read(self, request: web.Request, limit: int) -> bytes:
         """The whole body, within its limits of size and time; `limit` is that of this route."""
@@ -226,7 +264,7 @@ class Service:
         if declared is None:
             # Until the end of such a body nobody knows how long it is, so it counts as the longest from the start.
             declared, request = limit, request.clone(client_max_size=limit)
-        if declared <= SMALL_BODY_BYTES:
+        if declared <= LARGE_BYTES:
             # max_connections bounds these. A few who announce much and send nothing must not keep them out.
             declared = 0
         elif self._buffered + declared > self.settings.max_buffered_bytes:
@@ -235,6 +273,7 @@ class Service:
             self.reaper.await_body(request)
         self._buffered += declared
         try:
+            await invite(request)
             return await request.read()
         except web.HTTPRequestEntityTooLarge as error:
             raise BodyTooLarge(f"the body is larger than allowed, the limit here is {limit}") from error
@@ -272,6 +311,7 @@ class Service:
         arrow = schemas.ARROW in request.headers.get(hdrs.ACCEPT, "")
         if arrow and settings.include:
             raise InvalidRequest("Arrow answers hold ids, scores and distances; ask for include as JSON")
+        self.door.owe(request, count(query))
         answer = await self.engine.search_batch(name, query, settings)
         encode: Callable[[BatchAnswer], bytes] = schemas.encode
         if arrow:
@@ -334,9 +374,12 @@ class Service:
         folders = {folder.name: folder for folder in index_folders(self._directory)}
         if name not in folders:
             raise UnknownIndex(f"no index {name[:80]!r}; there are: {', '.join(folders)}")
-        before, after = await self.engine.in_thread(lambda: folders[name].rollback(to))
+        before, after = await self._as_admin(lambda: folders[name].rollback(to))
         await self.refresh(again=True)
         return _json(schemas.encode({"index": name, "from": before, "to": after, "problems": self.catalog.problems}))
+
+    async def _as_admin(self, run: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._admin_threads, run)
 
     @property
     def at_work(self) -> bool:
@@ -346,7 +389,7 @@ class Service:
     async def refresh(self, *, again: bool = False) -> list[tuple[str, str]]:
         catalog = self.catalog
         assert isinstance(catalog, Catalog), "a front door looks at its nodes, not at folders"
-        look = asyncio.ensure_future(self.engine.in_thread(lambda: catalog.refresh(again=again)))
+        look = asyncio.ensure_future(self._as_admin(lambda: catalog.refresh(again=again)))
         self._loading.add(look)
         look.add_done_callback(self._loading.discard)
         changed = await asyncio.shield(look)  # whoever waited may go, the thread stays at work
@@ -400,13 +443,23 @@ def _json(body: bytes) -> web.Response:
     return web.Response(body=body, headers={hdrs.CONTENT_TYPE: _JSON})
 
 
-def _error(status: int, code: str, message: str, path: str = "") -> web.Response:
-    """An error in the shape that the callers of `path` expect."""
-    body = schemas_embed.error_body(path, status, code, message)
-    response = web.Response(status=status, body=body, headers={hdrs.CONTENT_TYPE: _JSON})
+def _error(status: int, code: str, message: str, path: str = "", retry_after_s: float | None = None) -> web.Response:
+    """An error in the shape that the callers of `path` expect; what passes says when to come again."""
+    headers: dict[str, str] = {hdrs.CONTENT_TYPE: _JSON}
+    retry_after_ms: int | None = None
     if status in (429, 503):
-        response.headers[hdrs.RETRY_AFTER] = RETRY_AFTER_S
-    return response
+        seconds = retry_after_s if retry_after_s is not None else RETRY_AFTER_S
+        retry_after_ms = max(1, math.ceil(seconds * 1e3))
+        headers[hdrs.RETRY_AFTER] = str(math.ceil(retry_after_ms / 1e3))
+        headers[RETRY_AFTER_MS] = str(retry_after_ms)
+    elif status == 401:
+        headers[hdrs.WWW_AUTHENTICATE] = CHALLENGE
+    body = schemas_embed.error_body(path, status, code, message, retry_after_ms)
+    return web.Response(status=status, body=body, headers=headers)
+
+
+def _retry_after_s(error: VecsvcError) -> float | None:
+    return error.retry_after_s if isinstance(error, ServiceError) else None
 
 
 def _code(reason: str) -> str:
@@ -431,11 +484,8 @@ def _only(query: dict[str, str], *known: str) -> dict[str, str]:
 
 
 async def _expect(request: web.Request) -> web.StreamResponse | None:
-    """aiohttp's answer to Expect, with a refusal in our words."""
+    """A refusal of what is expected beyond the one thing that HTTP knows; `invite` grants that, once it is wanted."""
     if request.headers[hdrs.EXPECT].lower() != "100-continue":
         message = f"Expect is {request.headers[hdrs.EXPECT][:80]!r}, expected 100-continue"
         return _error(417, "expectation_failed", message, request.path)
-    if request.version >= HttpVersion11:
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer itself has not begun
     return None

@@ -11,8 +11,8 @@ import numpy as np
 from aiohttp import hdrs, web
 
 from vecsvc.config import HttpSettings
-from vecsvc.encoders.base import EncoderSpec
-from vecsvc.encoders.onnx import unit_length
+from vecsvc.door import Door, Route
+from vecsvc.encoders.base import EncoderSpec, unit_length
 from vecsvc.errors import NotReady, TextTooLong, UnsupportedMediaType
 from vecsvc.front_door import Backend
 from vecsvc.schemas import JSON
@@ -43,24 +43,28 @@ class EmbedRoutes:
         settings: HttpSettings,
         metrics: Metrics,
         read: Callable[[web.Request, int], Awaitable[bytes]],
+        door: Door,
     ) -> None:
         self._engine, self._settings, self._metrics, self._read = engine, settings, metrics, read
+        self._door = door
 
-    def routes(self) -> list[tuple[str, str, Callable[[web.Request], Awaitable[web.StreamResponse]]]]:
+    def routes(self) -> list[Route]:
         return [
-            ("POST", OPENAI_PATH, self._openai),
-            ("POST", TEI_PATH, self._tei),
-            ("POST", f"/indexes/{{name}}{TEI_PATH}", self._tei),
+            Route("POST", OPENAI_PATH, "read", "many", self._openai),
+            Route("POST", TEI_PATH, "read", "many", self._tei),
+            Route("POST", f"/indexes/{{name}}{TEI_PATH}", "read", "many", self._tei),
         ]
 
     async def _openai(self, request: web.Request) -> web.Response:
         started = time.perf_counter()
         asked = parse_openai(await self._body(request), self._settings)
+        self._door.owe(request, len(asked.texts))
         return await self._answer(asked, None, started, lambda made: encode_openai(made, as_base64=asked.base64))
 
     async def _tei(self, request: web.Request) -> web.Response:
         started = time.perf_counter()
         asked = parse_tei(await self._body(request), self._settings)
+        self._door.owe(request, len(asked.texts))
         return await self._answer(asked, request.match_info.get("name"), started, encode_tei)
 
     async def _body(self, request: web.Request) -> bytes:

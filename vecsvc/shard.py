@@ -47,6 +47,16 @@ class Found(msgspec.Struct, frozen=True, gc=False):
     rerank_s: float
 
 
+def placed(found: Found, rows: NDArray[np.intp], n: int) -> Found:
+    """What was found for the queries `rows` of n, as an answer to all n: nothing for the others."""
+    if len(rows) == n:
+        return found
+    labels = np.full((n, found.labels.shape[1]), -1, dtype=np.int64)
+    distances = np.full(labels.shape, np.inf, dtype=np.float32)
+    labels[rows], distances[rows] = found.labels, found.distances
+    return msgspec.structs.replace(found, labels=labels, distances=distances)
+
+
 class Shard:
     """The read side of `shards/NNN`. Any number of threads may use it at once."""
 

@@ -32,7 +32,6 @@ GREET_S: Final = 5.0  # a connection that has not said HELLO by then is closed, 
 TELL_S: Final = 0.25  # how often it is looked whether something changed that front doors should know
 QUIET_S: Final = 0.25  # so long nothing must have been asked before the connections are closed
 LOG_LINES_PER_S: Final = 10  # about connections that sent what nobody can read
-RETRY_AFTER_MS: Final = 20  # a search takes less, so another replica or a moment later may do
 
 
 class ShardServer:
@@ -186,10 +185,7 @@ class _FrontDoor(asyncio.Protocol):
         except asyncio.CancelledError:
             return  # nobody waits for it
         except VecsvcError as error:
-            failed = remote.failure(error)
-            if isinstance(error, Overloaded):
-                failed = msgspec.structs.replace(failed, retry_after_ms=RETRY_AFTER_MS)
-            self.send(remote.message(Kind.FAILED, request, failed))
+            self.send(remote.message(Kind.FAILED, request, remote.failure(error)))
         except Exception as error:
             log.exception("a bug of ours", extra={"data": {"kind": kind.name}})
             self.send(remote.message(Kind.FAILED, request, remote.failure(error)))
@@ -205,8 +201,7 @@ class _FrontDoor(asyncio.Protocol):
 
 
 def _full() -> remote.Failed:
-    error = Overloaded(f"{MAX_WAITING} requests of this front door wait for an answer")
-    return msgspec.structs.replace(remote.failure(error), retry_after_ms=RETRY_AFTER_MS)
+    return remote.failure(Overloaded(f"{MAX_WAITING} requests of this front door wait for an answer"))
 
 
 # ------------------------------------------------------------------------------------------------- answers
@@ -219,7 +214,7 @@ async def _search(server: ShardServer, asked: tuple[float, tuple[int, ...], remo
     try:
         shards = served.some(wanted)
         search, found, clock = await server.engine.search_part(served, shards, VectorQuery(vectors), settings)
-        if any(part.stopped for part in found) and clock.passed():
+        if any(part.stopped for part in found) and clock.passed() and not settings.partial:
             raise DeadlineExceeded("the search was cut short by the deadline")
         # Many hits take long enough to name to hold up the event loop.
         long = settings.k * len(vectors) > schemas.INLINE_HITS
@@ -320,7 +315,7 @@ async def _describe(server: ShardServer, asked: remote.Describe) -> tuple[Kind, 
             manifest=msgspec.json.encode(_without_files(served.manifest)),
             schema=served.stored.serialize().to_pybytes(),
             encoder=msgspec.json.encode(served.encoder.spec) if served.encoder is not None else b"",
-            centroids=None,
+            centroids=served.centroids.astype("<f4", copy=False).tobytes() if served.centroids is not None else None,
         )
     finally:
         served.release()

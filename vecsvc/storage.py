@@ -136,11 +136,11 @@ def write_file(path: Path, data: bytes, *, private: bool = False) -> None:
         file.write(data)
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, private: bool = False) -> None:
     """Change a file's content in one step that a crash cannot split."""
     aside = path.with_name(path.name + ".tmp")
     delete_file(aside)
-    write_file(aside, data)
+    write_file(aside, data, private=private)
     rename(aside, path)
 
 
@@ -303,6 +303,18 @@ class Lease:
 # ---------------------------------------------------------------------------------- versions of an index
 
 
+def delete_unheld(folder: Path) -> bool:
+    """Delete a folder that no living process holds; False where one does."""
+    lease = Lease.take(folder, exclusive=True)
+    if lease is None:
+        return False
+    try:
+        delete_folder(folder)
+    finally:
+        lease.release()
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class IndexFolder:
     """One index in an --out folder: its versions and which of them serves."""
@@ -432,12 +444,7 @@ class IndexFolder:
         """Delete what builds that died left behind; the folders of living builds are flocked."""
         gone = []
         for folder in sorted(self.path.glob(f"{STAGING}*")):
-            lease = Lease.take(folder, exclusive=True)
-            if lease is not None:
-                try:
-                    delete_folder(folder)
-                finally:
-                    lease.release()
+            if delete_unheld(folder):
                 gone.append(folder.name)
         for state in sorted(self.path.glob(f"{STATE}*")):
             if not (self.path / state.name.replace(STATE, STAGING, 1).removesuffix(".tmp")).exists():

@@ -24,6 +24,7 @@ METRICS: Final[tuple[Metric, ...]] = get_args(Metric)
 # Squared distances of vectors within this bound stay far from the end of float32 (3.4e38) up to MAX_DIM.
 MAX_ABS: Final = 1e15
 MAX_DIM: Final = 16_384
+MAX_SHARDS: Final = 256  # of an index
 DEFAULT_K: Final = 10
 
 
@@ -90,6 +91,7 @@ class SearchSettings(msgspec.Struct, frozen=True, kw_only=True):
     params: tuple[tuple[str, int], ...] = ()  # search settings of the kind; empty for its default
     exact: bool = False  # compare with every vector instead of walking the index
     max_visited: int | None = None
+    probe_shards: int | None = None  # ask so many, the nearest ones; None for all
     rerank_depth: int | None = None  # so many candidates get exact distances before the best k are kept
     timeout_ms: float = 2000.0
     partial: bool = False  # answer from the shards that are there
@@ -143,7 +145,9 @@ class TookMs(msgspec.Struct, frozen=True, gc=False):
 
 class Coverage(msgspec.Struct, frozen=True):
     shards_ok: int
-    shards_total: int
+    shards_total: Annotated[
+        int, msgspec.Meta(description="shards that were asked: all, or with probe_shards the nearest of some query")
+    ]
     degraded: Annotated[
         list[str],
         msgspec.Meta(description="what was missing or cut short: a search, or a text longer than its encoder reads"),

@@ -132,6 +132,13 @@ def check_canaries(name: str, found: Vectors, built_name: str, expected: Vectors
         )
 
 
+def unit_length(vectors: Vectors) -> Vectors:
+    """The vectors (n, dim) at length 1; a zero vector stays zero."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+    return unit
+
+
 def run_checked(encoder: Encoder, tokens: Sequence[Tokens]) -> Vectors:
     """One run, whose errors are EncoderErrors whatever the encoder is made of."""
     try:

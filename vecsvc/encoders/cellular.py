@@ -22,9 +22,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vecsvc.encoders.base import CANARY_TEXTS, Encoder, EncoderSpec, Role, Stepper
+from vecsvc.encoders.base import CANARY_TEXTS, Encoder, EncoderSpec, Role, Stepper, unit_length
 from vecsvc.encoders.folder import CELLS, cell_files
-from vecsvc.encoders.onnx import unit_length
 from vecsvc.errors import EncoderError, InvalidParameter
 from vecsvc.onnx_session import OnnxSession, Port, SessionSettings
 from vecsvc.tokenizer import Tokens

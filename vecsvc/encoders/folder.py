@@ -107,9 +107,13 @@ def cell_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """The sha256 of each of the encoder's files, by its place in the folder. Raises as `encoder_files` does."""
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in encoder_files(folder)}
+def hash_files(folder: Path, files: list[Path] | None = None) -> dict[str, str]:
+    """The sha256 of each of the encoder's files, by its place in the folder. Raises as `encoder_files` does.
+
+    `files` are those that `encoder_files` has just found.
+    """
+    found = files if files is not None else encoder_files(folder)
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in found}
 
 
 # ---------------------------------------------------------------------------------------------- settings

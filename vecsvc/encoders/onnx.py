@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from vecsvc.encoders.base import EncoderSpec, Role
+from vecsvc.encoders.base import EncoderSpec, Role, unit_length
 from vecsvc.encoders.folder import MODULES, OWN, TOKENIZER, EncoderSettings, encoder_files, hash_files, read_settings
 from vecsvc.errors import EncoderError, InvalidParameter, InvalidRequest
 from vecsvc.onnx_session import OnnxSession, SessionSettings, device_name
@@ -101,7 +101,7 @@ def open_encoder(
     """
     files = encoder_files(folder)
     # The files are hashed before onnxruntime sees one of them.
-    hashes = hashes if hashes is not None else hash_files(folder)
+    hashes = hashes if hashes is not None else hash_files(folder, files)
     settings = read_settings(folder)
     tokenizer = TextTokenizer(folder / TOKENIZER, settings.max_tokens, lower_case=settings.lower_case)
     session = OnnxSession(files[0], SessionSettings(device=device, num_threads=num_threads, memory_mb=memory_mb))
@@ -160,13 +160,6 @@ def pool(hidden: NDArray[Any], mask: NDArray[np.int64], pooling: str) -> Vectors
     elif pooling == "max":
         vectors = np.where(mask[:, :, None] > 0, vectors, np.float32(-np.inf)).max(axis=1)
     return vectors
-
-
-def unit_length(vectors: Vectors) -> Vectors:
-    """The vectors (n, dim) at length 1; a zero vector stays zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
-    return unit
 
 
 def _batches(tokens: Sequence[Tokens], limit: int) -> Iterator[NDArray[np.intp]]:

@@ -1,0 +1,99 @@
+"""Builds the index of each shard over its vectors, and measures what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from index_builders import base
+from index_builders.build_state import Indexed, Ingested, Job, whole
+from index_builders.certify import Certifier
+from index_builders.progress import Phase as Shown
+from vecsvc.errors import ArtifactError, StorageError
+from vecsvc.manifest import CENTROIDS_FILE, INDEX_FOLDER, VECTORS_FILE, file_entries
+from vecsvc.shard import ROWS_FILE
+from vecsvc.storage import delete_folder, make_folder, open_array
+from vecsvc.types import IndexSpec, Vectors
+
+
+def index_shards(job: Job, ingested: Ingested) -> Certifier:
+    """Build every shard's index, unless an earlier build had, and measure each while it is in memory."""
+    settings = job.settings
+    kind, params = base.choose(settings.kind, max(ingested.sizes), ingested.dim, job.params)
+    certifier = Certifier(
+        _vectors(job, ingested),
+        _rows(job, ingested),
+        job.metric,
+        settings.certificate_queries,
+        settings.seed,
+        centroids=_centroids(job, ingested),
+    )
+    for number in range(len(ingested.sizes)):
+        folder = job.shard_folder(number) / INDEX_FOLDER
+        done = job.state.indexed.get(number)
+        if done is not None and whole(job.staging, done.files):
+            job.resumed.append(f"index of shard {number}")
+            with job.phase("certify"):
+                index = certifier.load(number, folder, done.spec)
+                certifier.measure(number, index, job.threads)
+                index.close()
+            continue
+        spec = _build(job, certifier.vectors, number, kind, params)
+        files = file_entries(job.staging, [path for path in folder.rglob("*") if path.is_file()])
+        with job.phase("certify"):
+            # Some libraries do not notice a full disk. What will be served is what is read, so it is measured.
+            try:
+                written = certifier.load(number, folder, spec)
+            except ArtifactError as error:
+                raise StorageError(f"what was written cannot be read back: {error}; nothing was published") from error
+            job.state.indexed[number] = Indexed(spec, files)
+            job.save()
+            certifier.measure(number, written, job.threads)
+            written.close()
+    return certifier
+
+
+def _build(job: Job, vectors: list[NDArray[Any]], number: int, kind: str, params: dict[str, Any]) -> IndexSpec:
+    folder: Path = job.shard_folder(number) / INDEX_FOLDER
+    if folder.exists():
+        delete_folder(folder)
+    make_folder(folder)
+    title = f"indexing {number + 1}/{len(vectors)}"
+    with job.phase("index"), Shown(title, len(vectors[number]), job.stream) as shown:
+        index = base.build(
+            vectors[number],
+            kind=kind,
+            metric=job.metric,
+            params=params,
+            num_threads=job.threads,
+            seed=job.settings.seed,
+            progress=shown,
+        )
+        index.save(folder)
+        spec = index.spec
+        index.close()
+    return spec
+
+
+def _vectors(job: Job, ingested: Ingested) -> list[NDArray[Any]]:
+    return [
+        open_array(job.shard_folder(number) / VECTORS_FILE, np.dtype(ingested.dtype), (size, ingested.dim))
+        for number, size in enumerate(ingested.sizes)
+    ]
+
+
+def _rows(job: Job, ingested: Ingested) -> list[NDArray[np.int64]]:
+    return [
+        open_array(job.shard_folder(number) / ROWS_FILE, np.int64, (size,))
+        for number, size in enumerate(ingested.sizes)
+    ]
+
+
+def _centroids(job: Job, ingested: Ingested) -> Vectors | None:
+    path = job.staging / CENTROIDS_FILE
+    if not path.exists():
+        return None
+    return open_array(path, np.float32, (len(ingested.sizes), ingested.dim + 1), mmap=False)

@@ -1,0 +1,325 @@
+"""TLS: certificates that are checked on both sides and renewed without a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import logging
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import service
+from service import Service
+
+from vecsvc import tls
+from vecsvc.client import AsyncClient, Client
+from vecsvc.config import ServeSettings
+from vecsvc.errors import ConfigError, ServiceError
+from vecsvc.process import serve
+from vecsvc.tls import client_tls, server_tls
+
+pytest.importorskip("cryptography")
+from certificates import Authority  # it needs the package
+
+QUERY = service.vectors(1, seed=80)[0]
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are looked at each time, not once a second."""
+    monkeypatch.setattr(tls, "LOOK_S", 0.0)
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+# ----------------------------------------------------------------------------------------------------- TLS
+
+
+def shake(server: ssl.SSLContext, client: ssl.SSLContext, name: str = "localhost") -> tuple[str, str]:
+    """A whole handshake in memory, with a byte each way; the version, and the serial number that the client saw."""
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ours = server.wrap_bio(up, down, server_side=True)
+    theirs = client.wrap_bio(down, up, server_hostname=name)
+
+    def step(act: object) -> bool:
+        try:
+            act()  # type: ignore[operator]
+        except ssl.SSLWantReadError:
+            return False
+        return True
+
+    done = [False, False]
+    while not all(done):
+        done = [done[0] or step(theirs.do_handshake), done[1] or step(ours.do_handshake)]
+    # With TLS 1.3 a client learns only now that its certificate was not wanted.
+    ours.write(b"x")
+    assert theirs.read(1) == b"x"
+    seen = theirs.getpeercert()
+    assert seen is not None
+    return theirs.version() or "", str(seen["serialNumber"])
+
+
+def test_both_sides_know_each_other_by_the_same_authority(authority: Authority) -> None:
+    server = server_tls(*authority.issue("server"), authority.ca)
+    client = client_tls(*authority.issue("client"), authority.ca)
+    assert shake(server, client)[0] == "TLSv1.3"
+    assert shake(server, client, "127.0.0.1")[0] == "TLSv1.3"
+    client.maximum_version = ssl.TLSVersion.TLSv1_2
+    assert shake(server, client)[0] == "TLSv1.2"
+
+
+def test_older_versions_are_not_spoken(authority: Authority) -> None:
+    for context in (server_tls(*authority.issue("server")), client_tls(ca=authority.ca)):
+        assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+
+
+def test_a_client_without_certificate_or_with_another_s_is_turned_away(authority: Authority, tmp_path: Path) -> None:
+    server = server_tls(*authority.issue("server"), authority.ca)
+    with pytest.raises(ssl.SSLError, match="PEER_DID_NOT_RETURN_A_CERTIFICATE"):
+        shake(server, client_tls(ca=authority.ca))
+    with pytest.raises(ssl.SSLError, match="CERTIFICATE_VERIFY_FAILED"):
+        shake(server, client_tls(*Authority(tmp_path).issue("client"), authority.ca))
+    with pytest.raises(ssl.SSLError, match="CERTIFICATE_VERIFY_FAILED"):
+        shake(server, client_tls(*authority.issue("late", days=-1), authority.ca))
+
+
+def test_a_server_of_another_authority_or_name_is_not_spoken_to(authority: Authority, tmp_path: Path) -> None:
+    with pytest.raises(ssl.SSLCertVerificationError, match="verify failed"):
+        shake(server_tls(*Authority(tmp_path).issue("server")), client_tls(ca=authority.ca))
+    server = server_tls(*authority.issue("server"))
+    with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
+        shake(server, client_tls(ca=authority.ca), "elsewhere")
+    assert shake(server, client_tls(ca=authority.ca, check_hostname=False), "elsewhere")[0] == "TLSv1.3"
+    with pytest.raises(ssl.SSLCertVerificationError, match="verify failed"):
+        shake(server, client_tls())
+
+
+def test_the_key_may_lie_in_the_certificate_s_file(authority: Authority, tmp_path: Path) -> None:
+    cert, key = authority.issue("server")
+    both = tmp_path / "both.pem"
+    both.write_bytes(Path(key).read_bytes() + Path(cert).read_bytes())
+    assert shake(server_tls(str(both)), client_tls(ca=authority.ca))[0] == "TLSv1.3"
+
+
+@pytest.fixture
+def damaged(authority: Authority, tmp_path: Path) -> Iterator[dict[str, str]]:
+    cert, key = authority.issue("server")
+    (tmp_path / "empty.pem").touch()
+    (tmp_path / "long.pem").write_bytes(Path(cert).read_bytes() + b"\n" * tls.MAX_PEM_BYTES)
+    yield {
+        "cert": cert,
+        "key": key,
+        "ca": authority.ca,
+        "other": authority.issue("other")[1],
+        "encrypted": authority.encrypted_key("encrypted.pem"),
+        "missing": str(tmp_path / "missing.pem"),
+        "empty": str(tmp_path / "empty.pem"),
+        "long": str(tmp_path / "long.pem"),
+        "folder": str(tmp_path),
+        "": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("missing", "key", ""), r"missing\.pem: No such file"),
+        (("cert", "missing", ""), r"missing\.pem: No such file"),
+        (("cert", "key", "missing"), r"missing\.pem: No such file"),
+        (("folder", "key", ""), "Is a directory"),
+        (("cert", "other", ""), r"other-key\.pem: is not the private key of .*server-cert\.pem"),
+        (("cert", "encrypted", ""), r"encrypted\.pem: the private key is encrypted"),
+        (("cert", "", ""), r"server-cert\.pem: no certificate and private key in PEM"),
+        (("empty", "key", ""), r"empty\.pem and .*server-key\.pem: no certificate"),
+        (("cert", "key", "empty"), r"empty\.pem: no certificates in PEM"),
+        (("long", "key", ""), r"long\.pem: has [0-9]+ bytes, a PEM file may have 1048576"),
+        (("", "key", ""), "no certificate is named"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(
+    damaged: dict[str, str], files: tuple[str, str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        server_tls(*(damaged[name] for name in files))
+
+
+def test_renewed_certificates_are_used_from_the_next_connection_on(tmp_path: Path, at_once: None) -> None:
+    before = Authority(tmp_path)
+    server = server_tls(*before.issue("server"), before.ca)
+    client = client_tls(*before.issue("client"), before.ca)
+    first, again = shake(server, client)[1], shake(server, client)[1]
+    assert first == again
+    before.issue("server")
+    second = shake(server, client)[1]
+    assert second != first
+    # Another authority altogether: both sides read all their files anew.
+    after = Authority(tmp_path)
+    after.issue("server"), after.issue("client")
+    assert shake(server, client)[1] not in (first, second)
+
+
+def test_half_renewed_certificates_leave_those_before_in_force(
+    tmp_path: Path, at_once: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("server")
+    server, client = server_tls(cert, key), client_tls(ca=authority.ca)
+    first = shake(server, client)[1]
+    old_key = Path(key).read_bytes()
+    authority.issue("server")
+    new_key = Path(key).read_bytes()
+    Path(key).write_bytes(old_key)  # the certificate is new, and its key has not come yet
+    with caplog.at_level(logging.INFO, "vecsvc.tls"):
+        assert shake(server, client)[1] == shake(server, client)[1] == first
+        assert [r.message for r in caplog.records] == ["certificates not renewed"]
+        Path(key).unlink()
+        assert shake(server, client)[1] == first
+        Path(key).write_bytes(new_key)
+        assert shake(server, client)[1] != first
+    assert [r.message for r in caplog.records] == ["certificates not renewed"] * 2 + ["certificates renewed"]
+
+
+def test_files_are_looked_at_once_a_second_at_most(tmp_path: Path) -> None:
+    now = 100.0
+    file = tmp_path / "file"
+    watch = tls.FileWatch(file, clock=lambda: now)
+    file.write_text("new")
+    assert not watch.changed()
+    now += tls.LOOK_S
+    assert watch.changed() and not watch.changed()
+    now += tls.LOOK_S
+    assert not watch.changed()
+    file.unlink()
+    now += tls.LOOK_S
+    assert watch.changed()
+
+
+# ------------------------------------------------------------------------------------------------- the service
+
+
+@pytest.fixture(scope="module")
+def secured(authority: Authority) -> Iterator[Service]:
+    """Asks for a certificate on its public port."""
+    cert, key = authority.issue("service")
+    settings = {"tls_cert": cert, "tls_key": key, "tls_client_ca": authority.ca, "header_timeout_s": 1}
+    with service.started(service.index("squared"), **settings) as running:
+        running.wait_for("ready")
+        yield running
+        service.assert_clean(running)
+        assert running.stop() == 0
+
+
+def url(running: Service) -> str:
+    return f"https://127.0.0.1:{running.port}"
+
+
+def test_both_clients_speak_tls_and_show_their_certificate(secured: Service, authority: Authority) -> None:
+    named: Any = {"ca": authority.ca, "cert": authority.issue("client")}
+    with Client(url(secured), **named) as client:
+        assert client.ready() and len(client.search(vector=QUERY, k=3).results) == 3
+        assert len(client.search_batch(vectors=service.vectors(500, seed=2), k=3).results) == 500
+
+    async def ask() -> int:
+        async with AsyncClient(url(secured), **named) as client:
+            assert await client.ready()
+            return len((await client.search(vector=QUERY, k=3)).results)
+
+    assert asyncio.run(ask()) == 3
+
+
+def test_who_shows_no_certificate_or_trusts_nobody_gets_no_answer(
+    secured: Service, authority: Authority, tmp_path: Path
+) -> None:
+    strangers: list[dict[str, Any]] = [
+        {"ca": authority.ca},
+        {"ca": authority.ca, "cert": Authority(tmp_path).issue("client")},
+        {"cert": authority.issue("client")},
+    ]
+    for stranger in strangers:
+        with Client(url(secured), **stranger) as client, pytest.raises(ServiceError, match="no answer"):
+            client.indexes()
+    # A request in clear on the port gets nothing that could be taken for an answer.
+    assert secured.raw(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n") == b""
+
+
+def test_the_admin_port_speaks_tls_and_asks_for_no_certificate(secured: Service, authority: Authority) -> None:
+    context = client_tls(ca=authority.ca)
+    connection = http.client.HTTPSConnection("127.0.0.1", secured.admin_port, timeout=10, context=context)
+    with contextlib.closing(connection):
+        assert service.ask(connection, "GET", "/readyz").status == 200
+        assert b"vecsvc_in_flight" in service.ask(connection, "GET", "/metrics").body
+
+
+def test_a_connection_that_shakes_no_hands_is_closed(secured: Service) -> None:
+    with secured.socket() as sock:
+        assert service.read_all(sock) == b""
+
+
+def test_a_certificate_that_is_renewed_is_shown_without_a_restart(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("service")
+    context = client_tls(ca=authority.ca)
+
+    def serial(running: Service) -> str:
+        with (
+            socket.create_connection(("127.0.0.1", running.port), timeout=10) as sock,
+            context.wrap_socket(sock, server_hostname="localhost") as shaken,
+        ):
+            shown = shaken.getpeercert()
+            assert shown is not None
+            return str(shown["serialNumber"])
+
+    with service.started(service.index("squared"), tls_cert=cert, tls_key=key) as running:
+        running.wait_for("ready")
+        with Client(url(running), ca=authority.ca) as client:
+            assert client.ready()
+            before = serial(running)
+            authority.issue("service")
+            end = time.monotonic() + 10
+            while serial(running) == before:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            assert running.wait_for("certificates renewed")["files"] == f"{cert}, {key}"
+            assert client.ready(), "a connection that was open goes on"
+        service.assert_clean(running)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tls_cert": "missing.pem"}, "missing.pem: No such file"),
+        ({"tls_key": "key.pem"}, "of no use without tls_cert"),
+        ({"tls_client_ca": "ca.pem"}, "of no use without tls_cert"),
+    ],
+)
+def test_a_service_does_not_start_with_files_it_cannot_use(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        serve(service.index("squared"), ServeSettings(port=0, admin_port=0, **settings))
+
+
+@pytest.mark.parametrize("make", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("address", "options", "message"),
+    [
+        ("http://127.0.0.1:1", {"ca": "ca.pem"}, "ca and cert are for https://"),
+        ("http://127.0.0.1:1", {"cert": "cert.pem"}, "ca and cert are for https://"),
+        ("https://127.0.0.1:1", {"ca": "missing.pem"}, "missing.pem: No such file"),
+        ("https://127.0.0.1:1", {"cert": ("missing.pem", "key.pem")}, "missing.pem: No such file"),
+        ("http://127.0.0.1:1", {"api_key": "a\nb"}, "characters that no key has"),
+        ("http://127.0.0.1:1", {"api_key": "schlüssel"}, "characters that no key has"),
+    ],
+)
+def test_a_client_says_at_once_what_it_cannot_use(
+    make: Any, address: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(address, **options)

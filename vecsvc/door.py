@@ -1,0 +1,81 @@
+"""The way in: what each route declares, and who is let through, decided by a request's head before its body is read."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final, NamedTuple, TypeAlias
+
+from aiohttp import HttpVersion11, hdrs, web
+
+from vecsvc.access import KEY_HEADER, Key, Keyring, Scope
+from vecsvc.admission import LARGE_BYTES, Admission, Load
+
+Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+CHALLENGE: Final = 'Bearer realm="vecsvc"'
+_KEY: Final = web.RequestKey("key", Key)
+
+
+class Route(NamedTuple):
+    """What an application answers. Nothing has a default, so that no route forgets to say who may call it."""
+
+    method: str
+    path: str
+    scope: Scope
+    load: Load
+    handler: Handler
+
+
+class Door:
+    """Lets requests in or raises why not: a key that holds, its scope, a free place, its rate; in that order."""
+
+    def __init__(self, keyring: Keyring | None, admission: Admission) -> None:
+        """Without a keyring everybody may do everything."""
+        self._keyring, self._admission = keyring, admission
+
+    def admit(self, request: web.Request, route: Route) -> None:
+        """Raises Unauthorized, Forbidden, Overloaded or RateLimited."""
+        key = None
+        if self._keyring is not None and route.scope != "open":
+            key = self._keyring.admit(presented(request), route.scope)
+            request[_KEY] = key
+        if route.load != "none":
+            self._admission.check(route.load, request.content_length if request.body_exists else 0)
+        if self._keyring is not None and key is not None:
+            self._keyring.take(key)
+
+    def owe(self, request: web.Request, queries: int) -> None:
+        """Tell how many queries or texts a request turned out to hold; one was counted when it came."""
+        key = request.get(_KEY)
+        if key is not None:
+            key.owe(queries - 1)
+
+    def name(self, request: web.Request) -> str | None:
+        """The name of the key that a request was let in with."""
+        key = request.get(_KEY)
+        return key.name if key is not None else None
+
+
+def presented(request: web.Request) -> str | None:
+    """The key that a request brings; where it has both headers, ours counts."""
+    key = request.headers.get(KEY_HEADER)
+    if key is not None:
+        return key
+    scheme, _, rest = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    return rest.strip() if scheme.lower() == "bearer" else None
+
+
+async def invite(request: web.Request) -> None:
+    """Ask for the body of a client that waits to be asked; who is refused sends none."""
+    if hdrs.EXPECT in request.headers and request.version >= HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun
+
+
+def leave_body(request: web.Request, response: web.StreamResponse) -> None:
+    """What is left of a small body is read and dropped, so that its connection stays; a large one ends it."""
+    if request.content.is_eof():
+        return
+    length = request.content_length
+    if length is None or length > LARGE_BYTES or hdrs.EXPECT in request.headers:
+        response.force_close()

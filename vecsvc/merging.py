@@ -1,0 +1,156 @@
+"""What nodes found, as one answer: each part checked, all parts merged by (distance, corpus row)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from vecsvc.distance import score
+from vecsvc.engine import Clock, cut_note
+from vecsvc.errors import DeadlineExceeded, ProtocolError, ShardsMissing
+from vecsvc.fan_out import Group
+from vecsvc.remote import Part
+from vecsvc.router import RoutedVersion
+from vecsvc.types import BatchAnswer, Coverage, Hit, Id, SearchSettings, Stats
+
+
+def check_part(n: int, k: int, dim: int, include: frozenset[str], part: Part) -> None:
+    """A node's answer is foreign bytes: what does not fit together is an error of that node."""
+    hits = sum(part.counts)
+    fits = (
+        len(part.counts) == n
+        and all(0 <= count <= k for count in part.counts)
+        and len(part.distances) == 4 * hits
+        and len(part.rows) == 8 * hits
+        and len(part.ids) == hits
+        and (part.fields is not None and len(part.fields) == hits if "fields" in include else True)
+        and (part.vectors is not None and len(part.vectors) == 4 * dim * hits if "vector" in include else True)
+    )
+    if not fits:
+        raise ProtocolError(f"an answer of {hits} hits whose parts do not fit together")
+
+
+class Merge:
+    """The nodes' parts as one answer: by (distance, corpus row), each row once."""
+
+    def __init__(
+        self,
+        version: RoutedVersion,
+        groups: list[Group],
+        n: int,
+        settings: SearchSettings,
+        own: Id | None,
+    ) -> None:
+        """Of `n` queries; `own` is the id of the row that is left out."""
+        self.version, self.groups, self.n, self.settings, self.own = version, groups, n, settings, own
+
+    def hits(self) -> list[list[Hit]]:
+        dim = self.version.manifest.spec.dim
+        parts = [_Opened(g.answer, dim, g.queries) for g in self.groups if g.answer is not None]
+        return [self._one([part.take(query) for part in parts]) for query in range(self.n)]
+
+    def _one(self, parts: list[list[tuple[float, int, Id, _Opened, int]]]) -> list[Hit]:
+        k, own = self.settings.k, self.own
+        # Each list is in order already, which Python's sort sees. A row near the border of two clusters may come twice.
+        candidates = sorted((hit for part in parts for hit in part), key=_order)
+        kept: list[tuple[float, int, Id, _Opened, int]] = []
+        seen: set[int] = set()
+        for hit in candidates:
+            if hit[1] not in seen and hit[2] != own:
+                kept.append(hit)
+                seen.add(hit[1])
+                if len(kept) == k:
+                    break
+        distances = np.array([hit[0] for hit in kept], dtype=np.float32)
+        scores = score(distances, self.version.manifest.metric).tolist()
+        if not self.settings.include:
+            return [Hit(hit[2], points, hit[0]) for hit, points in zip(kept, scores, strict=True)]
+        return [
+            Hit(id, points, distance, part.fields(at), part.vector(at))
+            for (distance, _, id, part, at), points in zip(kept, scores, strict=True)
+        ]
+
+    def answer(
+        self, hits: list[list[Hit]], parts: list[Part], clock: Clock, was_text: bool, cut: list[int]
+    ) -> BatchAnswer:
+        version, settings = self.version, self.settings
+        degraded = []
+        encoder = version.encoder
+        if cut and encoder is not None:
+            degraded.append(cut_note(cut, len(hits), encoder.spec.max_tokens))
+        if any(part.stopped for part in parts):
+            degraded.append("the search was cut short")
+        errors = [group.error for group in self.groups if group.error is not None]
+        if errors and not parts:
+            if all(isinstance(error, DeadlineExceeded) for error in errors):
+                raise DeadlineExceeded(f"no shard answered within timeout_ms: {errors[0]}")
+            raise ShardsMissing(f"no shard of {version.name!r} answered: {errors[0]}")
+        degraded += map(str, errors)
+        ok = sum(len(group.shards) for group in self.groups if group.answer is not None)
+        total = sum(len(group.shards) for group in self.groups)
+        strategies = {part.strategy for part in parts}
+        visited = [part.visited for part in parts]
+        explain = None
+        if "explain" in settings.include:
+            explain = [one for part in parts for one in part.explain or ()]
+        return BatchAnswer(
+            hits,
+            clock.took_ms(),
+            Coverage(ok, total, degraded),
+            Stats(
+                strategies.pop() if len(strategies) == 1 else "mixed",
+                -1 if min(visited) < 0 else sum(visited),
+                settings.k * len(hits) - sum(map(len, hits)),
+            ),
+            version.id,
+            encoder.spec.name if was_text and encoder is not None else None,
+            sorted(explain, key=lambda one: one.shard) if explain is not None else None,
+        )
+
+
+def _order(hit: tuple[float, int, Id, _Opened, int]) -> tuple[float, int]:
+    return hit[0], hit[1]
+
+
+class _Opened:
+    """A part whose bytes are lists, read query by query."""
+
+    def __init__(self, part: Part, dim: int, queries: list[int] | None) -> None:
+        """`queries` are those that it answers; None for all."""
+        self._part, self._dim = part, dim
+        self._place = {query: at for at, query in enumerate(queries)} if queries is not None else None
+        self._distances: list[float] = np.frombuffer(part.distances, "<f4").tolist()
+        self._rows: list[int] = np.frombuffer(part.rows, "<i8").tolist()
+        self._starts = [0]
+        for count in part.counts:
+            self._starts.append(self._starts[-1] + count)
+
+    def take(self, query: int) -> list[tuple[float, int, Id, _Opened, int]]:
+        """(distance, row, id, this, place) of each hit."""
+        at = query if self._place is None else self._place.get(query)
+        if at is None:
+            return []
+        start, end = self._starts[at], self._starts[at + 1]
+        return [
+            (distance, row, id, self, place)
+            for distance, row, id, place in zip(
+                self._distances[start:end],
+                self._rows[start:end],
+                self._part.ids[start:end],
+                range(start, end),
+                strict=True,
+            )
+        ]
+
+    def fields(self, at: int) -> Any:
+        """The stored fields as the node wrote them, which go into the answer as they are."""
+        return msgspec.Raw(self._part.fields[at]) if self._part.fields is not None else None
+
+    def vector(self, at: int) -> list[float] | None:
+        if self._part.vectors is None:
+            return None
+        size = 4 * self._dim
+        found: list[float] = np.frombuffer(self._part.vectors[at * size : (at + 1) * size], "<f4").tolist()
+        return found
