@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, Load, Question, cluster, end, nodes, questions, start, wait_until
+from local_cluster import Cluster, Load, Question, cluster, end, nodes, questions, start, wait_until
 from service import Corpus, Service, build, corpora, work_folder
 
 from vecsvc.fan_out import HEDGE_BURST

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from cluster import cluster, end, start
+from local_cluster import cluster, end, start
 from service import BINARY, GRAPH, JSON, Corpus, Service, build, corpora, encoder_folder, vectors, work_folder
 
 # ---------------------------------------------------------------------------------- the same as one process
