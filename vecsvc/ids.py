@@ -81,9 +81,7 @@ class IdColumn:
             raise ArtifactDamaged(f"{folder / IDS_FILE}: expected {expected} without nulls")
         self.id_type = id_type
         # Views into the map: going through Arrow's own scalars would cost ten times as much an id.
-        self._views: list[Any] = [
-            column.to_numpy() if id_type == "int" else _string_views(column) for column in columns
-        ]
+        self._views: list[Any] = [column.to_numpy() if id_type == "int" else string_views(column) for column in columns]
 
     def of(self, labels: list[int]) -> list[Id]:
         """The ids of labels, in their order."""
@@ -114,7 +112,7 @@ class IdColumn:
         return None
 
 
-def _string_views(column: pa.Array) -> tuple[memoryview, memoryview]:
+def string_views(column: pa.Array) -> tuple[memoryview, memoryview]:
     """Offsets and bytes of a string column that starts at its buffers' beginning, as every stored one does."""
     _, offsets, data = column.buffers()
     return memoryview(offsets).cast("i"), memoryview(data if data is not None else b"")
