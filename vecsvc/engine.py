@@ -392,8 +392,8 @@ class _Search:
             places = labels >= 0
             query, rank = np.nonzero(places)
             flat = distances[places]
-            ids = shards[0].ids.of(labels[places].tolist())
-            return Columns(query + first, rank, ids, whole, score(flat, metric), flat)
+            ids = shards[0].ids.column(labels[places])
+            return Columns(query + first, rank, [ids], whole, score(flat, metric), flat)
         lists = self._name(found, len(found[0].labels))
         hits = [hit for one in lists for hit in one]
         counts = [len(one) for one in lists]
@@ -401,7 +401,7 @@ class _Search:
         return Columns(
             np.repeat(np.arange(first, first + len(lists)), counts),
             np.concatenate([np.arange(count) for count in counts]),
-            [hit.id for hit in hits],
+            [[hit.id for hit in hits]],
             whole,
             score(flat, metric),
             flat,
@@ -549,7 +549,7 @@ def _joined(parts: list[Columns]) -> Columns:
     return Columns(
         np.concatenate([part.query for part in parts]),
         np.concatenate([part.rank for part in parts]),
-        [id for part in parts for id in part.ids],
+        [ids for part in parts for ids in part.ids],
         parts[0].whole,
         np.concatenate([part.scores for part in parts]),
         np.concatenate([part.distances for part in parts]),
