@@ -136,9 +136,8 @@ def report(tally: Tally, samples: list[dict[str, Any]], total: int) -> dict[str,
         for part in (samples[fifth : 2 * fifth] or samples, samples[-fifth:])
     ]
     grown = (late - early) / early
-    print(
-        f"RSS: {early:.1f} MB in the second fifth, {late:.1f} in the last ({grown:+.1%}): {'met' if grown < 0.03 else 'MISSED'}"
-    )
+    verdict = "met" if grown < 0.03 else "MISSED"
+    print(f"RSS: {early:.1f} MB in the second fifth, {late:.1f} in the last ({grown:+.1%}): {verdict}")
     print(f"open files: {files[0]:.0f} and {files[1]:.0f}: {'met' if files[0] == files[1] else 'MISSED'}")
     print(f"no failed request: {'met' if not tally.failed else 'MISSED'}")
     return {"rss_mb": [early, late], "files": files, "failed": tally.failed, "reasons": dict(tally.reasons)}

@@ -214,8 +214,8 @@ class Search:
             places = part.labels >= 0
             query, rank = np.nonzero(places)
             flat = part.distances[places]
-            ids = self.shards[0].ids.of(part.labels[places].tolist())
-            return Columns(query + first, rank, ids, whole, score(flat, metric), flat)
+            ids = self.shards[0].ids.column(part.labels[places])
+            return Columns(query + first, rank, [ids], whole, score(flat, metric), flat)
         return columns_of(self._name(found, n), first, whole, metric)
 
     def _name(self, found: Sequence[Found | None], n: int) -> list[list[Hit]]:
@@ -312,7 +312,7 @@ def columns_of(lists: list[list[Hit]], first: int, whole: bool, metric: Metric) 
     return Columns(
         np.repeat(np.arange(first, first + len(lists)), counts),
         np.concatenate([np.arange(count) for count in counts]),
-        [hit.id for one in lists for hit in one],
+        [[hit.id for one in lists for hit in one]],
         whole,
         score(flat, metric),
         flat,
@@ -325,7 +325,7 @@ def _joined_columns(parts: list[Columns]) -> Columns:
     return Columns(
         np.concatenate([part.query for part in parts]),
         np.concatenate([part.rank for part in parts]),
-        [id for part in parts for id in part.ids],
+        [ids for part in parts for ids in part.ids],
         parts[0].whole,
         np.concatenate([part.scores for part in parts]),
         np.concatenate([part.distances for part in parts]),

@@ -6,11 +6,13 @@ import time
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
+import numpy as np
+
 from vecsvc.catalog import Plan, Served
 from vecsvc.distance import check_vector
 from vecsvc.errors import DimensionMismatch, InvalidParameter, InvalidRequest, UnknownParameter, listed
 from vecsvc.manifest import Manifest
-from vecsvc.types import Query, SearchSettings, TextQuery, TookMs, VectorQuery, Vectors
+from vecsvc.types import MAX_ABS, Query, SearchSettings, TextQuery, TookMs, VectorQuery, Vectors
 
 E = TypeVar("E", covariant=True)
 
@@ -119,9 +121,11 @@ def check_vectors(vectors: Vectors, manifest: Manifest) -> None:
         raise DimensionMismatch(f"the vector has {vectors.shape[1]} values, index {manifest.name!r} has dim {spec.dim}")
     if len(vectors) == 1:
         check_vector(vectors[0], spec.metric)
-    else:
-        for row, vector in enumerate(vectors):
-            check_vector(vector, spec.metric, f"vectors[{row}]")
+        return
+    # Sums of squares within these bounds answer every question at once, as in check_vector.
+    squares = np.einsum("ij,ij->i", vectors, vectors)
+    for row in np.flatnonzero(~((squares > 0.0) & (squares <= MAX_ABS))).tolist():
+        check_vector(vectors[row], spec.metric, f"vectors[{row}]")
 
 
 def wrong_params(error: Exception) -> InvalidRequest:

@@ -408,11 +408,13 @@ def encode_arrow(answer: ColumnsAnswer) -> bytes:
     The rest of the answer is in the schema's metadata, `vecsvc`, as JSON.
     """
     found = answer.results
+    kind = pa.int64() if found.whole else pa.string()
+    ids = [part if isinstance(part, pa.Array) else pa.array(part, kind) for part in found.ids]
     table = pa.RecordBatch.from_arrays(
         [
             pa.array(found.query.astype(np.int32)),
             pa.array(found.rank.astype(np.int32)),
-            pa.array(found.ids, pa.int64() if found.whole else pa.string()),
+            pa.concat_arrays(ids),
             pa.array(found.scores),
             pa.array(found.distances),
         ],

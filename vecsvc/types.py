@@ -206,7 +206,7 @@ class Columns(msgspec.Struct, frozen=True, gc=False):
 
     query: NDArray[np.int64]  # (hits,)
     rank: NDArray[np.int64]  # (hits,)
-    ids: list[Id]
+    ids: list[Any]  # parts, one behind the other: lists of ids, or Arrow arrays
     whole: bool  # whether ids are integers, which no ids at all do not tell
     scores: Distances  # (hits,)
     distances: Distances  # (hits,)
