@@ -323,3 +323,35 @@ def test_a_client_says_at_once_what_it_cannot_use(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make(address, **options)
+
+
+def test_slow_clients_are_cut_off_under_tls_as_without(authority: Authority) -> None:
+    """Heads and bodies that drip, and answers of some megabytes that are not read."""
+    cert, key = authority.issue("service")
+    context = client_tls(ca=authority.ca)
+    limits = {"header_timeout_s": 0.5, "body_timeout_s": 0.5, "write_timeout_s": 0.5}
+    rows = service.vectors(1024, seed=15, dim=16).tobytes()
+    post = "POST /search/batch?k=150&timeout_ms=30000 HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+    question = f"{post}Content-Length: {len(rows)}\r\n\r\n".encode() + rows
+    with service.started(service.index("large"), tls_cert=cert, tls_key=key, **limits) as running:
+        running.wait_for("ready")
+
+        def connect() -> ssl.SSLSocket:
+            return context.wrap_socket(running.socket(timeout_s=20, receive_bytes=4096), server_hostname="localhost")
+
+        with connect() as sock:
+            sock.sendall(b"GET / HT")
+            assert sock.recv(100) == b""
+        with connect() as sock:
+            sock.sendall(question[:-100])
+            assert sock.recv(100).startswith(b"HTTP/1.1 408")
+        with connect() as sock:
+            sock.sendall(question)
+            assert sock.recv(12) == b"HTTP/1.1 200"
+            end = time.monotonic() + 15
+            with pytest.raises((OSError, ssl.SSLError)):
+                while time.monotonic() < end:
+                    time.sleep(0.05)
+                    sock.send(b" ")  # to notice the cut
+            assert time.monotonic() < end
+        service.assert_clean(running)
