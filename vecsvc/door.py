@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
 from aiohttp import HttpVersion11, hdrs, web
@@ -37,14 +37,21 @@ class Door:
 
     def admit(self, request: web.Request, route: Route) -> None:
         """Raises Unauthorized, Forbidden, Overloaded or RateLimited."""
-        key = None
-        if self._keyring is not None and route.scope != "open":
-            key = self._keyring.admit(presented(request), route.scope)
+        body_bytes = request.content_length if request.body_exists else 0
+        key = self.admit_head(request.headers, route.scope, route.load, body_bytes)
+        if key is not None:
             request[_KEY] = key
-        if route.load != "none":
-            self._admission.check(route.load, request.content_length if request.body_exists else 0)
+
+    def admit_head(self, headers: Mapping[str, str], scope: Scope, load: Load, body_bytes: int | None) -> Key | None:
+        """The same for what is no request yet; the key it comes with, None where none is asked for."""
+        key = None
+        if self._keyring is not None and scope != "open":
+            key = self._keyring.admit(presented(headers), scope)
+        if load != "none":
+            self._admission.check(load, body_bytes)
         if self._keyring is not None and key is not None:
             self._keyring.take(key)
+        return key
 
     def owe(self, request: web.Request, queries: int) -> None:
         """Tell how many queries or texts a request turned out to hold; one was counted when it came."""
@@ -58,12 +65,12 @@ class Door:
         return key.name if key is not None else None
 
 
-def presented(request: web.Request) -> str | None:
+def presented(headers: Mapping[str, str]) -> str | None:
     """The key that a request brings; where it has both headers, ours counts."""
-    key = request.headers.get(KEY_HEADER)
+    key = headers.get(KEY_HEADER)
     if key is not None:
         return key
-    scheme, _, rest = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    scheme, _, rest = headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     return rest.strip() if scheme.lower() == "bearer" else None
 
 
