@@ -175,11 +175,13 @@ def _settings_text(params: dict[str, Any]) -> str:
 @_settings_option
 def serve(directory: Path, settings: Path | None, **flags: Any) -> None:
     """Serve the indexes in DIR over HTTP until SIGTERM."""
-    from vecsvc.process import serve as run
-
     read = _read(ServeSettings, "serve", flags, settings)
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no folder; give the --out folder of vecsvc build-index")
+    if read.workers > 1:
+        from vecsvc.workers import serve as run
+    else:
+        from vecsvc.process import serve as run
     run(directory, read)
 
 

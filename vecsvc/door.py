@@ -37,21 +37,27 @@ class Door:
 
     def admit(self, request: web.Request, route: Route) -> None:
         """Raises Unauthorized, Forbidden, Overloaded or RateLimited."""
-        body_bytes = request.content_length if request.body_exists else 0
-        key = self.admit_head(request.headers, route.scope, route.load, body_bytes)
-        if key is not None:
-            request[_KEY] = key
-
-    def admit_head(self, headers: Mapping[str, str], scope: Scope, load: Load, body_bytes: int | None) -> Key | None:
-        """The same for what is no request yet; the key it comes with, None where none is asked for."""
         key = None
-        if self._keyring is not None and scope != "open":
-            key = self._keyring.admit(presented(headers), scope)
-        if load != "none":
-            self._admission.check(load, body_bytes)
+        if self._keyring is not None and route.scope != "open":
+            key = self._keyring.admit(presented(request.headers), route.scope)
+            request[_KEY] = key
+        if route.load != "none":
+            self._admission.check(route.load, request.content_length if request.body_exists else 0)
+        self.take(key)
+
+    def knock(self, headers: Mapping[str, str], scope: Scope) -> Key | None:
+        """The key that a head brings, with the scope that is asked. Raises Unauthorized or Forbidden."""
+        return self._keyring.admit(presented(headers), scope) if self._keyring is not None else None
+
+    def take(self, key: Key | None) -> None:
+        """Count one query of a key; RateLimited where it has none left."""
         if self._keyring is not None and key is not None:
             self._keyring.take(key)
-        return key
+
+    def give_back(self, key: Key | None) -> None:
+        """The query that was just counted was not answered, and will be counted where it is."""
+        if key is not None:
+            key.owe(-1)
 
     def owe(self, request: web.Request, queries: int) -> None:
         """Tell how many queries or texts a request turned out to hold; one was counted when it came."""
@@ -66,7 +72,7 @@ class Door:
 
 
 def presented(headers: Mapping[str, str]) -> str | None:
-    """The key that a request brings; where it has both headers, ours counts."""
+    """The key that a head brings; where it has both headers, ours counts."""
     key = headers.get(KEY_HEADER)
     if key is not None:
         return key

@@ -16,7 +16,7 @@ from vecsvc.admission import Admission
 from vecsvc.catalog import Served, by_model
 from vecsvc.config import RouteSettings
 from vecsvc.encoders.base import EncoderSpec, Role
-from vecsvc.engine import Clock, Engine, check_question, check_vectors, count, encoder_of
+from vecsvc.engine import Engine
 from vecsvc.errors import (
     InvalidParameter,
     InvalidRequest,
@@ -30,6 +30,8 @@ from vecsvc.errors import (
 from vecsvc.fan_out import Group
 from vecsvc.ids import id_hash
 from vecsvc.merging import Merge, check_part
+from vecsvc.question import columns_of
+from vecsvc.question_checks import Clock, check_question, check_vectors, count, encoder_of
 from vecsvc.ranking import nearest_shards, queries_of_shards
 from vecsvc.remote import Ask, EmbeddedTexts, FoundRow, Kind, Part
 from vecsvc.router import RoutedVersion, Router
@@ -37,6 +39,7 @@ from vecsvc.telemetry import Metrics
 from vecsvc.types import (
     INCLUDES,
     BatchAnswer,
+    ColumnsAnswer,
     Embedded,
     Id,
     IdQuery,
@@ -146,6 +149,13 @@ class FrontDoor:
                 return await self._answer(now, query, settings, clock)
         finally:
             budget.leave(entered)
+
+    async def search_columns(self, name: str | None, query: Query, settings: SearchSettings) -> ColumnsAnswer:
+        """Answer many questions with columns over all hits, for those who want no `include`."""
+        a = await self.search_batch(name, query, settings)
+        manifest = self.catalog.get(a.index.name).manifest
+        columns = columns_of(a.results, 0, manifest.id_type == "int", manifest.metric)
+        return ColumnsAnswer(columns, a.took_ms, a.coverage, a.stats, a.index, a.encoder, a.explain)
 
     async def _answer(
         self, version: RoutedVersion, query: Query, settings: SearchSettings, clock: Clock
