@@ -18,9 +18,10 @@ import service
 from service import Service
 
 from vecsvc import tls
+from vecsvc.access import added, new_key
 from vecsvc.client import AsyncClient, Client
 from vecsvc.config import ServeSettings
-from vecsvc.errors import ConfigError, ServiceError
+from vecsvc.errors import ConfigError, ServiceError, Unauthorized
 from vecsvc.process import serve
 from vecsvc.tls import client_tls, server_tls
 
@@ -355,3 +356,32 @@ def test_slow_clients_are_cut_off_under_tls_as_without(authority: Authority) -> 
                     sock.send(b" ")  # to notice the cut
             assert time.monotonic() < end
         service.assert_clean(running)
+
+
+def test_several_workers_ask_for_keys_and_speak_tls_on_both_ports(authority: Authority, tmp_path: Path) -> None:
+    cert, key = authority.issue("service")
+    team, ops = new_key(), new_key()
+    data = added(b"", "team", team, scopes=["read"])
+    (tmp_path / "keys.toml").write_bytes(added(data, "ops", ops, scopes=["admin"]))
+    (tmp_path / "keys.toml").chmod(0o600)
+    settings = {"workers": 2, "keys": tmp_path / "keys.toml", "tls_cert": cert, "tls_key": key}
+    with service.started(service.index("squared"), **settings) as running:
+        running.wait_for("ready")
+        with Client(url(running), ca=authority.ca, api_key=team) as client:
+            assert len(client.search(vector=QUERY, k=3).results) == 3
+        with Client(url(running), ca=authority.ca) as client, pytest.raises(Unauthorized):
+            client.search(vector=QUERY)
+        context = client_tls(ca=authority.ca)
+        connection = http.client.HTTPSConnection("127.0.0.1", running.admin_port, timeout=10, context=context)
+        with contextlib.closing(connection):
+            for method, path, presented, status in (
+                ("GET", "/livez", None, 200),
+                ("GET", "/metrics", None, 401),
+                ("GET", "/metrics", team, 403),
+                ("GET", "/metrics", ops, 200),
+                ("POST", "/reload", team, 403),
+                ("POST", "/reload", ops, 200),
+                ("POST", "/indexes/squared/rollback", None, 401),
+            ):
+                headers = {"X-API-Key": presented} if presented is not None else {}
+                assert service.ask(connection, method, path, headers=headers).status == status, (path, presented)
