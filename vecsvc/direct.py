@@ -111,6 +111,8 @@ class Direct:
             name, operation = target[9:-7], "/indexes/{name}/search"
         if not self.may(message) or len(body) > self._settings.max_query_bytes:
             return None
+        if self._engine.admission.single.full:
+            return None  # it will be refused, and what it asks need not be known for that
         headers = message.headers
         kind = headers.get(hdrs.CONTENT_TYPE)
         try:

@@ -8,10 +8,12 @@ from typing import Final, NamedTuple, TypeAlias
 from aiohttp import HttpVersion11, hdrs, web
 
 from vecsvc.access import KEY_HEADER, Key, Keyring, Scope
-from vecsvc.admission import LARGE_BYTES, Admission, Load
+from vecsvc.admission import Admission, Load
 
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+# A refused body up to here is read and dropped, which costs less than another connection; a larger one ends it.
+DRAIN_BYTES: Final = 1 << 20
 CHALLENGE: Final = 'Bearer realm="vecsvc"'
 _KEY: Final = web.RequestKey("key", Key)
 
@@ -86,9 +88,9 @@ async def invite(request: web.Request) -> None:
 
 
 def leave_body(request: web.Request, response: web.StreamResponse) -> None:
-    """What is left of a small body is read and dropped, so that its connection stays; a large one ends it."""
+    """What is left of a body is read and dropped, so that its connection stays, unless there is too much of it."""
     if request.content.is_eof():
         return
     length = request.content_length
-    if length is None or length > LARGE_BYTES or hdrs.EXPECT in request.headers:
+    if length is None or length > DRAIN_BYTES or hdrs.EXPECT in request.headers:
         response.force_close()
