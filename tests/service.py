@@ -137,7 +137,7 @@ def index(name: str) -> Path:
         options["kind"] = "exact"
     if name == "sharded":
         options["shards"] = 3
-    if name == "squared":
+    if name == "numbers":
         options |= {"shards": 4, "partition": "cluster", "border_share": 0.3}
     if name == "texts":
         options["encoder"] = str(encoder_folder())

@@ -344,7 +344,7 @@ def test_parts_hold_no_files_open_and_are_not_deleted_where_they_cannot_be_read(
     done = bulk_encode.EncodedTexts(tmp_path, 4)
     for number in range(20):
         first = number * bulk_encode.WINDOW_ROWS
-        done.add(bulk_encode.Window(first, ["a"], [first]), np.full((1, 4), number, dtype=np.float32))
+        done.add(bulk_encode.Window(first, ["a"], [first], [first]), np.full((1, 4), number, dtype=np.float32))
     again = bulk_encode.EncodedTexts(tmp_path, 4)
     assert again.rows == 20 and float(again.of(bulk_encode.WINDOW_ROWS, 1)[0, 0]) == 1.0
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2

@@ -110,32 +110,80 @@ def build_index(
 
     read = _read(BuildSettings, "build", flags, settings)
     _keep_kernels(read)
+    if read.shard:
+        _build_shard(corpus, read, params, resume, require_recall, as_json)
+        return
     result = build(corpus, read, _pairs(params), resume=resume, require_recall=require_recall)
     if as_json:
         click.echo(msgspec.json.encode(result))
         return
-    manifest, certificate = result.manifest, result.manifest.certificate
+    manifest = result.manifest
     for step in result.resumed:
         click.echo(f"resumed: {step} was done before")
     spent = ", ".join(f"{name} {phase.wall_s:.1f} s" for name, phase in manifest.provenance.phases.items())
+    _print_built(manifest, spent)
+    click.echo(f"published {result.path}")
+    click.echo(f"serve it: vecsvc serve {Path(result.path).parent}")
+
+
+def _build_shard(
+    corpus: str, read: BuildSettings, params: tuple[str, ...], resume: bool, require_recall: bool, as_json: bool
+) -> None:
+    from index_builders.shard_build import build_shard
+
+    if require_recall:
+        raise ConfigError("--require-recall is asked of the whole index: give it to vecsvc publish")
+    result = build_shard(corpus, read, _pairs(params), resume=resume)
+    if as_json:
+        click.echo(msgspec.json.encode(result))
+        return
+    part = result.part
+    for step in result.resumed:
+        click.echo(f"resumed: {step} was done before")
+    click.echo(f"shard {part.number} of {part.shards}, {part.shard.size:,} of {part.corpus.rows:,} rows: {result.path}")
+    click.echo(f"when all {part.shards} are built: vecsvc publish {Path(result.path).parent} --version {part.version}")
+
+
+def _print_built(manifest: Any, spent: str) -> None:
+    certificate = manifest.certificate
     click.echo(
         f"{manifest.spec.size:,} x {manifest.spec.dim} {manifest.metric}, {_kind(manifest)}, "
         f"{len(manifest.shards)} shard{'s' if len(manifest.shards) > 1 else ''}: {spent}"
     )
-    if certificate is not None:
-        chosen = next(point for point in certificate.points if point.params == manifest.search)
+    if certificate is None:
+        return
+    chosen = next(point for point in certificate.points if point.params == manifest.search)
+    click.echo(
+        f"recall@{certificate.k} {chosen.recall:.4f} ± {chosen.recall_error:.4f} at "
+        f"{_settings_text(chosen.params)}, {chosen.latency_ms:.2f} ms a query ({certificate.queries} queries)"
+    )
+    if not certificate.reached:
         click.echo(
-            f"recall@{certificate.k} {chosen.recall:.4f} ± {chosen.recall_error:.4f} at "
-            f"{_settings_text(chosen.params)}, {chosen.latency_ms:.2f} ms a query ({certificate.queries} queries)"
+            f"the target of {certificate.target} was not reached: try --param values that buy recall, or --kind exact",
+            err=True,
         )
-        if not certificate.reached:
-            click.echo(
-                f"the target of {certificate.target} was not reached: "
-                "try --param values that buy recall, or --kind exact",
-                err=True,
-            )
-    click.echo(f"published {result.path}")
-    click.echo(f"serve it: vecsvc serve {Path(result.path).parent}")
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--version", required=True, help="the version whose shards were built by build-index --shard")
+@click.option("--name", default="", help="which index, where DIR holds parts of several")
+@click.option("--require-recall", is_flag=True, help="publish nothing that misses its target, and end with exit code 1")
+@json_option
+def publish(directory: Path, version: str, name: str, require_recall: bool, as_json: bool) -> None:
+    """Make a version of the shards that were built one by one, and serve it.
+
+    DIR is the --out folder of the builds or the index in it.
+    """
+    from index_builders.publish import publish as merge_and_publish
+
+    path, manifest = merge_and_publish(directory, version, name=name, require_recall=require_recall)
+    if as_json:
+        click.echo(msgspec.json.encode({"path": str(path), "manifest": manifest}))
+        return
+    spent = ", ".join(f"{name} {phase.wall_s:.1f} s" for name, phase in manifest.provenance.phases.items())
+    _print_built(manifest, f"the slowest shard took {spent}")
+    click.echo(f"published {path}")
 
 
 def _keep_kernels(settings: BuildSettings | ServeSettings) -> None:

@@ -226,6 +226,8 @@ def _check_sense(path: Path, manifest: Manifest) -> None:
     if sum(shard.size for shard in manifest.shards) != size + (clusters.copies if clusters else 0):
         raise ArtifactDamaged(f"{path}: the shards' sizes do not add up to {size}")
     for number, shard in enumerate(manifest.shards):
+        if not all(file.path.startswith(f"shards/{number:03d}/") for file in shard.files):
+            raise ArtifactDamaged(f"{path}: files of another shard stand under shard {number}")
         # Some kinds work out params from the number of vectors, so those may differ.
         same = replace(manifest.spec, size=shard.size, params=shard.spec.params)
         if shard.size < 1 or shard.spec != same:
