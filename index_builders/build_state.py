@@ -17,9 +17,9 @@ from index_builders import bulk_encode
 from index_builders.corpus import Corpus
 from vecsvc.config import BuildSettings
 from vecsvc.encoders.folder import encoder_files
-from vecsvc.errors import StorageError, VecsvcError, VersionExists
+from vecsvc.errors import StorageError, VecsvcError
 from vecsvc.manifest import FORMAT_VERSION, CorpusEntry, EncoderEntry, FileEntry, Phase, check_files
-from vecsvc.storage import STAGING, STATE, IndexFolder, Lease, delete_file, delete_folder, make_folder, replace_file
+from vecsvc.storage import STAGING, STATE, IndexFolder, Lease, delete_file, delete_folder, replace_file
 from vecsvc.types import IndexSpec, Metric
 
 # Settings that say where and how an index is built, and not what it becomes.
@@ -160,18 +160,6 @@ def free_version(folder: IndexFolder) -> str:
     while taken(version):
         version, number = f"{stamp}-{number}", number + 1
     return version
-
-
-def take_folder(folder: Path, held: str) -> Lease:
-    """A folder for this process alone, made where it is missing. Raises VersionExists where somebody holds it."""
-    while True:
-        make_folder(folder)
-        lease = Lease.take(folder, exclusive=True)
-        if lease is not None:
-            return lease
-        # Between the two another build may have swept it away, as one that nobody holds.
-        if folder.exists():
-            raise VersionExists(held)
 
 
 def whole(folder: Path, files: list[FileEntry]) -> bool:

@@ -23,7 +23,6 @@ from index_builders.build_state import (
     free_version,
     interrupted,
     read_state,
-    take_folder,
 )
 from index_builders.corpus import Corpus, open_corpus
 from index_builders.index_shards import index_shards
@@ -42,6 +41,7 @@ from vecsvc.storage import (
     check_version,
     delete_file,
     make_folder,
+    take_folder,
 )
 from vecsvc.types import MAX_DIM, Metric
 

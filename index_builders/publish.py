@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from index_builders.build_manifest import check_recall, now
-from index_builders.build_state import empty, take_folder
+from index_builders.build_state import empty
 from index_builders.certify import choose
 from vecsvc.errors import ArtifactUnfit, ConfigError, UnknownVersion, VersionExists, VersionIncomplete
 from vecsvc.manifest import (
@@ -22,10 +22,13 @@ from vecsvc.manifest import (
     Provenance,
     bytes_per_vector,
     check_files,
+    encoded_manifest,
+    parse_manifest,
     read_manifest,
     write_manifest,
 )
 from vecsvc.parts import Part, part_folders, read_part
+from vecsvc.seal import MAX_MANIFEST_BYTES
 from vecsvc.storage import (
     MANIFEST,
     PART,
@@ -37,7 +40,10 @@ from vecsvc.storage import (
     delete_part,
     link_file,
     make_folder,
+    take_folder,
 )
+from vecsvc.stores import Store
+from vecsvc.transfer import check_sizes, forget_parts, parts_in, serve
 
 METHOD: Final = (
     "each shard by itself: sampled rows of it, each one's own row left out; exact distances; ties are no errors; "
@@ -82,6 +88,47 @@ def publish(directory: Path, version: str, *, name: str = "", require_recall: bo
     return folder.path / version, manifest
 
 
+def publish_in_store(
+    target: str, version: str, *, name: str = "", require_recall: bool = False
+) -> tuple[str, Manifest]:
+    """Publish a version of the parts that `vecsvc push --shard` brought into a store; of the shards nothing is read.
+
+    `target` is the index's place in the store or the one that it lies in. Raises what `publish` does.
+    """
+    index = _index_in_store(Store.open(target), check_version(version), name)
+    place = index.at(version)
+    parts = parts_in(place)
+    data = place.read(MANIFEST, MAX_MANIFEST_BYTES)
+    if data is not None:
+        if parts:  # of a publishing that died after its version was whole
+            serve(index, version)
+            forget_parts(place)
+        return place.label(), parse_manifest(data, place.label(MANIFEST))
+    manifest = merge(parts, index.name, version)
+    check_sizes(place, manifest.files())
+    if require_recall:
+        check_recall(manifest)
+    place.put(MANIFEST, encoded_manifest(manifest))
+    serve(index, version)
+    forget_parts(place)
+    return place.label(), manifest
+
+
+def _index_in_store(store: Store, version: str, name: str) -> Store:
+    if name:
+        return store if store.name == name else store.at(check_name(name))
+    candidates = [store, *(store.at(folder) for folder in store.folders())]
+    having = [index for index in candidates if index.names(version)]
+    if len(having) == 1:
+        return having[0]
+    if having:
+        raise ConfigError(f"{store.label()} holds several indexes with a version {version}: name one with --name")
+    raise UnknownVersion(
+        f"{store.label()} holds no part of a version {version}; bring them there: "
+        f"vecsvc push DIR {store.label()} --version {version} --shard 0"
+    )
+
+
 def _make_version(folder: IndexFolder, manifest: Manifest, parts: dict[int, Path]) -> None:
     """The parts' files under the version's names: linked, so that a death on the way costs no part anything."""
     staging = folder.path / f"{STAGING}{manifest.version}"
@@ -118,7 +165,7 @@ def _published(folder: IndexFolder, version: str, left: list[Path]) -> tuple[Pat
             delete_part(place)
     elif folder.current() != version:
         raise VersionExists(
-            f"version {version} was published before, and no parts are left; to serve it: vecsvc rollback --to {version}"
+            f"version {version} was published before, and no parts are left; serve it: vecsvc rollback --to {version}"
         )
     return path, manifest
 

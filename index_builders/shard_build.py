@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import msgspec
 
 from index_builders.build_manifest import provenance, shard_entries
-from index_builders.build_state import Job, State, build_key, empty, read_state, shared_settings, take_folder, whole
+from index_builders.build_state import Job, State, build_key, empty, read_state, shared_settings, whole
 from index_builders.index_shards import index_shards
 from index_builders.ingest import ingest
 from index_builders.pipeline import prepare
@@ -22,7 +22,7 @@ from vecsvc.config import BuildSettings
 from vecsvc.errors import ConfigError, UserError, VecsvcError, VersionExists
 from vecsvc.manifest import FORMAT_VERSION
 from vecsvc.parts import PART_FILE, Part, part_folder, read_part, write_part
-from vecsvc.storage import delete_file
+from vecsvc.storage import delete_file, take_folder
 from vecsvc.types import MAX_SHARDS
 
 

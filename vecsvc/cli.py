@@ -165,19 +165,25 @@ def _print_built(manifest: Any, spent: str) -> None:
 
 
 @cli.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("place", metavar="DIR|STORE")
 @click.option("--version", required=True, help="the version whose shards were built by build-index --shard")
 @click.option("--name", default="", help="which index, where DIR holds parts of several")
 @click.option("--require-recall", is_flag=True, help="publish nothing that misses its target, and end with exit code 1")
 @json_option
-def publish(directory: Path, version: str, name: str, require_recall: bool, as_json: bool) -> None:
+def publish(place: str, version: str, name: str, require_recall: bool, as_json: bool) -> None:
     """Make a version of the shards that were built one by one, and serve it.
 
-    DIR is the --out folder of the builds or the index in it.
+    DIR is the --out folder of the builds or the index in it. STORE, s3://bucket/prefix, is where `push --shard` brought
+    the shards.
     """
-    from index_builders.publish import publish as merge_and_publish
+    from index_builders.publish import publish as in_folder
+    from index_builders.publish import publish_in_store
 
-    path, manifest = merge_and_publish(directory, version, name=name, require_recall=require_recall)
+    path: Path | str
+    if "://" in place:
+        path, manifest = publish_in_store(place, version, name=name, require_recall=require_recall)
+    else:
+        path, manifest = in_folder(Path(place), version, name=name, require_recall=require_recall)
     if as_json:
         click.echo(msgspec.json.encode({"path": str(path), "manifest": manifest}))
         return
@@ -437,6 +443,59 @@ def _one(directory: Path) -> IndexFolder:
     if len(folders) > 1:
         raise ConfigError(f"{directory} holds several indexes, name one: {', '.join(str(f.path) for f in folders)}")
     return folders[0]
+
+
+# ----------------------------------------------------------------------------------------------- object stores
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("target", metavar="STORE")
+@click.option("--version", default="", help="the version to push; the one that serves otherwise")
+@click.option("--shard", type=click.IntRange(0), help="only this shard, built by build-index --shard; needs --version")
+@json_option
+def push(directory: Path, target: str, version: str, shard: int | None, as_json: bool) -> None:
+    """Copy an index in DIR into STORE, s3://bucket/prefix or a folder, and let it serve there.
+
+    In STORE it lies as in DIR, under its name. With --shard nothing serves before vecsvc publish STORE.
+    """
+    from vecsvc import transfer
+
+    if shard is not None and not version:
+        raise ConfigError("--shard needs --version: it is what the shards of one index have in common")
+    if shard is None:
+        moved = transfer.push(directory, target, version=version)
+    else:
+        moved = transfer.push_part(directory, target, version, shard)
+    click.echo(msgspec.json.encode(moved) if as_json else transfer.told(moved))
+
+
+@cli.command()
+@click.argument("source", metavar="STORE")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--shards", default="", metavar="0,2-3", help="only these shards; all otherwise")
+@click.option("--watch", type=click.FloatRange(min=0.1), metavar="SECONDS", help="pull new versions too, until SIGTERM")
+@click.option("--keep", default=1, type=click.IntRange(0), help="with --watch: versions to keep besides what serves")
+@json_option
+def pull(source: str, directory: Path, shards: str, watch: float | None, keep: int, as_json: bool) -> None:
+    """Bring the indexes in STORE into the folder DIR, checked, and let them serve there.
+
+    STORE is s3://bucket/prefix or a folder that holds indexes, or one index in it.
+    """
+    from vecsvc import transfer
+
+    numbers = transfer.shard_numbers(shards)
+    if watch is None:
+        moved = transfer.pull(source, directory, shards=numbers)
+        click.echo(msgspec.json.encode(moved) if as_json else "\n".join(map(transfer.told, moved)))
+        return
+    import signal
+    import threading
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    transfer.watch(source, directory, shards=numbers, every_s=watch, keep=keep, stop=stop, say=click.echo)
 
 
 # ----------------------------------------------------------------------------------------------- the others

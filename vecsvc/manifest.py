@@ -172,7 +172,11 @@ def bytes_per_vector(shards: Sequence[ShardEntry], size: int) -> BytesPerVector:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_file(folder / MANIFEST, sealed(msgspec.json.format(msgspec.json.encode(manifest), indent=2)))
+    write_file(folder / MANIFEST, encoded_manifest(manifest))
+
+
+def encoded_manifest(manifest: Manifest) -> bytes:
+    return sealed(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -186,6 +190,11 @@ def read_manifest(folder: Path) -> Manifest:
         data = path.read_bytes()
     except OSError as error:
         raise ArtifactDamaged(f"{path}: {error.strerror}") from error
+    return parse_manifest(data, path)
+
+
+def parse_manifest(data: bytes, path: Path | str) -> Manifest:
+    """What read_manifest says of the bytes of a file; `path` is its name in messages."""
     document = unsealed(data)
     if document is None:
         raise ArtifactDamaged(f"{path}: is not what was written (its own digest differs)")
@@ -210,7 +219,7 @@ class _Version(msgspec.Struct):
     format_version: int
 
 
-def _check_sense(path: Path, manifest: Manifest) -> None:
+def _check_sense(path: Path | str, manifest: Manifest) -> None:
     for file in manifest.files():
         if not _PATH.fullmatch(file.path) or ".." in file.path:
             raise ArtifactDamaged(f"{path}: {file.path[:120]!r} is no path inside an artifact")

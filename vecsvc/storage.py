@@ -304,6 +304,18 @@ class Lease:
             self._descriptor = -1
 
 
+def take_folder(folder: Path, held: str) -> Lease:
+    """A folder for this process alone, made where it is missing. Raises VersionExists where somebody holds it."""
+    while True:
+        make_folder(folder)
+        lease = Lease.take(folder, exclusive=True)
+        if lease is not None:
+            return lease
+        # Between the two another build may have swept it away, as one that nobody holds.
+        if folder.exists():
+            raise VersionExists(held)
+
+
 # ---------------------------------------------------------------------------------- versions of an index
 
 
