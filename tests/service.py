@@ -99,6 +99,7 @@ def corpora() -> dict[str, Corpus]:
             [f"s-{i}" for i in range(400)], np.tile(tied, (4, 1)), [{"part": i // 100} for i in range(400)], "cosine"
         ),
         "squared": Corpus([f"q-{i}" for i in range(300)], vectors(300, seed=4), [{} for _ in range(300)], "l2"),
+        "near": Corpus(list(range(300)), vectors(300, seed=8), [{} for _ in range(300)], "ip"),
         "large": Corpus(list(range(20_000)), vectors(20_000, seed=6, dim=16), [], "l2"),
     }
     from vecsvc.encoders.onnx import open_encoder
@@ -133,11 +134,11 @@ def index(name: str) -> Path:
     options: dict[str, Any] = {"kind": GRAPH, "metric": corpus.metric}
     if corpus.fields:
         options["fields"] = ",".join(corpus.fields[0])
-    if name in ("numbers", "large"):
+    if name in ("numbers", "large", "near"):
         options["kind"] = "exact"
     if name == "sharded":
         options["shards"] = 3
-    if name == "numbers":
+    if name == "near":
         options |= {"shards": 4, "partition": "cluster", "border_share": 0.3}
     if name == "texts":
         options["encoder"] = str(encoder_folder())
