@@ -28,6 +28,7 @@ from vecsvc.manifest import (
     write_manifest,
 )
 from vecsvc.parts import Part, part_folders, read_part
+from vecsvc.push import check_sizes, forget_parts, parts_in, serve
 from vecsvc.seal import MAX_MANIFEST_BYTES
 from vecsvc.storage import (
     MANIFEST,
@@ -43,7 +44,6 @@ from vecsvc.storage import (
     take_folder,
 )
 from vecsvc.stores import Store
-from vecsvc.transfer import check_sizes, forget_parts, parts_in, serve
 
 METHOD: Final = (
     "each shard by itself: sampled rows of it, each one's own row left out; exact distances; ties are no errors; "

@@ -36,9 +36,10 @@ from vecsvc.errors import (
     VersionIncomplete,
 )
 from vecsvc.manifest import read_manifest
+from vecsvc.pull import pull, shard_numbers, watch
+from vecsvc.push import push, push_part
 from vecsvc.storage import IndexFolder, Lease
 from vecsvc.stores import Store
-from vecsvc.transfer import pull, push, push_part, shard_numbers, watch
 
 BUCKET = "indexes"
 QUERIES = make_vectors(3, 8, seed=5)

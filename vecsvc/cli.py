@@ -345,7 +345,7 @@ def inspect(directory: Path, versions: bool, as_json: bool) -> None:
 
 def _version(folder: IndexFolder, name: str) -> dict[str, Any]:
     """What a list of versions says of one: `damage` is what the manifest and the sizes of its files show."""
-    from vecsvc.manifest import check_files, read_manifest
+    from vecsvc.manifest import check_files, read_manifest, shards_here
 
     created, damage = None, None
     try:
@@ -355,7 +355,8 @@ def _version(folder: IndexFolder, name: str) -> dict[str, Any]:
     try:
         manifest = read_manifest(folder.path / name)
         created = manifest.created
-        check_files(folder.path / name, manifest.files(), hashes=False)
+        files = manifest.files_of(shards_here(folder.path / name, manifest))
+        check_files(folder.path / name, files, hashes=False)
     except VecsvcError as error:
         damage = str(error)
     return {"version": name, "created": created, "serves": serves, "damage": damage}
@@ -401,8 +402,11 @@ def _print_manifest(name: str, facts: dict[str, Any]) -> None:
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--version", help="one version; every one otherwise")
 def verify(directory: Path, version: str | None) -> None:
-    """Compare every file of the indexes in DIR with its manifest. Exit code 1 where one differs."""
-    from vecsvc.manifest import check_files, read_manifest
+    """Compare every file of the indexes in DIR with its manifest. Exit code 1 where one differs.
+
+    Of a version that was pulled in part, the shards that are here.
+    """
+    from vecsvc.manifest import check_files, read_manifest, shards_here
 
     bad = 0
     for folder in index_folders(directory):
@@ -410,12 +414,16 @@ def verify(directory: Path, version: str | None) -> None:
             path = folder.version(name)
             try:
                 manifest = read_manifest(path)
-                check_files(path, manifest.files())
+                here = shards_here(path, manifest)
+                files = manifest.files_of(here)
+                check_files(path, files)
             except VecsvcError as error:
                 bad += 1
                 click.echo(f"{folder.name} {name}: {error}", err=True)
             else:
-                click.echo(f"{folder.name} {name}: {len(manifest.files()) + 1} files are what was written")
+                away = sorted({*range(len(manifest.shards))} - {*here})
+                note = f"; not here: shards {', '.join(map(str, away))}" if away else ""
+                click.echo(f"{folder.name} {name}: {len(files) + 1} files are what was written{note}")
     sys.exit(1 if bad else 0)
 
 
@@ -459,15 +467,15 @@ def push(directory: Path, target: str, version: str, shard: int | None, as_json:
 
     In STORE it lies as in DIR, under its name. With --shard nothing serves before vecsvc publish STORE.
     """
-    from vecsvc import transfer
+    from vecsvc import push as pushing
 
     if shard is not None and not version:
         raise ConfigError("--shard needs --version: it is what the shards of one index have in common")
     if shard is None:
-        moved = transfer.push(directory, target, version=version)
+        moved = pushing.push(directory, target, version=version)
     else:
-        moved = transfer.push_part(directory, target, version, shard)
-    click.echo(msgspec.json.encode(moved) if as_json else transfer.told(moved))
+        moved = pushing.push_part(directory, target, version, shard)
+    click.echo(msgspec.json.encode(moved) if as_json else moved.told())
 
 
 @cli.command()
@@ -482,12 +490,12 @@ def pull(source: str, directory: Path, shards: str, watch: float | None, keep: i
 
     STORE is s3://bucket/prefix or a folder that holds indexes, or one index in it.
     """
-    from vecsvc import transfer
+    from vecsvc import pull as pulling
 
-    numbers = transfer.shard_numbers(shards)
+    numbers = pulling.shard_numbers(shards)
     if watch is None:
-        moved = transfer.pull(source, directory, shards=numbers)
-        click.echo(msgspec.json.encode(moved) if as_json else "\n".join(map(transfer.told, moved)))
+        moved = pulling.pull(source, directory, shards=numbers)
+        click.echo(msgspec.json.encode(moved) if as_json else "\n".join(one.told() for one in moved))
         return
     import signal
     import threading
@@ -495,7 +503,7 @@ def pull(source: str, directory: Path, shards: str, watch: float | None, keep: i
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    transfer.watch(source, directory, shards=numbers, every_s=watch, keep=keep, stop=stop, say=click.echo)
+    pulling.watch(source, directory, shards=numbers, every_s=watch, keep=keep, stop=stop, say=click.echo)
 
 
 # ----------------------------------------------------------------------------------------------- the others

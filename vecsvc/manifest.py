@@ -148,8 +148,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clusters: Clusters | None = None  # where the partition is `cluster`
 
     def files(self) -> list[FileEntry]:
-        own = [file for shard in self.shards for file in shard.files]
-        return own + self.shared_files()
+        return self.files_of(range(len(self.shards)))
+
+    def files_of(self, shards: Iterable[int]) -> list[FileEntry]:
+        """The files that whoever opens these shards needs."""
+        return [file for number in shards for file in self.shards[number].files] + self.shared_files()
 
     def shared_files(self) -> list[FileEntry]:
         """What belongs to no shard, and whoever opens one of them needs too."""
@@ -158,6 +161,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def metric(self) -> Metric:
         return self.spec.metric
+
+
+def shards_here(folder: Path, manifest: Manifest) -> list[int]:
+    """The shards whose files are in a version's folder: all, unless only some were pulled; what is damaged is here."""
+    numbers = list(range(len(manifest.shards)))
+    return [number for number in numbers if (folder / f"shards/{number:03d}").exists()] or numbers
 
 
 def bytes_per_vector(shards: Sequence[ShardEntry], size: int) -> BytesPerVector:
