@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import threadpoolctl
 
 from index_builders import bulk_encode
 from index_builders.build_state import Ingested, Job, empty, whole
@@ -62,9 +63,10 @@ def _learn_clusters(job: Job, encoded: EncodedTexts | None) -> Spreader:
                 mine = slice(*np.searchsorted(wanted, (first_row, first_row + len(vectors))))
                 sample[mine] = vectors[wanted[mine] - first_row]
                 shown(len(vectors))
-        clustering = Clustering(
-            sample, settings.shards, job.metric, border_share=settings.border_share, seed=settings.seed
-        )
+        with threadpoolctl.threadpool_limits(limits=job.threads):
+            clustering = Clustering(
+                sample, settings.shards, job.metric, border_share=settings.border_share, seed=settings.seed
+            )
         write_array(job.staging / CENTROIDS_FILE, clustering.centroids(dim))
     return Spreader(clustering, rows, settings.border_share)
 

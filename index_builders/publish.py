@@ -49,7 +49,17 @@ METHOD: Final = (
     "each shard by itself: sampled rows of it, each one's own row left out; exact distances; ties are no errors; "
     "the least of the shards' recalls, the sum of their latencies and comparisons"
 )
+PUSHED: Final = "part-[0-9][0-9][0-9].json"
 MAX_NAMED: Final = 20  # shards that a message names one by one
+
+
+def publish_at(place: str, version: str, *, name: str = "", require_recall: bool = False) -> tuple[str, Manifest]:
+    """Publish the parts in a folder where they were built, or in a store where `vecsvc push --shard` brought them."""
+    check_version(version)
+    if "://" in place or any(Path(place).glob(f"{version}/{PUSHED}")) or any(Path(place).glob(f"*/{version}/{PUSHED}")):
+        return publish_in_store(place, version, name=name, require_recall=require_recall)
+    path, manifest = publish(Path(place), version, name=name, require_recall=require_recall)
+    return str(path), manifest
 
 
 def publish(directory: Path, version: str, *, name: str = "", require_recall: bool = False) -> tuple[Path, Manifest]:

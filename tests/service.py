@@ -134,7 +134,7 @@ def index(name: str) -> Path:
     options: dict[str, Any] = {"kind": GRAPH, "metric": corpus.metric}
     if corpus.fields:
         options["fields"] = ",".join(corpus.fields[0])
-    if name in ("numbers", "large", "near"):
+    if name in ("numbers", "large"):
         options["kind"] = "exact"
     if name == "sharded":
         options["shards"] = 3

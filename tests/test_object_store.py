@@ -22,7 +22,7 @@ from corpora import answers, build, check_version, current_version, make_vectors
 from moto.server import ThreadedMotoServer
 from tiny_bert import write_tiny_bert
 
-from index_builders.publish import publish_in_store
+from index_builders.publish import publish_at
 from index_builders.shard_build import build_shard
 from vecsvc import stores, transfer
 from vecsvc.config import BuildSettings
@@ -354,13 +354,13 @@ def test_nodes_without_a_common_disk_build_one_version_through_a_store(store: st
     encoder_files = len(list(bert.iterdir()))
     for number in (1, 2, 0):
         with pytest.raises((VersionIncomplete, UnknownVersion)):
-            publish_in_store(store, "v1")
+            publish_at(store, "v1")
         one(corpus, tmp_path / f"node-{number}", number, encoder=str(bert))
         moved = push_part(tmp_path / f"node-{number}", store, "v1", number)
         assert (moved.files > encoder_files + 5) == (number == 1), "the encoder is sent by the first alone"
         with pytest.raises(UnknownVersion, match="holds no index"):
             pull(store, out)
-    label, manifest = publish_in_store(store, "v1")
+    label, manifest = publish_at(store, "v1")
     assert label.endswith("/demo/v1") and manifest.spec.size == 90
     pull(store, out)
     build(corpus, tmp_path / "whole", version="v1", encoder=str(bert), **SETTINGS)
@@ -368,7 +368,7 @@ def test_nodes_without_a_common_disk_build_one_version_through_a_store(store: st
     pulled = current_version(IndexFolder(out / "demo"))
     assert pulled == manifest and pulled.shards == whole.shards and pulled.encoder == whole.encoder
     assert answers(out, QUERIES) == answers(tmp_path / "whole", QUERIES)
-    assert publish_in_store(store, "v1") == (label, manifest), "a repeated one changes nothing"
+    assert publish_at(store, "v1") == (label, manifest), "a repeated one changes nothing"
     assert not [name for name in Store.open(f"{store}/demo/v1").names() if name.startswith("part-")]
     with pytest.raises(VersionExists, match="is published already"):
         push_part(tmp_path / "node-1", store, "v1", 1)
@@ -385,19 +385,19 @@ def test_parts_in_a_store_that_are_damaged_missing_or_of_other_builds_are_not_pu
     for number in (0, 2):
         push_part(tmp_path / "node", store, "v1", number)
     with pytest.raises(VersionIncomplete, match=r"2 of 3 shards, missing: 1\."):
-        publish_in_store(store, "v1")
+        publish_at(store, "v1")
     push_part(tmp_path / "node", store, "v1", 1)
     changed(f"{store}/demo/v1", "shards/001/vectors.npy", lambda data: data[:-1])
     with pytest.raises(StorageError, match=r"demo/v1/shards/001/vectors\.npy: has \d+ bytes, expected"):
-        publish_in_store(store, "v1")
+        publish_at(store, "v1")
     push_part(tmp_path / "node", store, "v1", 1)
     changed(f"{store}/demo/v1", "part-001.json", flip)
     with pytest.raises(ArtifactDamaged, match=r"part-001\.json"):
-        publish_in_store(store, "v1")
+        publish_at(store, "v1")
     one(corpus, tmp_path / "node", 1, seed=8)
     push_part(tmp_path / "node", store, "v1", 1)
     with pytest.raises(ArtifactUnfit, match="--seed is 7 and 8"):
-        publish_in_store(f"{store}/demo", "v1")
+        publish_at(f"{store}/demo", "v1")
     assert "CURRENT" not in Store.open(f"{store}/demo").names()
 
 

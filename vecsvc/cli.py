@@ -173,19 +173,14 @@ def _print_built(manifest: Any, spent: str) -> None:
 def publish(place: str, version: str, name: str, require_recall: bool, as_json: bool) -> None:
     """Make a version of the shards that were built one by one, and serve it.
 
-    DIR is the --out folder of the builds or the index in it. STORE, s3://bucket/prefix, is where `push --shard` brought
-    the shards.
+    DIR is the --out folder of the builds or the index in it. STORE, s3://bucket/prefix or a folder, is where `push
+    --shard` brought the shards.
     """
-    from index_builders.publish import publish as in_folder
-    from index_builders.publish import publish_in_store
+    from index_builders.publish import publish_at
 
-    path: Path | str
-    if "://" in place:
-        path, manifest = publish_in_store(place, version, name=name, require_recall=require_recall)
-    else:
-        path, manifest = in_folder(Path(place), version, name=name, require_recall=require_recall)
+    path, manifest = publish_at(place, version, name=name, require_recall=require_recall)
     if as_json:
-        click.echo(msgspec.json.encode({"path": str(path), "manifest": manifest}))
+        click.echo(msgspec.json.encode({"path": path, "manifest": manifest}))
         return
     spent = ", ".join(f"{name} {phase.wall_s:.1f} s" for name, phase in manifest.provenance.phases.items())
     _print_built(manifest, f"the slowest shard took {spent}")
