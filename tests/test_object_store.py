@@ -160,11 +160,7 @@ def test_a_push_that_died_leaves_nothing_that_is_pulled_and_begins_anew(
 ) -> None:
     push(built, store, version="v1")
     with monkeypatch.context() as dying:
-        put = Store.put
-        dying.setattr(
-            Store, "put", lambda self, path, data: None if path.endswith("manifest.json") else put(self, path, data)
-        )
-        dying.setattr(transfer, "serve", lambda *_: (_ for _ in ()).throw(StorageError("died")))
+        dying.setattr(Store, "put", lambda *_: (_ for _ in ()).throw(StorageError("died")))  # after the files
         with pytest.raises(StorageError, match="died"):
             push(built, store)
     assert [moved.version for moved in pull(store, out)] == ["v1"]
@@ -215,8 +211,15 @@ def flip(data: bytes) -> bytes:
     return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
 
 
-@pytest.mark.parametrize("change", [flip, lambda data: data[:-1], lambda data: data + b"x" * 9, lambda data: None])
-@pytest.mark.parametrize("path", ["shards/001/vectors.npy", "encoder/model.onnx"])
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("shards/001/vectors.npy", flip),
+        ("shards/001/vectors.npy", lambda data: data + b"x" * 9),
+        ("shards/001/rows.npy", lambda data: None),
+        ("encoder/model.onnx", lambda data: data[:-1]),
+    ],
+)
 def test_a_damaged_file_is_refused_by_name_and_what_serves_stays(
     built: Path, store: str, out: Path, path: str, change: Callable[[bytes], bytes | None]
 ) -> None:
@@ -531,3 +534,20 @@ def test_a_version_that_another_process_pulls_is_left_to_it(built: Path, store: 
         pull(store, out)
     lease.release()
     pull(store, out)
+
+
+def test_verify_and_inspect_know_a_version_that_was_pulled_in_part(built: Path, store: str, out: Path) -> None:
+    push(built, store)
+    pull(store, out, shards=frozenset({1}))
+
+    def said(*words: str) -> tuple[int, str]:
+        command = [sys.executable, "-c", "from vecsvc.cli import main; main()", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+        return done.returncode, done.stdout + done.stderr
+
+    code, text = said("verify", str(out))
+    assert code == 0 and "are what was written; not here: shards 0, 2" in text
+    assert '"damage":null' in said("inspect", str(out), "--versions", "--json")[1]
+    (out / "demo/v2/shards/001/ids.arrow").unlink()
+    code, text = said("verify", str(out))
+    assert code == 1 and "shards/001/ids.arrow: missing" in text
