@@ -212,6 +212,7 @@ class BuildSettings:
     kind: str = option("auto", "kind of index: auto, exact, nng, tp_tree, hnsw, kd_tree, faiss, or a plug-in's")
     metric: str = option("cosine", "what near means", choices=("l2", "ip", "cosine"))
     shards: int = option(1, "parts the corpus is split into", low=1, high=MAX_SHARDS)
+    shard: str = option("", "build this one shard alone, i/N with i from 0; needs --version, and publish merges them")
     partition: str = option(
         "hash",
         "how rows are spread over shards: by a hash of the id, or by nearness (cluster), so that a question with "
