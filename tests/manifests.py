@@ -16,13 +16,6 @@ from kustomize import Document, containers, pod_spec, render
 ROOT = Path(__file__).parents[1]
 K8S = ROOT / "k8s"
 
-# What the manifests name and vecsvc does not have yet. A name that has come to exist must leave this list.
-PENDING: dict[str, set[str]] = {
-    "commands": {"publish", "push", "pull"},
-    "flags": {"build-index --shard"},
-    "metrics": set(),
-}
-
 # Everything that can be applied: a folder, and components that a user's own overlay may add to it.
 CONFIGURATIONS = {
     "single": ("overlays/single", ()),

@@ -27,7 +27,6 @@ from kustomize import Document, containers, render
 from manifests import (
     CONFIGURATIONS,
     K8S,
-    PENDING,
     ROOT,
     command,
     flag,
@@ -75,23 +74,8 @@ def used_flags() -> set[tuple[str, str]]:
 
 def test_every_command_and_flag_exists() -> None:
     for name, word in sorted(used_flags()):
-        if name in PENDING["commands"] or f"{name} {word}" in PENDING["flags"]:
-            continue
         assert name in cli.commands, f"there is no vecsvc {name}"
         assert not word or word in flags_in_help(name), f"vecsvc {name} has no {word}"
-
-
-def test_nothing_is_pending_that_exists_or_is_not_used() -> None:
-    used = used_flags()
-    assert PENDING["commands"] <= {name for name, _ in used}
-    assert not PENDING["commands"] & set(cli.commands), "has come to exist: take it out of PENDING"
-    for pending in PENDING["flags"]:
-        name, word = pending.split()
-        assert (name, word) in used, pending
-        assert word not in flags_in_help(name), f"{pending} has come to exist: take it out of PENDING"
-    assert PENDING["metrics"] <= {name.removesuffix("_bucket") for _, name, _ in queried()}
-    for name in PENDING["metrics"]:
-        assert not exists(name), f"{name} has come to exist: take it out of PENDING"
 
 
 def test_variables_and_settings_files_are_read_by_vecsvc(documents: list[Document], tmp_path: Path) -> None:
@@ -193,7 +177,6 @@ def test_what_the_pods_of_sharded_run_answers_over_all_shards(tmp_path: Path) ->
     assert sorted(hit["id"] for hit in found["results"]) == list(range(50))
 
 
-@pytest.mark.skipif(bool(PENDING["commands"]), reason="what the Jobs run does not exist yet")
 def test_what_the_jobs_run_brings_a_version_into_the_store_and_sidecars_fetch_their_shard(tmp_path: Path) -> None:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     store = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -292,8 +275,6 @@ def exists(name: str) -> bool:
 def test_queries_name_metrics_and_labels_that_vecsvc_has() -> None:
     for query, name, used in queried():
         family = family_of(name)
-        if name.removesuffix("_bucket") in PENDING["metrics"]:
-            continue
         assert family is not None, f"there is no {name}: {query}"
         own = families()[family]
         # The others are put there by Prometheus, or by the histogram.

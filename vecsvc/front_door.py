@@ -202,7 +202,7 @@ class FrontDoor:
         if settings.probe_shards is None or version.centroids is None:
             ask = _encode(version, vectors, settings, k)
             check = functools.partial(check_part, len(vectors), k, vectors.shape[1], settings.include)
-            return [Group(*of, _framed(of[0], ask), Kind.PART, check) for of in version.groups]
+            return [Group(version.name, *of, _framed(of[0], ask), Kind.PART, check) for of in version.groups]
         chosen = nearest_shards(vectors, version.centroids, settings.probe_shards, version.manifest.metric)
         nodes_of = {shard: nodes for shards, nodes in version.groups for shard in shards}
         groups = []
@@ -211,7 +211,15 @@ class FrontDoor:
             ask = _encode(version, mine, settings, k)
             check = functools.partial(check_part, len(mine), k, mine.shape[1], settings.include)
             groups.append(
-                Group((shard,), nodes_of[shard], _framed((shard,), ask), Kind.PART, check, queries=queries.tolist())
+                Group(
+                    version.name,
+                    (shard,),
+                    nodes_of[shard],
+                    _framed((shard,), ask),
+                    Kind.PART,
+                    check,
+                    queries=queries.tolist(),
+                )
             )
         return groups
 
@@ -231,7 +239,14 @@ class FrontDoor:
                 raise ProtocolError(f"a vector of {len(found.vector)} bytes, expected {size}")
 
         groups = [
-            Group(shards, nodes, lambda request, _: remote.message(Kind.FIND, request, find), Kind.FOUND, check)
+            Group(
+                version.name,
+                shards,
+                nodes,
+                lambda request, _: remote.message(Kind.FIND, request, find),
+                Kind.FOUND,
+                check,
+            )
             for shards, nodes in chosen
         ]
         await self._router.call(groups, "find", deadline)
@@ -254,7 +269,7 @@ class FrontDoor:
             ):
                 raise ProtocolError(f"embeddings of {len(made.tokens)} texts, expected {len(texts)} of dim {spec.dim}")
 
-        group = Group((), version.nodes(), make, Kind.EMBEDDED, check)
+        group = Group(version.name, (), version.nodes(), make, Kind.EMBEDDED, check)
         key = ("embed", version.name, len(texts).bit_length())
         await self._router.call([group], key, deadline)
         made = group.answer
