@@ -368,6 +368,7 @@ def keys(keys_file: Path) -> dict[str, str]:
         gone={"scopes": ["admin"], "expires": dt.date(2020, 1, 1)},
         slow={"scopes": ["read"], "rate_per_s": 0.01, "burst": 3},
         owing={"scopes": ["read"], "rate_per_s": 0.5, "burst": 2},
+        wrong={"scopes": ["read"], "rate_per_s": 0.01, "burst": 3},
     )
 
 
@@ -490,6 +491,12 @@ def test_the_rate_of_a_key_is_429_and_says_when_to_come_again(guarded: Service, 
     assert int(refused.headers["retry-after"]) == -(-error["retry_after_ms"] // 1000)
     assert int(refused.headers["retry-after-ms"]) == error["retry_after_ms"]
     assert with_key(guarded, {"X-API-Key": keys["team"]}).status == 200, "the others have their own"
+
+
+def test_a_wrong_question_counts_once(guarded: Service, keys: dict[str, str]) -> None:
+    headers, body = JSON | {"X-API-Key": keys["wrong"]}, json.dumps({"vector": [1.0]}).encode()
+    statuses = [guarded.ask("POST", "/search", body, headers).status for _ in range(4)]
+    assert statuses == [422, 422, 422, 429]
 
 
 def test_a_batch_counts_as_many_queries_as_it_has(guarded: Service, keys: dict[str, str]) -> None:

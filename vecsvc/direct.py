@@ -131,8 +131,12 @@ class Direct:
             else:
                 return None
             self._door.take(key)
+        except VecsvcError:
+            return None
+        try:
             answer = self._engine.search_now(name, query, settings)
         except VecsvcError:
+            self._door.give_back(key)
             return None
         if answer is None:
             self._door.give_back(key)
