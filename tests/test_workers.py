@@ -175,7 +175,7 @@ def test_workers_end_with_their_parent(folder: IndexFolder) -> None:
 
         def refused() -> bool:
             try:
-                running.socket().close()
+                socket.create_connection(("127.0.0.1", running.port), WAIT_S).close()
             except ConnectionError:
                 return True
             return False
