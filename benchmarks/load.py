@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-MAX_WIRES = 4000  # connections of one open loop; an arrival beyond counts as a failure
+MAX_WIRES = 900  # connections of one open loop, below a server's own limit; an arrival beyond waits for one
 
 # Says what is wrong with the body of a good answer; None where nothing is.
 Check = Callable[[int, bytes], str | None]
@@ -90,13 +90,15 @@ class Tally:
     """What came of the requests."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)  # by outcome: the status, or what broke
-    at: dict[str, list[float]] = field(default_factory=dict)  # when each of them began, since the start
+    at: dict[str, list[float]] = field(default_factory=dict)  # when each of them was due, since the start
+    wire: dict[str, list[float]] = field(default_factory=dict)  # seconds since it was sent, be that later
     reasons: Counter[str] = field(default_factory=Counter)  # of everything that was no good answer
     elsewhere: int = 0  # asked again because a kept connection had been closed before it was used again
 
-    def add(self, outcome: str, seconds: float, at: float, why: str = "") -> None:
+    def add(self, outcome: str, seconds: float, at: float, why: str = "", wire: float | None = None) -> None:
         self.seconds.setdefault(outcome, []).append(seconds)
         self.at.setdefault(outcome, []).append(at)
+        self.wire.setdefault(outcome, []).append(seconds if wire is None else wire)
         if why:
             self.reasons[f"{outcome}: {why[:160]}"] += 1
 
@@ -112,8 +114,26 @@ class Tally:
         return self.total - self.count()
 
     def ms(self, percent: float, outcome: str = "200") -> float:
+        """From when a request was due."""
         found = self.seconds.get(outcome)
         return float(np.percentile(found, percent)) * 1e3 if found else float("nan")
+
+    def wire_ms(self, percent: float, outcome: str = "200") -> float:
+        """From when it was sent: what the server took, where the client cannot keep up."""
+        found = self.wire.get(outcome)
+        return float(np.percentile(found, percent)) * 1e3 if found else float("nan")
+
+    def late_ms(self, percent: float) -> float:
+        """How much later than due requests were sent."""
+        late = [
+            s - w for outcome, found in self.seconds.items() for s, w in zip(found, self.wire[outcome], strict=True)
+        ]
+        return float(np.percentile(late, percent)) * 1e3 if late else float("nan")
+
+    def within(self, seconds: float, outcome: str = "200") -> int:
+        """How many were answered so long after the start."""
+        pairs = zip(self.at.get(outcome, ()), self.seconds.get(outcome, ()), strict=True)
+        return sum(at + took <= seconds for at, took in pairs)
 
     def counts(self) -> dict[str, int]:
         return {outcome: len(seconds) for outcome, seconds in sorted(self.seconds.items())}
@@ -223,40 +243,34 @@ async def open_loop(
     due = due[due < seconds]
     tally = Tally()
     idle: list[Wire] = kept if kept is not None else []
-    wires = len(idle)
+    slots = asyncio.Semaphore(MAX_WIRES)
     under_way: set[asyncio.Task[None]] = set()
     began = time.perf_counter()
 
     async def one(number: int, when: float) -> None:
-        nonlocal wires
-        wire: Wire | None = None
-        while idle and wire is None:
-            wire = idle.pop()
-            if wire.closed:
-                wires, wire = wires - 1, None
-        if wire is None:
-            if wires >= MAX_WIRES:
-                tally.add("no wire", 0.0, when, f"{MAX_WIRES} requests are under way")
-                return
-            wires += 1
+        async with slots:
+            wire: Wire | None = None
+            while idle and (wire is None or wire.closed):
+                wire = idle.pop()
+            sent = time.perf_counter()
             try:
-                wire = await Wire.to(ports[number % len(ports)])
+                if wire is None or wire.closed:
+                    wire = await Wire.to(ports[number % len(ports)])
             except OSError as error:
-                wires -= 1
                 tally.add("refused", time.perf_counter() - began - when, when, str(error))
                 return
-        which = number % len(requests)
-        try:
-            async with asyncio.timeout(patience_s):
-                outcome, why = await _one(wire, which, requests[which], check)
-        except TimeoutError:
-            outcome, why = "no answer", f"within {patience_s:g} s"
-        tally.add(outcome, time.perf_counter() - began - when, when, why)
-        if wire.closed:
-            wires -= 1
-            wire.close()
-        else:
-            idle.append(wire)
+            which = number % len(requests)
+            try:
+                async with asyncio.timeout(patience_s):
+                    outcome, why = await _one(wire, which, requests[which], check)
+            except TimeoutError:
+                outcome, why = "no answer", f"within {patience_s:g} s"
+            now = time.perf_counter()
+            tally.add(outcome, now - began - when, when, why, now - sent)
+            if wire.closed:
+                wire.close()
+            else:
+                idle.append(wire)
 
     for number, when in enumerate(due.tolist()):
         wait = when - (time.perf_counter() - began)

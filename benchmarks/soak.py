@@ -66,6 +66,7 @@ async def soak(
         done += per_request[number]
         tally.seconds.get("200", []).clear()  # or the client's own memory would grow
         tally.at.get("200", []).clear()
+        tally.wire.get("200", []).clear()
         if done % 50 == 0 and per_request[number] == 1:
             return unmixed(number, body)
         return None
@@ -118,7 +119,7 @@ def plot(samples: list[dict[str, Any]], path: Path) -> None:
     print(f"picture: {path}")
 
 
-def report(tally: Tally, samples: list[dict[str, Any]], total: int) -> dict[str, Any]:
+def report(tally: Tally, samples: list[dict[str, Any]]) -> dict[str, Any]:
     shown = samples[:: max(1, len(samples) // 20)]
     table(
         "one node, full rate",
@@ -129,17 +130,15 @@ def report(tally: Tally, samples: list[dict[str, Any]], total: int) -> dict[str,
     tally.tell()
     # The first fifth warms caches and pools; a version that was just swapped out is still open for a moment.
     fifth = max(1, len(samples) // 5)
-    early = float(np.median([s["rss_mb"] for s in samples[fifth : 2 * fifth] or samples]))
-    late = float(np.median([s["rss_mb"] for s in samples[-fifth:]]))
-    files = [
-        float(np.median([s["files"] for s in part]))
-        for part in (samples[fifth : 2 * fifth] or samples, samples[-fifth:])
-    ]
-    grown = (late - early) / early
-    verdict = "met" if grown < 0.03 else "MISSED"
-    print(f"RSS: {early:.1f} MB in the second fifth, {late:.1f} in the last ({grown:+.1%}): {verdict}")
-    print(f"open files: {files[0]:.0f} and {files[1]:.0f}: {'met' if files[0] == files[1] else 'MISSED'}")
-    print(f"no failed request: {'met' if not tally.failed else 'MISSED'}")
+    parts = samples[fifth : 2 * fifth] or samples, samples[-fifth:]
+    early, late = (float(np.median([sample["rss_mb"] for sample in part])) for part in parts)
+    files = [float(np.median([sample["files"] for sample in part])) for part in parts]
+    for what, met in (
+        (f"RSS {early:.1f} MB in the second fifth, {late:.1f} in the last", late <= 1.03 * early),
+        (f"open files {files[0]:.0f} in the second fifth, {files[1]:.0f} in the last", files[0] == files[1]),
+        ("no failed request", not tally.failed),
+    ):
+        print(f"{what}: {'met' if met else 'MISSED'}")
     return {"rss_mb": [early, late], "files": files, "failed": tally.failed, "reasons": dict(tally.reasons)}
 
 
@@ -163,7 +162,7 @@ def main() -> None:
             tally, samples = run(soak(node, folder, requests(task), read.queries, read.swaps))
         finally:
             node.stop()
-    found = report(tally, samples, read.queries)
+    found = report(tally, samples)
     save("soak", {"task": task.name, "queries": read.queries, "swaps": read.swaps, **found, "samples": samples})
     plot(samples, RESULTS / "soak.png")
 
