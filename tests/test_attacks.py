@@ -23,6 +23,8 @@ import pytest
 import service
 from service import BINARY, DIM, JSON, Reply, Service, corpora
 
+pytestmark = pytest.mark.alone
+
 GOOD = {"vector": [0.5, -0.25, 1, 0, 0, 0, 0, 0.125], "k": 3}
 VECTOR = "[" + ",".join(["1"] * DIM) + "]"
 JSON_TYPE = "application/json"

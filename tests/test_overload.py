@@ -43,6 +43,9 @@ Shard.search = gated
 WAIT_MS = 20_000
 
 
+pytestmark = pytest.mark.alone
+
+
 def vectors(n: int) -> bytes:
     return json.dumps({"vectors": [[1.0] * DIM] * n, "timeout_ms": WAIT_MS}).encode()
 
