@@ -9,7 +9,7 @@ in a shard of so many vectors. What --check reads is JSON too, one object or a l
 {"shards", "replicas", "rate_qps", "service_ms": [... of shard calls, waiting not counted], "latency_ms": [... of
 queries]} and, where they are known, "threads" (1; searches that a node runs at the same time), "cores" (of the one
 machine that all nodes share; each has its own without), "overhead_ms" (0; what the front door and the network add to
-a query), "hedge_budget" (0.05).
+a query), "hedge_budget" (0.05), "hedge_min_ms" (1).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     cores: int | None = None
     overhead_ms: float = 0.0
     hedge_budget: float = 0.05
+    hedge_min_ms: float = 1.0
     what: str = ""
 
 
@@ -219,6 +220,7 @@ def check(runs: list[Run], queries: int, seed: int) -> list[dict[str, Any]]:
             threads=run.threads,
             rate_qps=run.rate_qps,
             hedge_budget=run.hedge_budget if run.replicas > 1 else 0.0,
+            hedge_min_ms=run.hedge_min_ms,
         )
         service = np.asarray(run.service_ms)
         if run.cores is None:

@@ -38,6 +38,7 @@ class Cluster:
     hedge_budget: float = 0.05  # second calls that each call pays for; 0 for none
     common_budget: bool = False  # of all shards together; otherwise each shard has its own
     hedge_quantile: float = 0.95  # of the latest calls' latencies: when a second call is sent
+    hedge_min_ms: float = 1.0  # a second call is never sent before that
     down: int = 0  # replicas of every shard that are gone, and known to be
     slow_share: float = 0.0  # of all replicas, rounded up, drawn at random
     slow_ms: float = 0.0  # what a slow replica adds to a call; it is late, not busy
@@ -88,7 +89,8 @@ def simulate(cluster: Cluster, service_ms: Times, *, queries: int = 20_000, seed
             drawn = service_ms[rng.integers(0, len(service_ms), (BLOCK, asked))]
             state.seen *= FORGET
             if query and cluster.hedge_budget > 0 and state.up > 1:
-                delay = float(np.quantile(latency[query - BLOCK : query], cluster.hedge_quantile))
+                quantile = float(np.quantile(latency[query - BLOCK : query], cluster.hedge_quantile))
+                delay = max(cluster.hedge_min_ms, quantile)
         shards = everyone if asked == cluster.shards else rng.permutation(cluster.shards)[:asked]
         places = state.choose(shards, now)
         state.pay(shards)

@@ -105,9 +105,13 @@ class Server:
     ready_s: float  # from starting the process to a green /readyz
 
     def cpu_s(self) -> float:
-        """Processor seconds of every thread so far, as the kernel counts them in nanoseconds."""
-        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
-        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+        """Processor seconds of every thread of it and its workers so far, as the kernel counts them in nanoseconds."""
+        nanoseconds, waiting = 0, [str(self.process.pid)]
+        while waiting:
+            for task in Path(f"/proc/{waiting.pop()}/task").iterdir():
+                nanoseconds += int((task / "schedstat").read_text().split()[0])
+                waiting += (task / "children").read_text().split()
+        return nanoseconds / 1e9
 
 
 @contextlib.contextmanager

@@ -28,26 +28,30 @@ class Body(msgspec.Struct):
     k: int = 10
 
 
-async def run(size: int, folder: Path | None, ef_search: int) -> None:
+async def run(size: int, body: str, folder: Path | None, ef_search: int) -> None:
     look: Callable[[np.ndarray], object] = lambda vector: None  # noqa: E731
     if folder is not None:
         index_folder = IndexFolder(folder)
         served = Served(index_folder, str(index_folder.current()), ServeSettings())
-        index, params = served.shards[0].index, indexes.search_params("hnsw", ef_search=ef_search)
+        index = served.shards[0].index
+        params = indexes.search_params(index.spec.kind, ef_search=ef_search)
         look = lambda vector: index.search(vector[None], 10, params)  # noqa: E731
     decode = msgspec.json.Decoder(Body).decode
     answer = b"{" + b" " * (size - 2) + b"}"
 
-    async def search(request: web.Request) -> web.Response:
-        body = decode(await request.read())
-        look(np.array(body.vector, dtype=np.float32))
+    async def search_json(request: web.Request) -> web.Response:
+        look(np.array(decode(await request.read()).vector, dtype=np.float32))
+        return web.Response(body=answer, content_type="application/json")
+
+    async def search_raw(request: web.Request) -> web.Response:
+        look(np.frombuffer(await request.read(), dtype=np.float32))
         return web.Response(body=answer, content_type="application/json")
 
     async def ready(request: web.Request) -> web.Response:
         return web.Response(text="ok")
 
     app = web.Application()
-    app.router.add_post("/search", search)
+    app.router.add_post("/search", search_raw if body == "raw" else search_json)
     app.router.add_get("/readyz", ready)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
@@ -60,7 +64,8 @@ async def run(size: int, folder: Path | None, ef_search: int) -> None:
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--size", type=int, required=True, help="bytes of the constant answer")
+    arguments.add_argument("--body", choices=("json", "raw"), default="json", help="what a request holds")
     arguments.add_argument("--index", type=Path, help="search this index too, and throw the answer away")
     arguments.add_argument("--ef-search", type=int, default=64)
     given = arguments.parse_args()
-    uvloop.run(run(given.size, given.index, given.ef_search))
+    uvloop.run(run(given.size, given.body, given.index, given.ef_search))

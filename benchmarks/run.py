@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("kernels.py", "tp_tree.py", "serving.py", "ready.py", "filtered.py", "build.py", "recall_qps.py")
+SCRIPTS = ("kernels.py", "tp_tree.py", "serving.py", "ready.py", "filtered.py", "probe.py", "build.py", "recall_qps.py")
 # These know --data alone; encoder.py cannot do without.
 ENCODER_SCRIPTS = ("encoder.py", "encoder_serving.py", "cellular.py")
 

@@ -65,7 +65,7 @@ def make_manifest(job: Job, name: str, version: str, ingested: Ingested, certifi
 
 def shard_entries(job: Job, ingested: Ingested) -> list[ShardEntry]:
     entries = []
-    for number in range(len(ingested.sizes)):
+    for number in ingested.sizes:
         indexed = job.state.indexed[number]
         files = [file for file in ingested.files if file.path.startswith(f"shards/{number:03d}/")]
         entries.append(ShardEntry(indexed.spec.size, indexed.spec, files + indexed.files))

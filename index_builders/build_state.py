@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 import msgspec
 
@@ -22,11 +22,16 @@ from vecsvc.manifest import FORMAT_VERSION, CorpusEntry, EncoderEntry, FileEntry
 from vecsvc.storage import STAGING, STATE, IndexFolder, Lease, delete_file, delete_folder, replace_file
 from vecsvc.types import IndexSpec, Metric
 
+# Settings that say where and how an index is built, and not what it becomes.
+_HOW: Final = ("out", "version", "threads", "batch_rows", "kernels")
+# What one pod of a distributed build may have otherwise than another: its shard, and where its copies of things lie.
+_OWN: Final = ("name", "shard", "encoder", "border_share")
+
 
 class Ingested(msgspec.Struct):
     """What the first step left: enough to go on without the corpus."""
 
-    sizes: list[int]  # of the shards; a row that lives in two counts in both
+    sizes: dict[int, int]  # of the shards, by number; a row that lives in two counts in both
     copies: int  # rows that live in two shards
     dim: int
     dtype: str
@@ -61,6 +66,7 @@ class Job:
     state_path: Path
     state: State
     stream: TextIO | None  # where progress is shown; None for standard error
+    only: int | None = None  # the shard that is built; None for all of them
     resumed: list[str] = field(default_factory=list)  # steps that an earlier build had done
 
     @property
@@ -70,6 +76,11 @@ class Job:
     @property
     def threads(self) -> int:
         return self.settings.threads or os.cpu_count() or 1
+
+    @property
+    def numbers(self) -> list[int]:
+        """The shards that are built."""
+        return list(range(self.settings.shards)) if self.only is None else [self.only]
 
     def shard_folder(self, number: int) -> Path:
         return self.staging / "shards" / f"{number:03d}"
@@ -96,7 +107,7 @@ class Job:
 
 def build_key(corpus: Corpus, settings: BuildSettings, params: Mapping[str, Any], encoder_folder: Path | None) -> str:
     """Two builds with one key make the same index from the same corpus."""
-    same = {n: v for n, v in asdict(settings).items() if n not in ("out", "version", "threads", "batch_rows")}
+    same = {n: v for n, v in asdict(settings).items() if n not in _HOW}
     encoder = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for file in (encoder_files(encoder_folder) if encoder_folder is not None else ())
@@ -105,6 +116,11 @@ def build_key(corpus: Corpus, settings: BuildSettings, params: Mapping[str, Any]
     windows = [bulk_encode.WINDOW_ROWS, bulk_encode.CALL_TEXTS]
     facts = [FORMAT_VERSION, windows, corpus.identity(), encoder, same, dict(params)]
     return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
+
+
+def shared_settings(settings: BuildSettings, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What all parts of one version must have been built with; corpus and encoder are told apart by their hashes."""
+    return {n: v for n, v in asdict(settings).items() if n not in _HOW + _OWN} | {"params": dict(params)}
 
 
 def read_state(path: Path, key: str) -> State | None:

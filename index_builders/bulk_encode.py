@@ -1,9 +1,9 @@
 """Encodes the texts of a corpus with all cores, and keeps what is done where a build that dies can go on from it.
 
-<staging>/encoded/<first row>-<sha256>.npy   the vectors of WINDOW_ROWS texts, in the order of the corpus
+<staging>/encoded/<place of the first>-<sha256>.npy   the vectors of WINDOW_ROWS texts, in the order of the corpus
 
 A part appears whole, by rename, and its name carries the hash of its bytes: what a resumed build may trust is said
-by the folder alone. Windows are counted over the corpus, not over its batches or files, and every run of the model
+by the folder alone. Windows are counted over what is encoded, not over batches or files, and every run of the model
 has the same texts however many threads there are: a build that was resumed makes the same vectors as one that was
 not, also where an encoder quantises by what is in a run.
 """
@@ -48,11 +48,12 @@ _UNFINISHED: Final = "part.npy.tmp"
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Consecutive texts of a corpus, whatever batches they came in."""
+    """Consecutive texts of what is encoded, whatever batches they came in."""
 
-    first_row: int
+    first: int  # place of the first among all that are encoded: its row, where that is the whole corpus
     texts: list[str]
     ids: list[Id]
+    rows: list[int]  # of the corpus
 
 
 def run_threads(threads: int) -> int:
@@ -62,15 +63,17 @@ def run_threads(threads: int) -> int:
 
 def windows(batches: Iterable[Batch]) -> Iterator[Window]:
     """The texts of the batches, WINDOW_ROWS at a time; the last may have fewer."""
-    first, texts, ids = 0, list[str](), list[Id]()
+    first, texts, ids, rows = 0, list[str](), list[Id](), list[int]()
     for batch in batches:
         texts += batch.texts or []
         ids += batch.ids.to_pylist()
+        rows += batch.corpus_rows().tolist()
         while len(texts) >= WINDOW_ROWS:
-            yield Window(first, texts[:WINDOW_ROWS], ids[:WINDOW_ROWS])
-            first, texts, ids = first + WINDOW_ROWS, texts[WINDOW_ROWS:], ids[WINDOW_ROWS:]
+            yield Window(first, texts[:WINDOW_ROWS], ids[:WINDOW_ROWS], rows[:WINDOW_ROWS])
+            first, rows = first + WINDOW_ROWS, rows[WINDOW_ROWS:]
+            texts, ids = texts[WINDOW_ROWS:], ids[WINDOW_ROWS:]
     if texts:
-        yield Window(first, texts, ids)
+        yield Window(first, texts, ids, rows)
 
 
 class EncodedTexts:
@@ -80,7 +83,7 @@ class EncodedTexts:
         """What lies there and is no whole part goes."""
         self._folder = staging / FOLDER
         self.dim = dim
-        # First row -> file and rows. Parts are opened when they are read: each map keeps a descriptor.
+        # Place of the first text -> file and rows. Parts are opened when they are read: each map keeps a descriptor.
         self._parts: dict[int, tuple[Path, int]] = {}
         make_folder(self._folder)
         for path in sorted(self._folder.iterdir()):
@@ -101,7 +104,7 @@ class EncodedTexts:
         return sum(rows for _, rows in self._parts.values())
 
     def has(self, window: Window) -> bool:
-        part = self._parts.get(window.first_row)
+        part = self._parts.get(window.first)
         return part is not None and part[1] == len(window.texts)
 
     def add(self, window: Window, vectors: Vectors) -> None:
@@ -112,14 +115,14 @@ class EncodedTexts:
             writer.close()
         finally:
             writer.abandon()
-        path = self._folder / f"{window.first_row:012d}-{sha256(aside)}.npy"
+        path = self._folder / f"{window.first:012d}-{sha256(aside)}.npy"
         rename(aside, path)
-        self._parts[window.first_row] = path, len(vectors)
+        self._parts[window.first] = path, len(vectors)
 
-    def of(self, first_row: int, n: int) -> Vectors:
-        """The vectors (n, dim) of consecutive rows, all of which were added."""
+    def of(self, first: int, n: int) -> Vectors:
+        """The vectors (n, dim) of consecutive texts, all of which were added."""
         found: list[NDArray[Any]] = []
-        row, end = first_row, first_row + n
+        row, end = first, first + n
         while row < end:
             start = row - row % WINDOW_ROWS
             part = self._open(self._parts[start][0])
@@ -183,5 +186,5 @@ def _check(window: Window, vectors: Vectors, metric: Metric) -> None:
         try:
             check_vector(vector, metric)
         except InvalidVector as error:
-            place = f"row {window.first_row + row} (id {window.ids[row]!r})"
+            place = f"row {window.rows[row]} (id {window.ids[row]!r})"
             raise BadRow(f"{place}: of its text the encoder made a vector that cannot be ranked: {error}") from error

@@ -61,7 +61,7 @@ class Certifier:
         self._latency: list[list[float]] = []
         self._visited: list[list[float]] = []
         self._points: list[list[dict[str, Any]]] = []
-        self._defaults: dict[str, Any] = {}
+        self._kind = ""
 
     def _gather(self) -> Vectors:
         queries = np.empty((len(self._sampled), self.vectors[0].shape[1]), dtype=np.float32)
@@ -85,7 +85,7 @@ class Certifier:
             return
         own, points = self._own(number), base.operating_points(index.spec)
         self._truth.append(self._nearest(number, own))
-        self._defaults = indexes.params_dict(indexes.search_params(index.spec.kind))
+        self._kind = index.spec.kind
         found, latency, visited = [], [], []
         for point in points:
             params = indexes.search_params(index.spec.kind, **point)
@@ -132,15 +132,8 @@ class Certifier:
         release_pages(vectors)
         return distances, np.where(np.isinf(distances), -1, rows[labels])
 
-    def _at_least_default(self, params: dict[str, Any]) -> bool:
-        return all(params.get(name, value) >= value for name, value in self._defaults.items())
-
     def certificate(self, target: float) -> tuple[Certificate | None, dict[str, Any]]:
-        """The certificate, and the cheapest settings whose recall is at least `target` beyond chance.
-
-        Never below the kind's own defaults: rows of the corpus are easier to find than what people ask.
-        Where nothing reaches the target, the best there is, and the certificate says so.
-        """
+        """The certificate, and the settings that `choose` picks; none where nothing was measured."""
         if not self._found:
             return None, {}
         points = []
@@ -157,14 +150,13 @@ class Certifier:
                     visited=round(sum(visited[i] for visited, i in zip(self._visited, at, strict=True)), 1),
                 )
             )
-        good = [p for p in points if p.recall - p.recall_error >= target and self._at_least_default(p.params)]
-        chosen = good[0] if good else points[-1]
+        chosen, reached = choose(points, target, self._kind)
         certificate = Certificate(
             k=self._k,
             queries=len(self._sampled),
             method="sampled rows of the corpus, each one's own row left out; exact distances; ties are no errors",
             target=target,
-            reached=bool(good),
+            reached=reached,
             points=points,
         )
         return certificate, dict(chosen.params)
@@ -190,6 +182,20 @@ class Certifier:
         """Of what the shards found together: the mean, and half the width of its 95 % interval."""
         each = recall(_merged(found, self._k), _merged(self._truth, self._k)[:, self._k - 1])
         return round(float(each.mean()), 4), round(1.96 * float(each.std()) / float(np.sqrt(len(each))), 4)
+
+
+def choose(points: list[OperatingPoint], target: float, kind: str) -> tuple[OperatingPoint, bool]:
+    """The cheapest settings whose recall is at least `target` beyond chance, and True.
+
+    Never below the kind's own defaults: rows of the corpus are easier to find than what people ask.
+    Where nothing reaches the target, the best there is, and False.
+    """
+    defaults = indexes.params_dict(indexes.search_params(kind))
+    for point in points:
+        thorough = all(point.params.get(name, value) >= value for name, value in defaults.items())
+        if thorough and point.recall - point.recall_error >= target:
+            return point, True
+    return points[-1], False
 
 
 def _merged(parts: list[_Ranked], k: int) -> Distances:

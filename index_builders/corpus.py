@@ -37,6 +37,25 @@ class Batch:
     vectors: StoredVectors | None  # (n, dim) float32 or float16, C-contiguous, read-only where it is Parquet's buffer
     texts: list[str] | None  # n texts, some perhaps empty
     fields: pa.RecordBatch | None  # the stored fields in their original types; None where none are stored
+    rows: NDArray[np.int64] | None = None  # (n,) corpus rows of a batch that was thinned out; None where all are there
+
+    def corpus_rows(self) -> NDArray[np.int64]:
+        """Their rows (n,) in the corpus, ascending."""
+        if self.rows is not None:
+            return self.rows
+        return np.arange(self.first_row, self.first_row + len(self.hashes), dtype=np.int64)
+
+    def only(self, keep: NDArray[np.intp]) -> Batch:
+        """The rows at the places `keep`, ascending."""
+        return Batch(
+            first_row=self.first_row,
+            ids=self.ids.take(pa.array(keep)),
+            hashes=self.hashes[keep],
+            vectors=None if self.vectors is None else self.vectors[keep],
+            texts=None if self.texts is None else [self.texts[i] for i in keep.tolist()],
+            fields=None if self.fields is None else self.fields.take(pa.array(keep)),
+            rows=self.corpus_rows()[keep],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

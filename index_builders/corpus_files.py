@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
-from typing import Any, Final
-from urllib.parse import parse_qsl, urlsplit
+from pathlib import PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from vecsvc.errors import CorpusUnreadable
-
-# An endpoint that is not there fails after about 2 s, one that accepts and stays silent after about 16 s.
-S3_CONNECT_TIMEOUT_S: Final = 2.0
-S3_REQUEST_TIMEOUT_S: Final = 5.0
-S3_ATTEMPTS: Final = 3
+from vecsvc.errors import ConfigError, CorpusUnreadable
+from vecsvc.stores import open_filesystem
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +31,7 @@ class CorpusFile:
 def find_files(source: str) -> tuple[Any, str, list[Any]]:
     """The filesystem, the folder that names are relative to, and what is known of each file, by name."""
     with foreign_errors(source):
-        filesystem, path = _filesystem(source)
+        filesystem, path = open_filesystem(source, "a corpus")
         info = filesystem.get_file_info(path)
         if info.type == pa.fs.FileType.File:
             return filesystem, str(PurePosixPath(path).parent), [info]
@@ -76,38 +70,6 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     return fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern if pattern[0] == "**" else pattern[1:])
 
 
-def _filesystem(source: str) -> tuple[Any, str]:
-    if not source.startswith("s3://"):
-        if not source or "://" in source:
-            raise CorpusUnreadable(f"{source!r}: a corpus is a local path or s3://bucket/key")
-        return pa.fs.LocalFileSystem(), str(Path(source).absolute())
-    path, _, query = source.removeprefix("s3://").rpartition("?")
-    options = dict(parse_qsl(query))
-    if not path or not options or options.keys() - {"region", "endpoint_override", "scheme"}:
-        path, options = source.removeprefix("s3://"), {}  # that was a ? of a glob
-    bucket = path.partition("/")[0]
-    if not bucket or "@" in bucket:
-        raise CorpusUnreadable("an S3 address is s3://bucket/key; credentials come from AWS_ACCESS_KEY_ID and the like")
-    # pyarrow reads credentials and profiles by itself, but neither the endpoint nor the certificates.
-    environ = os.environ
-    endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or ""
-    endpoint = options.get("endpoint_override", endpoint)
-    address = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
-    region = options.get("region") or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
-    if not region and not endpoint:
-        region = pa.fs.resolve_s3_region(bucket)
-    filesystem = pa.fs.S3FileSystem(
-        region=region,
-        endpoint_override=(address.netloc + address.path).rstrip("/") or None,
-        scheme=options.get("scheme", address.scheme),
-        tls_ca_file_path=environ.get("AWS_CA_BUNDLE") or None,
-        connect_timeout=S3_CONNECT_TIMEOUT_S,
-        request_timeout=S3_REQUEST_TIMEOUT_S,
-        retry_strategy=pa.fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
-    )
-    return filesystem, path.rstrip("/")
-
-
 def label_of(filesystem: Any, path: str) -> str:
     return f"s3://{path}" if filesystem.type_name == "s3" else path
 
@@ -121,6 +83,8 @@ def foreign_errors(label: str) -> Iterator[None]:
     """The border where Arrow's and the system's errors become ours."""
     try:
         yield
+    except ConfigError as error:
+        raise CorpusUnreadable(str(error)) from error
     except (pa.ArrowException, OSError) as error:
         text = " ".join(str(error).split())[:400]
         remedy = "check that it is there, may be read, and is a whole, unencrypted Parquet file"

@@ -22,7 +22,7 @@ from vecsvc.types import IndexSpec, Vectors
 def index_shards(job: Job, ingested: Ingested) -> Certifier:
     """Build every shard's index, unless an earlier build had, and measure each while it is in memory."""
     settings = job.settings
-    kind, params = base.choose(settings.kind, max(ingested.sizes), ingested.dim, job.params)
+    kind, params = base.choose(settings.kind, _typical_size(job, ingested), ingested.dim, job.params)
     certifier = Certifier(
         _vectors(job, ingested),
         _rows(job, ingested),
@@ -31,40 +31,45 @@ def index_shards(job: Job, ingested: Ingested) -> Certifier:
         settings.seed,
         centroids=_centroids(job, ingested),
     )
-    for number in range(len(ingested.sizes)):
+    for place, number in enumerate(ingested.sizes):
         folder = job.shard_folder(number) / INDEX_FOLDER
         done = job.state.indexed.get(number)
         if done is not None and whole(job.staging, done.files):
             job.resumed.append(f"index of shard {number}")
             with job.phase("certify"):
-                index = certifier.load(number, folder, done.spec)
-                certifier.measure(number, index, job.threads)
+                index = certifier.load(place, folder, done.spec)
+                certifier.measure(place, index, job.threads)
                 index.close()
             continue
-        spec = _build(job, certifier.vectors, number, kind, params)
+        spec = _build(job, certifier.vectors[place], number, kind, params)
         files = file_entries(job.staging, [path for path in folder.rglob("*") if path.is_file()])
         with job.phase("certify"):
             # Some libraries do not notice a full disk. What will be served is what is read, so it is measured.
             try:
-                written = certifier.load(number, folder, spec)
+                written = certifier.load(place, folder, spec)
             except ArtifactError as error:
                 raise StorageError(f"what was written cannot be read back: {error}; nothing was published") from error
             job.state.indexed[number] = Indexed(spec, files)
             job.save()
-            certifier.measure(number, written, job.threads)
+            certifier.measure(place, written, job.threads)
             written.close()
     return certifier
 
 
-def _build(job: Job, vectors: list[NDArray[Any]], number: int, kind: str, params: dict[str, Any]) -> IndexSpec:
+def _typical_size(job: Job, ingested: Ingested) -> int:
+    """What `auto` goes by: who builds one shard knows of the others what the corpus tells, and must choose alike."""
+    return max(ingested.sizes.values()) if job.only is None else -(-job.corpus.rows // job.settings.shards)
+
+
+def _build(job: Job, vectors: NDArray[Any], number: int, kind: str, params: dict[str, Any]) -> IndexSpec:
     folder: Path = job.shard_folder(number) / INDEX_FOLDER
     if folder.exists():
         delete_folder(folder)
     make_folder(folder)
-    title = f"indexing {number + 1}/{len(vectors)}"
-    with job.phase("index"), Shown(title, len(vectors[number]), job.stream) as shown:
+    title = f"indexing {number + 1}/{job.settings.shards}"
+    with job.phase("index"), Shown(title, len(vectors), job.stream) as shown:
         index = base.build(
-            vectors[number],
+            vectors,
             kind=kind,
             metric=job.metric,
             params=params,
@@ -81,14 +86,13 @@ def _build(job: Job, vectors: list[NDArray[Any]], number: int, kind: str, params
 def _vectors(job: Job, ingested: Ingested) -> list[NDArray[Any]]:
     return [
         open_array(job.shard_folder(number) / VECTORS_FILE, np.dtype(ingested.dtype), (size, ingested.dim))
-        for number, size in enumerate(ingested.sizes)
+        for number, size in ingested.sizes.items()
     ]
 
 
 def _rows(job: Job, ingested: Ingested) -> list[NDArray[np.int64]]:
     return [
-        open_array(job.shard_folder(number) / ROWS_FILE, np.int64, (size,))
-        for number, size in enumerate(ingested.sizes)
+        open_array(job.shard_folder(number) / ROWS_FILE, np.int64, (size,)) for number, size in ingested.sizes.items()
     ]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import threadpoolctl
 
 from index_builders import bulk_encode
 from index_builders.build_state import Ingested, Job, empty, whole
@@ -62,9 +63,10 @@ def _learn_clusters(job: Job, encoded: EncodedTexts | None) -> Spreader:
                 mine = slice(*np.searchsorted(wanted, (first_row, first_row + len(vectors))))
                 sample[mine] = vectors[wanted[mine] - first_row]
                 shown(len(vectors))
-        clustering = Clustering(
-            sample, settings.shards, job.metric, border_share=settings.border_share, seed=settings.seed
-        )
+        with threadpoolctl.threadpool_limits(limits=job.threads):
+            clustering = Clustering(
+                sample, settings.shards, job.metric, border_share=settings.border_share, seed=settings.seed
+            )
         write_array(job.staging / CENTROIDS_FILE, clustering.centroids(dim))
     return Spreader(clustering, rows, settings.border_share)
 
@@ -85,27 +87,29 @@ def _write_shards(
 ) -> Ingested:
     corpus = job.corpus
     with contextlib.ExitStack() as stack:
-        writers = [
-            stack.enter_context(ShardWriter(job.shard_folder(number), corpus)) for number in range(job.settings.shards)
-        ]
+        writers = [stack.enter_context(ShardWriter(job.shard_folder(number), corpus)) for number in job.numbers]
+        done = 0
         with Shown("reading", corpus.rows, job.stream) as shown:
-            for batch in corpus.read_batches(job.settings.batch_rows, checked=encoded is not None):
+            for batch in _batches(job, checked=encoded is not None, progress=shown):
                 n = len(batch.hashes)
-                vectors = batch.vectors if encoded is None else encoded.of(batch.first_row, n)
+                if not n:
+                    continue  # none of these rows is ours
+                vectors = batch.vectors if encoded is None else encoded.of(done, n)
                 _spread(writers, batch, vectors, spreader)
-                shown(n)
+                done += n
         for writer in writers:
             writer.finish()
     # Arrow keeps what it read with for the next read, which does not come.
     pa.default_memory_pool().release_unused()
     sizes = [writer.size for writer in writers]
     if min(sizes) == 0:
-        raise ConfigError(f"{corpus.rows} rows leave {sizes.count(0)} of {len(sizes)} shards empty: use fewer --shards")
+        some = f"{sizes.count(0)} of {len(sizes)} shards" if job.only is None else f"shard {job.only}"
+        raise ConfigError(f"{corpus.rows} rows leave {some} empty: use fewer --shards")
     entry = _write_encoder(job, encoder)
     encoded_folder = job.staging / bulk_encode.FOLDER
     files = [path for path in job.staging.rglob("*") if path.is_file() and path.parent != encoded_folder]
     return Ingested(
-        sizes=sizes,
+        sizes=dict(zip(job.numbers, sizes, strict=True)),
         copies=spreader.copies if spreader is not None else 0,
         dim=writers[0].dim,
         dtype=writers[0].dtype,
@@ -117,8 +121,18 @@ def _write_shards(
     )
 
 
+def _batches(job: Job, *, checked: bool, progress: Callable[[int], None] = lambda rows: None) -> Iterator[Batch]:
+    """The rows of the shards that are built, in the order of the corpus; every row is read and looked at."""
+    for batch in job.corpus.read_batches(job.settings.batch_rows, checked=checked):
+        mine = batch
+        if job.only is not None:
+            mine = batch.only(np.flatnonzero(batch.hashes % np.uint64(job.settings.shards) == job.only))
+        yield mine
+        progress(len(batch.hashes))
+
+
 def _spread(writers: list[ShardWriter], batch: Batch, vectors: Any, spreader: Spreader | None) -> None:
-    rows = np.arange(batch.first_row, batch.first_row + len(batch.hashes), dtype=np.int64)
+    rows = batch.corpus_rows()
     if len(writers) == 1:
         writers[0].write(rows, batch.hashes, vectors, batch.ids, batch.fields)
         return
@@ -163,11 +177,13 @@ def _encode(job: Job, encoder: Encoder) -> EncodedTexts:
     """The vectors of all texts; those that an earlier build made are not made again."""
     with job.phase("encode"):
         encoded, rows = EncodedTexts(job.staging, encoder.spec.dim), job.corpus.rows
+        if job.only is not None:
+            rows = -(-rows // job.settings.shards)  # about: only reading the corpus would tell
         if encoded.rows:
             job.resumed.append(f"encoding of {encoded.rows:,} of {rows:,} texts")
-        if encoded.rows < rows:
+        if encoded.rows < rows or job.only is not None:
             # Whoever encoded a part had looked at every row before.
-            batches = job.corpus.read_batches(job.settings.batch_rows, checked=encoded.rows > 0)
+            batches = _batches(job, checked=encoded.rows > 0)
             with Shown("encoding", rows, job.stream, unit="texts", before=encoded.rows) as shown:
                 encode_corpus(encoder, batches, encoded, metric=job.metric, threads=job.threads, progress=shown)
     return encoded

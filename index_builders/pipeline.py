@@ -14,7 +14,16 @@ import msgspec
 
 from index_builders import base
 from index_builders.build_manifest import check_recall, make_manifest
-from index_builders.build_state import Job, State, build_key, empty, forget, free_version, interrupted, read_state
+from index_builders.build_state import (
+    Job,
+    State,
+    build_key,
+    empty,
+    forget,
+    free_version,
+    interrupted,
+    read_state,
+)
 from index_builders.corpus import Corpus, open_corpus
 from index_builders.index_shards import index_shards
 from index_builders.ingest import ingest
@@ -32,6 +41,7 @@ from vecsvc.storage import (
     check_version,
     delete_file,
     make_folder,
+    take_folder,
 )
 from vecsvc.types import MAX_DIM, Metric
 
@@ -57,16 +67,9 @@ def build_index(
     step; without, what it left is deleted. With `require_recall`, an index whose certificate misses the target is left
     unpublished, to be resumed. Raises UserError, StorageError, BackendMissing or RecallMissed.
     """
-    corpus = opened_corpus(source, settings)
-    folder = IndexFolder(Path(settings.out) / index_name(source, settings))
-    if settings.version:
-        check_version(settings.version)
-    encoder_folder = encoder_of(corpus, settings)
     if require_recall and not settings.certificate_queries:
         raise ConfigError("--require-recall needs a certificate: let --certificate-queries be more than 0")
-    # What the index step would refuse is refused now, and not after hours of encoding.
-    base.build_params(*base.choose(settings.kind, corpus.rows, corpus.dim or MAX_DIM, params or {}))
-    make_folder(folder.path)
+    corpus, folder, encoder_folder = prepare(source, settings, params or {})
     key = build_key(corpus, settings, params or {}, encoder_folder)
     if not resume:
         folder.sweep()
@@ -79,7 +82,7 @@ def build_index(
             f"{folder.path / version} exists, and a version is never written twice: choose another --version"
         )
     staging = folder.path / f"{STAGING}{version}"
-    lease = _take(staging, version)
+    lease = take_folder(staging, f"version {version} is being built by another process: choose another --version")
     try:
         state = read_state(state_path, key)
         job = Job(
@@ -104,16 +107,28 @@ def build_index(
         lease.release()
 
 
-def _take(staging: Path, version: str) -> Lease:
-    """The staging folder of this build alone, made where it is missing."""
-    while True:
-        make_folder(staging)
-        lease = Lease.take(staging, exclusive=True)
-        if lease is not None:
-            return lease
-        # Between the two another build may have swept it away, as one that nobody holds.
-        if staging.exists():
-            raise VersionExists(f"version {version} is being built by another process: choose another --version")
+def prepare(source: str, settings: BuildSettings, params: Mapping[str, Any]) -> tuple[Corpus, IndexFolder, Path | None]:
+    """Check all that can be checked before the work begins: the corpus, the index's folder, the encoder's.
+
+    Raises UserError.
+    """
+    metric: Metric = settings.metric  # type: ignore[assignment]  # one of the choices, checked by config
+    corpus = open_corpus(
+        source,
+        id_column=settings.id_column,
+        vector_column=settings.vector_column,
+        text_column=settings.text_column,
+        fields=settings.fields,
+        metric=metric,
+    )
+    folder = IndexFolder(Path(settings.out) / _name(source, settings))
+    if settings.version:
+        check_version(settings.version)
+    encoder_folder = _encoder_folder(corpus, settings)
+    # What the index step would refuse is refused now, and not after hours of encoding.
+    base.build_params(*base.choose(settings.kind, corpus.rows, corpus.dim or MAX_DIM, params))
+    make_folder(folder.path)
+    return corpus, folder, encoder_folder
 
 
 def _run(job: Job, folder: IndexFolder, version: str, lease: Lease, require_recall: bool) -> BuildResult:
@@ -156,19 +171,7 @@ def _serve_published(folder: IndexFolder, version: str) -> BuildResult:
     return BuildResult(str(path), manifest, ["everything but serving"])
 
 
-def opened_corpus(source: str, settings: BuildSettings) -> Corpus:
-    metric: Metric = settings.metric  # type: ignore[assignment]  # one of the choices, checked by config
-    return open_corpus(
-        source,
-        id_column=settings.id_column,
-        vector_column=settings.vector_column,
-        text_column=settings.text_column,
-        fields=settings.fields,
-        metric=metric,
-    )
-
-
-def encoder_of(corpus: Corpus, settings: BuildSettings) -> Path | None:
+def _encoder_folder(corpus: Corpus, settings: BuildSettings) -> Path | None:
     """Texts need an encoder, and get the default one where none is named; vectors need none."""
     if settings.encoder:
         return encoder_path(settings.encoder)
@@ -182,7 +185,7 @@ def encoder_of(corpus: Corpus, settings: BuildSettings) -> Path | None:
         ) from error
 
 
-def index_name(source: str, settings: BuildSettings) -> str:
+def _name(source: str, settings: BuildSettings) -> str:
     if settings.name:
         return check_name(settings.name)
     parts = [part for part in source.rstrip("/").split("/") if not set(part) & set("*?[")]  # a glob's folder

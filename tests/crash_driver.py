@@ -6,6 +6,7 @@ so that hundreds of them take seconds. Prints the failpoints as JSON; a broken p
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -27,9 +28,13 @@ from corpora import GRAPH, answers, build, check_version, file_hashes, make_vect
 from tiny_bert import write_tiny_bert
 
 from index_builders import bulk_encode
+from index_builders.publish import publish
+from index_builders.shard_build import build_shard
 from vecsvc import storage
+from vecsvc.config import BuildSettings
 from vecsvc.encoders.onnx import OnnxEncoder
 from vecsvc.errors import StorageError
+from vecsvc.parts import part_folder
 from vecsvc.storage import IndexFolder
 
 WORKERS = 2
@@ -179,6 +184,11 @@ class World:
         source = corpus or self.new
         settings = {"name": "demo", "encoder": str(self.encoder), "resume": resume, "version": version, **SETTINGS}
         return build(source, out, **settings)
+
+    def build_shard(self, out: Path, number: int, resume: bool = False) -> Any:
+        own = {"out": str(out), "name": "demo", "version": "v3", "shard": f"{number}/2", "threads": 1}
+        settings = BuildSettings(**{**SETTINGS, **own, "encoder": str(self.encoder)})
+        return build_shard(str(self.new), settings, resume=resume, stream=io.StringIO())
 
 
 # --------------------------------------------------------------------------------------------------- scenarios
@@ -429,6 +439,66 @@ def two_builds(world: World) -> list[str]:
     return [points[nth - 1] for nth in chosen]
 
 
+def kill_shard_builds(world: World) -> list[str]:
+    """The builder of one shard dies at every other failpoint; the other's part stays, the next builder completes."""
+    ready = world.folder / "ready"
+    shutil.copytree(world.template, ready)
+    must(lambda: world.build_shard(ready, 0))
+    part = part_folder(ready / "demo", "v3", 0)
+    before = {path.name: path.read_bytes() for path in part.rglob("*") if path.is_file()}
+    with copied(ready, "counted") as out:
+        points = failpoints(lambda: world.build_shard(out, 1), out)
+
+    def job(number: int) -> None:
+        nth = 2 * number - 1  # what they do is what a whole build does, which dies at each
+        with copied(ready, f"shard-{nth}") as out:
+            folder = IndexFolder(out / "demo")
+            assert wait(fork(at(nth, signal.SIGKILL, lambda: world.build_shard(out, 1)))) == -signal.SIGKILL
+
+            def look_and_go_on() -> None:
+                whole_and_serving(folder, "v2", world.before)
+                folder.gc(1)  # what waits for publishing stays
+                world.build_shard(out, 1, resume=number % 2 == 0)
+                other = part_folder(folder.path, "v3", 0)
+                assert {path.name: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+                assert file_hashes(publish(out, "v3")[1]) == world.hashes
+                whole_and_serving(folder, "v3", world.after)
+                nothing_left(folder, keep=nth % 3)
+
+            must(look_and_go_on)
+
+    for_each((len(points) + 1) // 2, job)
+    return points
+
+
+def kill_publish(world: World) -> list[str]:
+    """Publishing dies at each failpoint, and can be repeated, also where the next build swept up before."""
+    ready = world.folder / "ready"
+    shutil.copytree(world.template, ready)
+    must(lambda: [world.build_shard(ready, number) for number in range(2)])
+    with copied(ready, "counted") as out:
+        points = failpoints(lambda: publish(out, "v3"), out)
+    serves = points.index("rename CURRENT") + 1
+
+    def job(nth: int) -> None:
+        with copied(ready, f"publish-{nth}") as out:
+            folder = IndexFolder(out / "demo")
+            assert wait(fork(at(nth, signal.SIGKILL, lambda: publish(out, "v3")))) == -signal.SIGKILL
+
+            def look_and_go_on() -> None:
+                whole_and_serving(folder, *(("v3", world.after) if nth > serves else ("v2", world.before)))
+                if nth % 2:
+                    folder.sweep()
+                assert file_hashes(publish(out, "v3")[1]) == world.hashes
+                whole_and_serving(folder, "v3", world.after)
+                nothing_left(folder, keep=nth % 3)
+
+            must(look_and_go_on)
+
+    for_each(len(points), job)
+    return points
+
+
 def announced_and_synced(world: World) -> list[str]:
     """Every step that changes the disk comes right after its failpoint; what is renamed was synced before."""
     out = world.folder / "looked-at"
@@ -492,6 +562,8 @@ SCENARIOS = {
         kill_gc,
         kill_rollback,
         two_builds,
+        kill_shard_builds,
+        kill_publish,
         announced_and_synced,
     )
 }

@@ -99,6 +99,7 @@ def corpora() -> dict[str, Corpus]:
             [f"s-{i}" for i in range(400)], np.tile(tied, (4, 1)), [{"part": i // 100} for i in range(400)], "cosine"
         ),
         "squared": Corpus([f"q-{i}" for i in range(300)], vectors(300, seed=4), [{} for _ in range(300)], "l2"),
+        "near": Corpus(list(range(300)), vectors(300, seed=8), [{} for _ in range(300)], "ip"),
         "large": Corpus(list(range(20_000)), vectors(20_000, seed=6, dim=16), [], "l2"),
     }
     from vecsvc.encoders.onnx import open_encoder
@@ -137,7 +138,7 @@ def index(name: str) -> Path:
         options["kind"] = "exact"
     if name == "sharded":
         options["shards"] = 3
-    if name == "squared":
+    if name == "near":
         options |= {"shards": 4, "partition": "cluster", "border_share": 0.3}
     if name == "texts":
         options["encoder"] = str(encoder_folder())

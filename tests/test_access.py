@@ -15,17 +15,20 @@ from typing import Any, get_args
 
 import pytest
 import service
-from aiohttp import web
 from click.testing import CliRunner
+from cluster import end, start
 from service import JSON, Reply, Service
 
 from vecsvc import access, admission
 from vecsvc.access import Key, Keyring, Scope, added, new_key, parse_keys, removed
 from vecsvc.cli import cli
-from vecsvc.config import ServeSettings
+from vecsvc.config import RouteSettings, ServeSettings
 from vecsvc.errors import ConfigError, Forbidden, RateLimited, Unauthorized
+from vecsvc.front_door import FrontDoor
 from vecsvc.process import node, serve
+from vecsvc.router import Router
 from vecsvc.server import Service as Handlers
+from vecsvc.telemetry import Metrics
 
 QUESTION = json.dumps({"id": "t-1", "k": 3}).encode()
 HASH = "0" * 64
@@ -365,6 +368,7 @@ def keys(keys_file: Path) -> dict[str, str]:
         gone={"scopes": ["admin"], "expires": dt.date(2020, 1, 1)},
         slow={"scopes": ["read"], "rate_per_s": 0.01, "burst": 3},
         owing={"scopes": ["read"], "rate_per_s": 0.5, "burst": 2},
+        wrong={"scopes": ["read"], "rate_per_s": 0.01, "burst": 3},
     )
 
 
@@ -374,14 +378,29 @@ def guarded(keys_file: Path, keys: dict[str, str]) -> Iterator[Service]:
         yield running
 
 
-def applications(settings: ServeSettings) -> tuple[Handlers, dict[str, web.Application]]:
-    _, _, handlers = node(service.index("texts"), settings)
-    return handlers, {"public": handlers.app(), "admin": handlers.admin_app()}
+@pytest.fixture(scope="module")
+def guarded_door(keys_file: Path, keys: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A front door that knows no nodes: who may ask is decided before it would need any."""
+    nodes = tmp_path_factory.mktemp("route") / "nodes.toml"
+    nodes.write_text('nodes = ["127.0.0.1:1"]\n')
+    door = start("route", config=nodes, keys=keys_file)
+    yield door
+    end(door)
 
 
-def test_every_route_of_every_application_declares_who_may_call_it() -> None:
-    handlers, apps = applications(ServeSettings())
-    routes = [route for app in apps.values() for route in app.router.routes()]
+def handlers_of(what: str, tmp_path: Path) -> Handlers:
+    if what == "node":
+        return node(service.index("texts"), ServeSettings())[2]
+    (tmp_path / "nodes.toml").write_text('nodes = ["127.0.0.1:1"]\n')
+    settings, metrics = RouteSettings(config=str(tmp_path / "nodes.toml")), Metrics()
+    return Handlers(FrontDoor(Router(settings, metrics, None), settings, metrics), settings, metrics)
+
+
+@pytest.mark.parametrize("what", ["node", "front door"])
+def test_every_route_of_every_application_declares_who_may_call_it(what: str, tmp_path: Path) -> None:
+    handlers = handlers_of(what, tmp_path)
+    apps = (handlers.app(), handlers.admin_app())
+    routes = [route for app in apps for route in app.router.routes()]
     assert len(routes) > 15 and set(handlers.routes) == set(routes)
     for route in routes:
         declared = handlers.routes[route]
@@ -391,20 +410,24 @@ def test_every_route_of_every_application_declares_who_may_call_it() -> None:
     assert open_to_all == {"/livez", "/readyz"}
 
 
-def test_no_route_answers_without_a_key_but_the_probes(guarded: Service, keys: dict[str, str]) -> None:
-    handlers, apps = applications(ServeSettings())
-    for name, app in apps.items():
+@pytest.mark.parametrize("what", ["node", "front door"])
+def test_no_route_answers_without_a_key_but_the_probes(
+    what: str, keys: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    running: Service = request.getfixturevalue("guarded" if what == "node" else "guarded_door")
+    handlers = handlers_of(what, tmp_path)
+    for admin, app in ((False, handlers.app()), (True, handlers.admin_app())):
         for route in app.router.routes():
             declared = handlers.routes[route]
             path = declared.path.replace("{name}", "texts")
-            bare = guarded.ask(declared.method, path, b"{}", JSON, admin=name == "admin")
+            bare = running.ask(declared.method, path, b"{}", JSON, admin=admin)
             if declared.scope == "open":
-                assert bare.status == 200, path
+                assert bare.status in (200, 503), path
                 continue
             assert bare.status == 401 and bare.headers["www-authenticate"] == 'Bearer realm="vecsvc"', path
             for holder, scopes in {"team": {"read"}, "prometheus": {"metrics"}, "gone": set()}.items():
                 headers = JSON | {"X-API-Key": keys[holder]}
-                reply = guarded.ask(declared.method, path, b"{}", headers, admin=name == "admin")
+                reply = running.ask(declared.method, path, b"{}", headers, admin=admin)
                 expected = 401 if holder == "gone" else 403
                 assert (reply.status == expected) == (declared.scope not in scopes), (path, holder, reply)
 
@@ -468,6 +491,12 @@ def test_the_rate_of_a_key_is_429_and_says_when_to_come_again(guarded: Service, 
     assert int(refused.headers["retry-after"]) == -(-error["retry_after_ms"] // 1000)
     assert int(refused.headers["retry-after-ms"]) == error["retry_after_ms"]
     assert with_key(guarded, {"X-API-Key": keys["team"]}).status == 200, "the others have their own"
+
+
+def test_a_wrong_question_counts_once(guarded: Service, keys: dict[str, str]) -> None:
+    headers, body = JSON | {"X-API-Key": keys["wrong"]}, json.dumps({"vector": [1.0]}).encode()
+    statuses = [guarded.ask("POST", "/search", body, headers).status for _ in range(4)]
+    assert statuses == [422, 422, 422, 429]
 
 
 def test_a_batch_counts_as_many_queries_as_it_has(guarded: Service, keys: dict[str, str]) -> None:

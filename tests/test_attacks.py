@@ -23,6 +23,8 @@ import pytest
 import service
 from service import BINARY, DIM, JSON, Reply, Service, corpora
 
+pytestmark = pytest.mark.alone
+
 GOOD = {"vector": [0.5, -0.25, 1, 0, 0, 0, 0, 0.125], "k": 3}
 VECTOR = "[" + ",".join(["1"] * DIM) + "]"
 JSON_TYPE = "application/json"
@@ -992,8 +994,9 @@ def test_a_reader_that_sips_is_cut_off_too(strict: Service, beside: None) -> Non
 
 
 def test_a_reader_of_a_large_answer_that_reads_gets_all_of_it(strict: Service, beside: None) -> None:
-    reply = parse(strict.raw(large_question(), timeout_s=30))
-    assert [len(found) for found in reply.results] == [150] * 1024
+    received = strict.raw(large_question(), timeout_s=30)
+    # Counted and not parsed: that would hold up the good client, which has a second between two questions.
+    assert received.startswith(b"HTTP/1.1 200") and received.count(b'"distance"') == 150 * 1024
 
 
 def test_more_connections_than_allowed_are_closed_and_the_client_that_works_is_spared(

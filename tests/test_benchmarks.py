@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import common  # noqa: E402
 import compare  # noqa: E402
 import datasets  # noqa: E402
+import probe  # noqa: E402
 import recall_qps  # noqa: E402
 from datasets import DataError, Dataset  # noqa: E402
 from peers.base import between  # noqa: E402
@@ -419,3 +421,23 @@ def test_the_ann_benchmarks_class_refuses_what_it_does_not_know(entry: Any) -> N
         entry.Vecsvc("angular", {"knid": "hnsw"})
     with pytest.raises(Exception, match="'magic' is no kind of index"):
         entry.Vecsvc("angular", {"kind": "magic"})
+
+
+def test_probing_is_measured_for_a_hash_and_for_clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(7)
+    middles = rng.standard_normal((9, DIM))
+    points = (middles[rng.integers(0, 9, 420)] + 0.2 * rng.standard_normal((420, DIM))).astype(np.float32)
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    base, queries = np.ascontiguousarray(points[20:]), np.ascontiguousarray(points[:20])
+    bounds = np.sort(1 - queries @ base.T, axis=1)[:, common.K - 1]
+    monkeypatch.setattr(probe, "load_task", lambda data: common.Task("few", base, queries, bounds))
+    monkeypatch.setattr(sys, "argv", ["probe.py", "--shards", "3", "--results", str(tmp_path)])
+    probe.main()
+    figures = json.loads((tmp_path / "probe.json").read_text())
+    curves = {system["name"]: system["points"] for system in figures["systems"]}
+    assert list(curves) == ["hash", "clusters, 0 %", "clusters, 10 %", "clusters, 20 %"]
+    for points in curves.values():
+        recalls = [point["recall"] for point in points]
+        assert recalls == sorted(recalls) and recalls[-1] == 1.0 and len(recalls) == 3
+    assert curves["clusters, 0 %"][0]["recall"] > 0.6 > curves["hash"][0]["recall"]
+    assert curves["clusters, 20 %"][2]["rows"] > 1.1 and curves["hash"][2]["rows"] == 1.0

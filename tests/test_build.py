@@ -316,7 +316,9 @@ def recalls(version: Path, manifest: Manifest, queries: int, seed: int) -> list[
     vectors = [np.load(version / f"shards/{n:03d}/vectors.npy") for n in range(len(manifest.shards))]
     everything = np.concatenate(vectors).astype(np.float64)
     everything /= np.linalg.norm(everything, axis=1, keepdims=True)
-    chosen = np.sort(np.random.default_rng(seed).choice(len(everything), queries, replace=False))
+    rows = [np.load(version / f"shards/{n:03d}/rows.npy") for n in range(len(manifest.shards))]
+    sampled = np.sort(np.random.default_rng(seed).choice(len(everything), queries, replace=False))
+    chosen = np.argsort(np.concatenate(rows))[sampled]  # where the sampled rows of the corpus are
     loaded = [
         indexes.load(version / f"shards/{n:03d}/index", entry.spec, vectors=vectors[n])
         for n, entry in enumerate(manifest.shards)

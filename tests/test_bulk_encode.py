@@ -85,9 +85,10 @@ def dying_at(point: str, nth: int) -> Callable[[str], None]:
 @pytest.mark.parametrize("sizes", [(40,), (16, 16, 8), (1,) * 40, (3, 30, 7), (39, 1)])
 def test_windows_do_not_depend_on_the_batches(sizes: tuple[int, ...]) -> None:
     found = list(windows(batches(make_texts(40), *sizes)))
-    assert [(window.first_row, len(window.texts)) for window in found] == [(0, 16), (16, 16), (32, 8)]
+    assert [(window.first, len(window.texts)) for window in found] == [(0, 16), (16, 16), (32, 8)]
     assert [text for window in found for text in window.texts] == make_texts(40)
     assert [id for window in found for id in window.ids] == list(range(40))
+    assert [row for window in found for row in window.rows] == list(range(40))
 
 
 @pytest.mark.usefixtures("small")
@@ -344,7 +345,7 @@ def test_parts_hold_no_files_open_and_are_not_deleted_where_they_cannot_be_read(
     done = bulk_encode.EncodedTexts(tmp_path, 4)
     for number in range(20):
         first = number * bulk_encode.WINDOW_ROWS
-        done.add(bulk_encode.Window(first, ["a"], [first]), np.full((1, 4), number, dtype=np.float32))
+        done.add(bulk_encode.Window(first, ["a"], [first], [first]), np.full((1, 4), number, dtype=np.float32))
     again = bulk_encode.EncodedTexts(tmp_path, 4)
     assert again.rows == 20 and float(again.of(bulk_encode.WINDOW_ROWS, 1)[0, 0]) == 1.0
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2

@@ -17,8 +17,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 import index_builders.corpus as corpus_module
-import index_builders.corpus_files as files_module
 from index_builders.corpus import open_corpus
+from vecsvc import stores
 from vecsvc.errors import BadRow, CorpusError, CorpusUnreadable
 
 BUCKET = "corpora"
@@ -211,7 +211,7 @@ def test_an_endpoint_that_is_not_there_fails_within_seconds(environment: pytest.
 
 
 def test_an_endpoint_that_stays_silent_fails_within_seconds(environment: pytest.MonkeyPatch) -> None:
-    environment.setattr(files_module, "S3_REQUEST_TIMEOUT_S", 1.0)
+    environment.setattr(stores, "S3_REQUEST_TIMEOUT_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(CorpusUnreadable, match="AWS_ENDPOINT_URL"):

@@ -113,6 +113,18 @@ def test_a_rollback_killed_at_any_step_serves_the_one_or_the_other(fast: Path) -
     assert {"write CURRENT.tmp", "rename CURRENT", "fsync folder demo"} <= set(run("kill_rollback", fast))
 
 
+def test_a_builder_of_one_shard_killed_at_any_step_costs_no_other_shard_anything(fast: Path) -> None:
+    points = run("kill_shard_builds", fast)
+    steps = ("make folder .part-v3-001", "rename .part-v3-001.state", "create vectors.npy", "fsync part.json")
+    assert set(points) >= set(steps) and points[-1] == "fsync part.json"
+
+
+def test_a_publishing_killed_at_any_step_can_be_repeated(fast: Path) -> None:
+    points = run("kill_publish", fast)
+    assert points.index("link vectors.npy") < points.index("fsync manifest.json") < points.index("rename v3")
+    assert points.index("rename CURRENT") < points.index("delete part.json")
+
+
 def test_two_builds_at_once_disturb_each_other_at_no_step_dead_or_alive(fast: Path) -> None:
     assert {"make folder .staging-v3", "rename v3", "rename CURRENT"} <= set(run("two_builds", fast))
 

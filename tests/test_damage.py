@@ -46,7 +46,7 @@ from vecsvc.storage import IndexFolder
 from vecsvc.types import TextQuery
 
 WITH_ENCODER = GRAPH
-WITH_CLUSTERS = "kd_tree"
+WITH_CLUSTERS = "exact"
 FLIPS = 20
 
 

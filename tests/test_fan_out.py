@@ -124,7 +124,7 @@ def group(number: int, fakes: list[FakeNode]) -> Group:
         assert left_ms > 0
         return remote.message(Kind.FIND, request, remote.Find("it", "v1", f"shard {number}"))
 
-    return Group((number,), [fake.node for fake in fakes], make, Kind.FOUND, check)
+    return Group("it", (number,), [fake.node for fake in fakes], make, Kind.FOUND, check)
 
 
 def budgets(settings: RouteSettings) -> Budgets:

@@ -74,3 +74,16 @@ def test_a_file_of_other_length_or_type_is_refused_by_name(tmp_path: Path) -> No
     (tmp_path / ids.IDS_FILE).write_bytes(b"ARROW1")
     with pytest.raises(ArtifactDamaged, match=r"ids\.arrow: not a readable Arrow file"):
         ids.IdColumn(tmp_path, 2, "str")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["int", "str"])
+@pytest.mark.parametrize("n", [0, 1, 5, 900, 40_000])
+def test_a_column_of_ids_is_their_list(tmp_path: Path, whole: bool, n: int) -> None:
+    size = 2 * ids.BATCH_ROWS + 100
+    rows: list[Any] = list(range(-5, size - 5)) if whole else [f"日本-{i}" if i else "" for i in range(size)]
+    column = write(tmp_path, rows, pa.int64() if whole else pa.string())
+    labels = np.random.default_rng(3).integers(0, size, n)
+    made = column.column(labels)
+    made.validate(full=True)
+    assert made.type == (pa.int64() if whole else pa.string())
+    assert made.to_pylist() == column.of(labels.tolist())

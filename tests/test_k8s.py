@@ -1,141 +1,58 @@
-"""What the schemas of Kubernetes cannot know of k8s/: that names meet, and that vecsvc is as the manifests think."""
+"""What the schemas of Kubernetes cannot know of k8s/: that names meet, and that pods do no more than they need."""
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import functools
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tomllib
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
-from click.testing import CliRunner
-from corpora import make_vectors
 from kubernetes_validate.utils import all_versions
-from kustomize import Document, containers, load, pod_spec, render
+from kustomize import Document, containers, load, render
+from manifests import (
+    CONFIGURATIONS,
+    CUSTOM,
+    JOBS,
+    K8S,
+    ROOT,
+    flag,
+    labels,
+    named,
+    of_kind,
+    ports,
+    rendered,
+    selected,
+    serving,
+    spec_of,
+    workloads,
+    write_overlay,
+)
 
 import vecsvc
-from vecsvc.cli import cli
-from vecsvc.config import ServeSettings, read_settings
-from vecsvc.topology import read_topology
+from vecsvc.config import ServeSettings
 
-ROOT = Path(__file__).parents[1]
-K8S = ROOT / "k8s"
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from common import running  # noqa: E402
-
-# What the manifests name and vecsvc does not have yet. A name that has come to exist must leave this list.
-PENDING: dict[str, set[str]] = {
-    "commands": {"publish", "push", "pull"},
-    "flags": {"build-index --shard"},
-    "metrics": set(),
-}
-
-# Everything that can be applied: a folder, and components that a user's own overlay may add to it.
-CONFIGURATIONS = {
-    "single": ("overlays/single", ()),
-    "gpu": ("overlays/gpu", ()),
-    "sharded": ("overlays/sharded", ()),
-    "build": ("jobs/build", ()),
-    "publish": ("jobs/publish", ()),
-    "single-secured": ("overlays/single", ("observability", "keys", "tls")),
-    "single-volume": ("overlays/single", ("volume", "keys")),
-    "gpu-volume": ("overlays/gpu", ("volume", "tls")),
-    "sharded-secured": ("overlays/sharded", ("observability", "keys", "tls", "shard-tls")),
-}
-JOBS = ("build", "publish")
-CUSTOM = {"ServiceMonitor", "PrometheusRule"}
 NEWEST = list(dict.fromkeys(version.rpartition(".")[0] for version in all_versions()))[-3:]
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each configuration as a folder with a kustomization, written as a user would write an overlay."""
-    found = {}
-    for name, (base, components) in CONFIGURATIONS.items():
-        found[name] = K8S / base
-        if components:
-            folder = found[name] = tmp_path_factory.mktemp(name).resolve()
-            relative = [os.path.relpath(K8S / "components" / one, folder) for one in components]
-            text = {"kind": "Kustomization", "resources": [os.path.relpath(K8S / base, folder)], "components": relative}
-            (folder / "kustomization.yaml").write_text(yaml.safe_dump(text))
-    return found
-
-
-@pytest.fixture(scope="session")
-def rendered(folders: dict[str, Path]) -> dict[str, list[Document]]:
-    return {name: render(folder) for name, folder in folders.items()}
-
-
 @pytest.fixture(params=CONFIGURATIONS)
-def documents(request: pytest.FixtureRequest, rendered: dict[str, list[Document]]) -> list[Document]:
-    return rendered[request.param]
-
-
-def of_kind(documents: list[Document], *kinds: str) -> list[Document]:
-    return [document for document in documents if document["kind"] in kinds]
-
-
-def workloads(documents: list[Document]) -> list[Document]:
-    return [document for document in documents if pod_spec(document) is not None]
-
-
-def spec_of(workload: Document) -> Document:
-    spec = pod_spec(workload)
-    assert spec is not None
-    return spec
-
-
-def labels(workload: Document) -> dict[str, str]:
-    found: dict[str, str] = workload["spec"]["template"]["metadata"]["labels"]
-    return found
-
-
-def selected(documents: list[Document], selector: dict[str, str]) -> list[Document]:
-    return [one for one in workloads(documents) if selector.items() <= labels(one).items()]
-
-
-def ports(workload: Document) -> dict[str, int]:
-    return {port["name"]: port["containerPort"] for c in containers(workload) for port in c.get("ports", [])}
-
-
-def named(documents: list[Document], kind: str, name: str) -> Document:
-    return next(one for one in of_kind(documents, kind) if one["metadata"]["name"] == name)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def flag(container: Document, name: str) -> str | None:
-    words = container["args"]
-    return words[words.index(name) + 1] if name in words else None
+def documents(request: pytest.FixtureRequest) -> list[Document]:
+    return rendered()[request.param]
 
 
 # ------------------------------------------------------------------------------------------ schemas, rendering
 
 
 @pytest.mark.parametrize("version", NEWEST)
-def test_every_manifest_is_valid_strictly(version: str, rendered: dict[str, list[Document]]) -> None:
-    different = {json.dumps(one, sort_keys=True) for documents in rendered.values() for one in documents}
+def test_every_manifest_is_valid_strictly(version: str) -> None:
+    different = {json.dumps(one, sort_keys=True) for documents in rendered().values() for one in documents}
     different |= {json.dumps(one, sort_keys=True) for one in load(K8S / "components" / "example-secrets.yaml")}
     checked = 0
     for text in sorted(different):
@@ -146,30 +63,32 @@ def test_every_manifest_is_valid_strictly(version: str, rendered: dict[str, list
     assert checked > 40
 
 
-def test_the_validator_would_notice_a_misspelt_key(rendered: dict[str, list[Document]]) -> None:
-    document = json.loads(json.dumps(named(rendered["single"], "Deployment", "vecsvc")))
+def test_the_validator_would_notice_a_misspelt_key() -> None:
+    document = json.loads(json.dumps(named(rendered()["single"], "Deployment", "vecsvc")))
     document["spec"]["template"]["spec"]["containers"][0]["livenesProbe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(document, NEWEST[-1], strict=True)
 
 
-def test_only_the_component_for_it_has_custom_resources(rendered: dict[str, list[Document]]) -> None:
-    for name, documents in rendered.items():
+def test_only_the_component_for_it_has_custom_resources() -> None:
+    for name, documents in rendered().items():
         assert bool(of_kind(documents, *CUSTOM)) == ("observability" in CONFIGURATIONS[name][1])
         assert all(one["apiVersion"].startswith("monitoring.coreos.com/") for one in of_kind(documents, *CUSTOM))
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl to compare with")
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_kubectl_renders_the_same(name: str, folders: dict[str, Path], rendered: dict[str, list[Document]]) -> None:
-    done = subprocess.run(["kubectl", "kustomize", str(folders[name])], capture_output=True, text=True, check=True)
+def test_kubectl_renders_the_same(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(write_overlay(name, tmp_path))], capture_output=True, text=True, check=True
+    )
 
     def keyed(documents: list[Document]) -> dict[tuple[str, str], Document]:
         return {(one["kind"], one["metadata"]["name"]): one for one in documents}
 
     theirs = [one for one in yaml.safe_load_all(done.stdout) if one]
-    assert len(theirs) == len(rendered[name])
-    assert keyed(theirs) == keyed(rendered[name])
+    assert len(theirs) == len(rendered()[name])
+    assert keyed(theirs) == keyed(rendered()[name])
 
 
 def test_names_are_unique_and_in_one_namespace(documents: list[Document]) -> None:
@@ -233,15 +152,15 @@ def test_a_disruption_budget_covers_every_workload_once_and_never_one_replica(do
     assert all(one["spec"]["maxUnavailable"] == 1 for one in budgets)
 
 
-def test_autoscalers_have_a_target_that_sets_no_replicas_itself(rendered: dict[str, list[Document]]) -> None:
-    for documents in rendered.values():
+def test_autoscalers_have_a_target_that_sets_no_replicas_itself() -> None:
+    for documents in rendered().values():
         for scaler in of_kind(documents, "HorizontalPodAutoscaler"):
             target = scaler["spec"]["scaleTargetRef"]
             found = named(documents, target["kind"], target["name"])
             assert found["apiVersion"] == target["apiVersion"] and "replicas" not in found["spec"]
             # A share of what is requested is a share of nothing where nothing is.
             assert all("cpu" in container["resources"]["requests"] for container in containers(found))
-    assert of_kind(rendered["sharded"], "HorizontalPodAutoscaler")
+    assert of_kind(rendered()["sharded"], "HorizontalPodAutoscaler")
 
 
 def test_pods_are_spread_over_hosts_and_zones_among_their_like(documents: list[Document]) -> None:
@@ -349,8 +268,8 @@ def who_may_reach(documents: list[Document], pod: Document, port: str) -> list[A
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if name not in JOBS])
-def test_each_port_is_open_to_those_it_is_for_and_nobody_else(name: str, rendered: dict[str, list[Document]]) -> None:
-    documents = rendered[name]
+def test_each_port_is_open_to_those_it_is_for_and_nobody_else(name: str) -> None:
+    documents = rendered()[name]
     nothing = named(documents, "NetworkPolicy", "vecsvc-nothing")["spec"]
     assert nothing == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
@@ -392,11 +311,6 @@ def test_memory_is_promised_and_bounded_and_processors_are_promised(documents: l
             assert "cpu" in resources["requests"] and "cpu" not in resources["limits"]
         for volume in spec_of(one).get("volumes", []):
             assert "sizeLimit" in volume.get("emptyDir", {"sizeLimit": 1})
-
-
-def serving(documents: list[Document]) -> Iterator[tuple[Document, Document]]:
-    for one in of_kind(documents, "Deployment", "StatefulSet"):
-        yield one, spec_of(one)["containers"][0]
 
 
 def test_loading_is_startup_and_a_version_that_does_not_open_takes_no_pod_away(documents: list[Document]) -> None:
@@ -447,235 +361,18 @@ def test_a_sidecar_that_pulls_lives_beside_what_serves_and_alone_may_write(docum
             assert flag(sidecar, "--shards") == flag(container, "--shards")
 
 
-def test_every_image_is_the_one_of_the_overlay(rendered: dict[str, list[Document]]) -> None:
-    for name, documents in rendered.items():
+def test_every_image_is_the_one_of_the_overlay() -> None:
+    for name, documents in rendered().items():
         tag = "0.1.0-gpu" if name.startswith("gpu") else "0.1.0"
         images = {container["image"] for one in workloads(documents) for container in containers(one)}
         assert images == {f"registry.example.com/vecsvc:{tag}"}
         assert tag.startswith(vecsvc.__version__)
 
 
-def test_the_gpu_overlay_asks_for_a_gpu_and_uses_it(rendered: dict[str, list[Document]]) -> None:
+def test_the_gpu_overlay_asks_for_a_gpu_and_uses_it() -> None:
     for name in ("gpu", "gpu-volume"):
-        container = spec_of(named(rendered[name], "Deployment", "vecsvc"))["containers"][0]
+        container = spec_of(named(rendered()[name], "Deployment", "vecsvc"))["containers"][0]
         assert container["resources"]["limits"]["nvidia.com/gpu"] == "1" and flag(container, "--device") == "cuda"
-
-
-# ------------------------------------------------------------------------------------------------- vecsvc
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-c", "from vecsvc.cli import main; main()", *words]
-
-
-@functools.cache
-def flags_in_help(command: str) -> frozenset[str]:
-    done = CliRunner().invoke(cli, [command, "--help"])
-    assert done.exit_code == 0, f"vecsvc {command}: {done.output}"
-    return frozenset(re.findall(r"--[a-z][a-z-]*", done.output))
-
-
-def used_flags(rendered: dict[str, list[Document]]) -> set[tuple[str, str]]:
-    all_args = [c["args"] for documents in rendered.values() for one in workloads(documents) for c in containers(one)]
-    return {(args[0], word) for args in all_args for word in [*args[1:], ""] if not word or word.startswith("--")}
-
-
-def test_every_command_and_flag_exists(rendered: dict[str, list[Document]]) -> None:
-    for command, word in sorted(used_flags(rendered)):
-        if command in PENDING["commands"] or f"{command} {word}" in PENDING["flags"]:
-            continue
-        assert command in cli.commands, f"there is no vecsvc {command}"
-        assert not word or word in flags_in_help(command), f"vecsvc {command} has no {word}"
-
-
-def test_nothing_is_pending_that_exists_or_is_not_used(rendered: dict[str, list[Document]]) -> None:
-    used = used_flags(rendered)
-    assert PENDING["commands"] <= {command for command, _ in used}
-    assert not PENDING["commands"] & set(cli.commands), "has come to exist: take it out of PENDING"
-    for pending in PENDING["flags"]:
-        command, word = pending.split()
-        assert (command, word) in used, pending
-        assert word not in flags_in_help(command), f"{pending} has come to exist: take it out of PENDING"
-    assert PENDING["metrics"] <= {name.removesuffix("_bucket") for _, name, _ in queried(rendered)}
-    for name in PENDING["metrics"]:
-        assert not exists(name), f"{name} has come to exist: take it out of PENDING"
-
-
-def test_variables_and_settings_files_are_read_by_vecsvc(documents: list[Document], tmp_path: Path) -> None:
-    for one in workloads(documents):
-        for container in containers(one):
-            names = [variable["name"] for variable in container.get("env", [])]
-            for source in container.get("envFrom", []):
-                names += named(documents, "ConfigMap", source["configMapRef"]["name"])["data"]
-            # Links to services and names that nothing reads would both be refused here.
-            read_settings(ServeSettings, "serve", {}, dict.fromkeys(names, "1"))
-    for one in of_kind(documents, "ConfigMap"):
-        if "vecsvc.toml" in one["data"]:
-            file = tmp_path / "vecsvc.toml"
-            file.write_text(one["data"]["vecsvc.toml"])
-            assert read_settings(ServeSettings, "serve", {}, {}, file).kernels == "/tmp/kernels"
-
-
-def test_ports_in_manifests_are_those_that_vecsvc_opens(documents: list[Document]) -> None:
-    defaults = {"http": ServeSettings().port, "admin": ServeSettings().admin_port, "shard": None}
-    words = {"http": "--port", "admin": "--admin-port", "shard": "--shard-port"}
-    hosts = {"http": "--host", "admin": "--admin-host", "shard": "--shard-host"}
-    for one, container in serving(documents):
-        for name, number in ports(one).items():
-            assert number == int(flag(container, words[name]) or defaults[name] or 0)
-            assert flag(container, hosts[name]) == "0.0.0.0", "on loopback nobody else in the cluster reaches it"
-
-
-def test_front_doors_look_for_nodes_under_a_name_that_resolves_to_shards(
-    rendered: dict[str, list[Document]], tmp_path: Path
-) -> None:
-    documents = rendered["sharded"]
-    front_door = named(documents, "Deployment", "vecsvc")
-    volumes = {volume["name"]: volume for volume in spec_of(front_door)["volumes"]}
-    file = tmp_path / "route.toml"
-    file.write_text(named(documents, "ConfigMap", volumes["route"]["configMap"]["name"])["data"]["route.toml"])
-    known = read_topology(file)
-    assert known.names and not known.nodes
-    for name in known.names:
-        service = named(documents, "Service", name.host)["spec"]
-        assert service["clusterIP"] == "None" and service["ports"][0]["port"] == name.port
-        assert selected(documents, service["selector"]) == of_kind(documents, "StatefulSet")
-
-
-def build_corpus(folder: Path, shards: int) -> dict[str, str]:
-    """An index where the pods have theirs. Returns what their words mean here."""
-    pq.write_table(pa.table({"id": np.arange(50), "vector": list(make_vectors(50, 8))}), folder / "corpus.parquet")
-    words = ["build-index", "corpus.parquet", "--out", "indexes", "--shards", str(shards)]
-    subprocess.run(command(*words), cwd=folder, check=True, capture_output=True, timeout=60)
-    return {"/data/indexes": str(folder / "indexes"), "0.0.0.0": "127.0.0.1"}
-
-
-def settings_here(documents: list[Document], folder: Path) -> dict[str, str]:
-    data = next(one["data"] for one in of_kind(documents, "ConfigMap") if "vecsvc.toml" in one["data"])
-    (folder / "vecsvc.toml").write_text(data["vecsvc.toml"].replace("/tmp/kernels", str(folder / "kernels")))
-    return {"/etc/vecsvc/settings/vecsvc.toml": str(folder / "vecsvc.toml")}
-
-
-def as_here(container: Document, here: dict[str, str]) -> list[str]:
-    return command(*(here.get(word, word) for word in container["args"]), "--port", "0", "--admin-port", "0")
-
-
-def probe(container: Document, admin_port: int) -> None:
-    """Ask what the kubelet asks, once `running` has found /readyz green."""
-    for name in ("startup", "readiness", "liveness"):
-        path = container[f"{name}Probe"]["httpGet"]["path"]
-        with urllib.request.urlopen(f"http://127.0.0.1:{admin_port}{path}", timeout=5) as answer:
-            assert answer.status == 200
-
-
-def test_what_a_pod_of_single_runs_gets_ready_and_has_the_routes_of_its_probes(
-    rendered: dict[str, list[Document]], tmp_path: Path
-) -> None:
-    container = spec_of(named(rendered["single"], "Deployment", "vecsvc"))["containers"][0]
-    here = build_corpus(tmp_path, 1) | settings_here(rendered["single"], tmp_path)
-    with running(as_here(container, here)) as server:
-        probe(container, server.admin_port)
-
-
-def test_what_the_pods_of_sharded_run_answers_over_all_shards(
-    rendered: dict[str, list[Document]], tmp_path: Path
-) -> None:
-    documents = rendered["sharded"]
-    here = build_corpus(tmp_path, 2) | settings_here(documents, tmp_path)
-    nodes = []
-    with contextlib.ExitStack() as pods:
-        for workload in of_kind(documents, "StatefulSet")[:2]:
-            container, port = spec_of(workload)["containers"][0], free_port()
-            own = {"$(SHARD)": labels(workload)["vecsvc/shard"], flag(container, "--shard-port") or "": str(port)}
-            own[flag(container, "--drain-s") or ""] = "0"  # nobody has to be told of the end of this test
-            server = pods.enter_context(running(as_here(container, here | own)))
-            probe(container, server.admin_port)
-            nodes.append(f"127.0.0.1:{port}")
-        (tmp_path / "route.toml").write_text(f"nodes = {json.dumps(nodes)}")
-        here["/etc/vecsvc/route/route.toml"] = str(tmp_path / "route.toml")
-        container = spec_of(named(documents, "Deployment", "vecsvc"))["containers"][0]
-        front_door = pods.enter_context(running(as_here(container, here)))
-        probe(container, front_door.admin_port)
-        question = json.dumps({"vector": [1.0] * 8, "k": 50}).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{front_door.port}/search", question, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            found = json.load(answer)
-    assert found["coverage"] == {"shards_ok": 2, "shards_total": 2, "degraded": []}
-    assert sorted(hit["id"] for hit in found["results"]) == list(range(50))
-
-
-# -------------------------------------------------------------------------------------- dashboard and alerts
-
-
-def queried(rendered: dict[str, list[Document]]) -> Iterator[tuple[str, str, set[str]]]:
-    """(query, metric, the labels that the query names) of the dashboard and the alerts."""
-    documents = rendered["sharded-secured"]
-    dashboard = json.loads(named(documents, "ConfigMap", "vecsvc-dashboard")["data"]["dashboard.json"])
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
-    rules = [rule for one in of_kind(documents, "PrometheusRule") for g in one["spec"]["groups"] for rule in g["rules"]]
-    queries += [rule["expr"] for rule in rules]
-    assert len(queries) > 20
-    for query in queries:
-        names = set(re.findall(r"\bvecsvc_[a-z_]+", query))
-        by = {label.strip() for group in re.findall(r"\bby \(([^)]*)\)", query) for label in group.split(",")}
-        by |= {label for matchers in re.findall(r"{([^}]*)}", query) for label in re.findall(r"(\w+) *[=!]", matchers)}
-        assert names, query
-        for name in names:
-            yield query, name, by
-
-
-@functools.cache
-def families() -> dict[str, set[str] | None]:
-    """Every metric that vecsvc's sources declare, with its labels where they stand in the same call."""
-    found: dict[str, set[str] | None] = {}
-    for path in (ROOT / "vecsvc").rglob("*.py"):
-        calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
-        for call in calls:
-            lists = [one for one in call.args if isinstance(one, ast.Tuple | ast.List)]
-            own = {str(word.value) for one in lists for word in one.elts if isinstance(word, ast.Constant)}
-            for one in call.args:
-                if isinstance(one, ast.Constant) and re.fullmatch(r"vecsvc_[a-z_]+", str(one.value)):
-                    found[str(one.value)] = own or None
-    return found
-
-
-def family_of(name: str) -> str | None:
-    names = (name, name.removesuffix("_total"), name.removesuffix("_bucket"))
-    return next((one for one in names if one in families()), None)
-
-
-def exists(name: str) -> bool:
-    return family_of(name) is not None
-
-
-def test_queries_name_metrics_and_labels_that_vecsvc_has(rendered: dict[str, list[Document]]) -> None:
-    for query, name, used in queried(rendered):
-        family = family_of(name)
-        if name.removesuffix("_bucket") in PENDING["metrics"]:
-            continue
-        assert family is not None, f"there is no {name}: {query}"
-        own = families()[family]
-        # The others are put there by Prometheus, or by the histogram.
-        assert own is None or used <= {*own, "namespace", "pod", "le"}, query
-
-
-def test_the_dashboard_is_one_that_grafana_can_draw() -> None:
-    dashboard = json.loads((K8S / "components" / "observability" / "dashboard.json").read_text())
-    panels = dashboard["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels)
-    taken: set[tuple[int, int]] = set()
-    for panel in panels:
-        at = panel["gridPos"]
-        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-        assert not cells & taken and max(x for x, _ in cells) < 24
-        taken |= cells
-        for target in panel.get("targets", []):
-            assert target["expr"].count("(") == target["expr"].count(")") and target["datasource"]
-    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
-    text = json.dumps(panels)
-    assert set(re.findall(r"\$\{?(\w+)", text)) <= variables | {"__rate_interval"}
 
 
 # --------------------------------------------------------------------------------- shards.py, the Containerfile
@@ -717,10 +414,10 @@ def test_a_number_of_shards_that_cannot_be_is_refused(shards: str, tmp_path: Pat
     assert list(tmp_path.iterdir()) == [script]
 
 
-def test_build_and_publish_speak_of_the_same_version_and_place(rendered: dict[str, list[Document]]) -> None:
-    build, publish = (of_kind(rendered[name], "ConfigMap")[0] for name in JOBS)
+def test_build_and_publish_speak_of_the_same_version_and_place() -> None:
+    build, publish = (of_kind(rendered()[name], "ConfigMap")[0] for name in JOBS)
     assert build["data"] == publish["data"] and build["metadata"]["name"] == publish["metadata"]["name"]
-    store = next(one["data"] for one in of_kind(rendered["sharded"], "ConfigMap") if "STORE" in one["data"])
+    store = next(one["data"] for one in of_kind(rendered()["sharded"], "ConfigMap") if "STORE" in one["data"])
     assert store.items() <= build["data"].items()
 
 

@@ -300,6 +300,7 @@ def test_an_index_is_not_opened_over_vectors_of_another(kind: str, tmp_path: Pat
             indexes.load(tmp_path, index.spec, vectors=other)
 
 
+@pytest.mark.alone
 def test_a_batch_ends_soon_after_its_deadline() -> None:
     _, queries = split(rows(100))
     asked = np.repeat(queries, 40, axis=0)

@@ -26,7 +26,7 @@ from vecsvc.config import ServeSettings
 from vecsvc.process import node
 from vecsvc.storage import IndexFolder
 
-NAMES = ("products", "numbers", "sharded", "squared", "texts")
+NAMES = ("products", "numbers", "sharded", "squared", "near", "texts")
 QUERIES = service.vectors(8, seed=11)
 ALL = {"params": {"exact": True}}
 WIDE = {"params": {"ef_search": 1000}} if GRAPH == "hnsw" else {}  # a graph search so broad that it misses nothing
@@ -317,6 +317,32 @@ def test_a_wrong_parameter_is_422_and_names_what_the_kind_knows(
 def test_exact_compares_with_every_vector_and_says_so(every: Service) -> None:
     stats = every.search("products", vector=plain(QUERIES[0]), **ALL)["stats"]
     assert stats == {"strategy": "exact", "visited": 400, "shortfall": 0}
+
+
+def test_probe_shards_asks_the_nearest_shards_in_every_way_of_asking(every: Service) -> None:
+    question = {"vector": plain(QUERIES[0]), "k": 7}
+    whole = every.search("near", **question)
+    few = every.search("near", **question, params={"probe_shards": 2}, include=["explain"])
+    assert (whole["coverage"]["shards_total"], few["coverage"]["shards_ok"], few["coverage"]["shards_total"]) == (
+        4,
+        2,
+        2,
+    )
+    assert len(few["explain"]) == 2 and few["results"] != whole["results"]
+    path = "/indexes/near/search/batch"
+    binary = {"Content-Type": "application/octet-stream"}
+    raw = every.ask("POST", f"{path}?k=7&probe_shards=2", np.float32(QUERIES[0]).tobytes(), binary)
+    assert raw.json()["results"] == [few["results"]]
+    assert every.search("near", **question, params={"probe_shards": 4})["results"] == whole["results"]
+
+
+def test_probe_shards_is_refused_where_a_hash_spread_the_rows_and_out_of_its_bounds(every: Service) -> None:
+    question = {"vector": plain(QUERIES[0]), "params": {"probe_shards": 2}}
+    reply = every.post("/indexes/sharded/search", question)
+    assert reply.status == 422 and "--partition cluster" in reply.message
+    for value in (0, 257, True, "2", 1.5):
+        reply = every.post("/indexes/near/search", {**question, "params": {"probe_shards": value}})
+        assert reply.status == 422 and "params.probe_shards must be an integer between 1 and 256" in reply.message
 
 
 def test_max_visited_cuts_the_search_and_the_answer_says_so(every: Service) -> None:

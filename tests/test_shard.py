@@ -15,6 +15,8 @@ from vecsvc import indexes
 from vecsvc.catalog import Served
 from vecsvc.config import BuildSettings, ServeSettings
 from vecsvc.errors import ArtifactDamaged
+from vecsvc.ids import BATCH_ROWS
+from vecsvc.shard import FieldStore
 from vecsvc.storage import IndexFolder
 
 
@@ -53,3 +55,30 @@ def test_an_encoder_folder_with_a_file_that_was_never_hashed_is_refused_by_name(
     added.write_text("{}")
     with pytest.raises(ArtifactDamaged, match=r"sentence_bert_config_2\.json: is not in the manifest"):
         Served(folder, version, ServeSettings())
+
+
+def test_fields_read_from_the_mapped_bytes_are_what_arrow_says(tmp_path: Path) -> None:
+    rows = 2 * BATCH_ROWS + 7
+    numbers = range(rows)
+    table = pa.table(
+        {
+            "text": [f"日本{i}" for i in numbers],
+            "perhaps": [None if i % 7 == 0 else str(i) for i in numbers],
+            "empty": [""] * rows,
+            "whole": list(numbers),
+            "large": pa.array([2**63 + i for i in numbers], pa.uint64()),
+            "real": [i / 8 for i in numbers],
+            "short": pa.array([i / 3 for i in numbers], pa.float32()),
+            "flag": [i % 2 == 0 for i in numbers],
+            "list": [[i, None] for i in numbers],
+        }
+    )
+    with pa.ipc.new_file(str(tmp_path / "fields.arrow"), table.schema) as writer:
+        for batch in table.combine_chunks().to_batches(max_chunksize=BATCH_ROWS):
+            writer.write_batch(batch)
+    labels = [0, 1, 7, BATCH_ROWS - 1, BATCH_ROWS, 2 * BATCH_ROWS, rows - 1]
+    found = FieldStore(tmp_path / "fields.arrow", rows, dict.fromkeys(table.column_names, "")).of(labels)
+    for label, fields in zip(labels, found, strict=True):
+        expected = {name: table[name][label].as_py() for name in table.column_names}
+        assert fields == expected
+        assert [type(value) for value in fields.values()] == [type(value) for value in expected.values()]

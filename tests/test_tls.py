@@ -18,9 +18,10 @@ import service
 from service import Service
 
 from vecsvc import tls
+from vecsvc.access import added, new_key
 from vecsvc.client import AsyncClient, Client
 from vecsvc.config import ServeSettings
-from vecsvc.errors import ConfigError, ServiceError
+from vecsvc.errors import ConfigError, ServiceError, Unauthorized
 from vecsvc.process import serve
 from vecsvc.tls import client_tls, server_tls
 
@@ -323,3 +324,64 @@ def test_a_client_says_at_once_what_it_cannot_use(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make(address, **options)
+
+
+def test_slow_clients_are_cut_off_under_tls_as_without(authority: Authority) -> None:
+    """Heads and bodies that drip, and answers of some megabytes that are not read."""
+    cert, key = authority.issue("service")
+    context = client_tls(ca=authority.ca)
+    limits = {"header_timeout_s": 0.5, "body_timeout_s": 0.5, "write_timeout_s": 0.5}
+    rows = service.vectors(1024, seed=15, dim=16).tobytes()
+    post = "POST /search/batch?k=150&timeout_ms=30000 HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+    question = f"{post}Content-Length: {len(rows)}\r\n\r\n".encode() + rows
+    with service.started(service.index("large"), tls_cert=cert, tls_key=key, **limits) as running:
+        running.wait_for("ready")
+
+        def connect() -> ssl.SSLSocket:
+            return context.wrap_socket(running.socket(timeout_s=20, receive_bytes=4096), server_hostname="localhost")
+
+        with connect() as sock:
+            sock.sendall(b"GET / HT")
+            assert sock.recv(100) == b""
+        with connect() as sock:
+            sock.sendall(question[:-100])
+            assert sock.recv(100).startswith(b"HTTP/1.1 408")
+        with connect() as sock:
+            sock.sendall(question)
+            assert sock.recv(12) == b"HTTP/1.1 200"
+            end = time.monotonic() + 15
+            with pytest.raises((OSError, ssl.SSLError)):
+                while time.monotonic() < end:
+                    time.sleep(0.05)
+                    sock.send(b" ")  # to notice the cut
+            assert time.monotonic() < end
+        service.assert_clean(running)
+
+
+def test_several_workers_ask_for_keys_and_speak_tls_on_both_ports(authority: Authority, tmp_path: Path) -> None:
+    cert, key = authority.issue("service")
+    team, ops = new_key(), new_key()
+    data = added(b"", "team", team, scopes=["read"])
+    (tmp_path / "keys.toml").write_bytes(added(data, "ops", ops, scopes=["admin"]))
+    (tmp_path / "keys.toml").chmod(0o600)
+    settings = {"workers": 2, "keys": tmp_path / "keys.toml", "tls_cert": cert, "tls_key": key}
+    with service.started(service.index("squared"), **settings) as running:
+        running.wait_for("ready")
+        with Client(url(running), ca=authority.ca, api_key=team) as client:
+            assert len(client.search(vector=QUERY, k=3).results) == 3
+        with Client(url(running), ca=authority.ca) as client, pytest.raises(Unauthorized):
+            client.search(vector=QUERY)
+        context = client_tls(ca=authority.ca)
+        connection = http.client.HTTPSConnection("127.0.0.1", running.admin_port, timeout=10, context=context)
+        with contextlib.closing(connection):
+            for method, path, presented, status in (
+                ("GET", "/livez", None, 200),
+                ("GET", "/metrics", None, 401),
+                ("GET", "/metrics", team, 403),
+                ("GET", "/metrics", ops, 200),
+                ("POST", "/reload", team, 403),
+                ("POST", "/reload", ops, 200),
+                ("POST", "/indexes/squared/rollback", None, 401),
+            ):
+                headers = {"X-API-Key": presented} if presented is not None else {}
+                assert service.ask(connection, method, path, headers=headers).status == status, (path, presented)

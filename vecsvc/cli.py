@@ -111,32 +111,81 @@ def build_index(
 
     read = _read(BuildSettings, "build", flags, settings)
     _keep_kernels(read)
+    if read.shard:
+        _build_shard(corpus, read, params, resume, require_recall, as_json)
+        return
     result = build(corpus, read, _pairs(params), resume=resume, require_recall=require_recall)
     if as_json:
         click.echo(msgspec.json.encode(result))
         return
-    manifest, certificate = result.manifest, result.manifest.certificate
+    manifest = result.manifest
     for step in result.resumed:
         click.echo(f"resumed: {step} was done before")
     spent = ", ".join(f"{name} {phase.wall_s:.1f} s" for name, phase in manifest.provenance.phases.items())
+    _print_built(manifest, spent)
+    click.echo(f"published {result.path}")
+    click.echo(f"serve it: vecsvc serve {Path(result.path).parent}")
+
+
+def _build_shard(
+    corpus: str, read: BuildSettings, params: tuple[str, ...], resume: bool, require_recall: bool, as_json: bool
+) -> None:
+    from index_builders.shard_build import build_shard
+
+    if require_recall:
+        raise ConfigError("--require-recall is asked of the whole index: give it to vecsvc publish")
+    result = build_shard(corpus, read, _pairs(params), resume=resume)
+    if as_json:
+        click.echo(msgspec.json.encode(result))
+        return
+    part = result.part
+    for step in result.resumed:
+        click.echo(f"resumed: {step} was done before")
+    click.echo(f"shard {part.number} of {part.shards}, {part.shard.size:,} of {part.corpus.rows:,} rows: {result.path}")
+    click.echo(f"when all {part.shards} are built: vecsvc publish {Path(result.path).parent} --version {part.version}")
+
+
+def _print_built(manifest: Any, spent: str) -> None:
+    certificate = manifest.certificate
     click.echo(
         f"{manifest.spec.size:,} x {manifest.spec.dim} {manifest.metric}, {_kind(manifest)}, "
         f"{len(manifest.shards)} shard{'s' if len(manifest.shards) > 1 else ''}: {spent}"
     )
-    if certificate is not None:
-        chosen = next(point for point in certificate.points if point.params == manifest.search)
+    if certificate is None:
+        return
+    chosen = next(point for point in certificate.points if point.params == manifest.search)
+    click.echo(
+        f"recall@{certificate.k} {chosen.recall:.4f} ± {chosen.recall_error:.4f} at "
+        f"{_settings_text(chosen.params)}, {chosen.latency_ms:.2f} ms a query ({certificate.queries} queries)"
+    )
+    if not certificate.reached:
         click.echo(
-            f"recall@{certificate.k} {chosen.recall:.4f} ± {chosen.recall_error:.4f} at "
-            f"{_settings_text(chosen.params)}, {chosen.latency_ms:.2f} ms a query ({certificate.queries} queries)"
+            f"the target of {certificate.target} was not reached: try --param values that buy recall, or --kind exact",
+            err=True,
         )
-        if not certificate.reached:
-            click.echo(
-                f"the target of {certificate.target} was not reached: "
-                "try --param values that buy recall, or --kind exact",
-                err=True,
-            )
-    click.echo(f"published {result.path}")
-    click.echo(f"serve it: vecsvc serve {Path(result.path).parent}")
+
+
+@cli.command()
+@click.argument("place", metavar="DIR|STORE")
+@click.option("--version", required=True, help="the version whose shards were built by build-index --shard")
+@click.option("--name", default="", help="which index, where DIR holds parts of several")
+@click.option("--require-recall", is_flag=True, help="publish nothing that misses its target, and end with exit code 1")
+@json_option
+def publish(place: str, version: str, name: str, require_recall: bool, as_json: bool) -> None:
+    """Make a version of the shards that were built one by one, and serve it.
+
+    DIR is the --out folder of the builds or the index in it. STORE, s3://bucket/prefix or a folder, is where `push
+    --shard` brought the shards.
+    """
+    from index_builders.publish import publish_at
+
+    path, manifest = publish_at(place, version, name=name, require_recall=require_recall)
+    if as_json:
+        click.echo(msgspec.json.encode({"path": path, "manifest": manifest}))
+        return
+    spent = ", ".join(f"{name} {phase.wall_s:.1f} s" for name, phase in manifest.provenance.phases.items())
+    _print_built(manifest, f"the slowest shard took {spent}")
+    click.echo(f"published {path}")
 
 
 def _keep_kernels(settings: BuildSettings | ServeSettings) -> None:
@@ -175,11 +224,13 @@ def _settings_text(params: dict[str, Any]) -> str:
 @_settings_option
 def serve(directory: Path, settings: Path | None, **flags: Any) -> None:
     """Serve the indexes in DIR over HTTP until SIGTERM."""
-    from vecsvc.process import serve as run
-
     read = _read(ServeSettings, "serve", flags, settings)
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no folder; give the --out folder of vecsvc build-index")
+    if read.workers > 1:
+        from vecsvc.workers import serve as run
+    else:
+        from vecsvc.process import serve as run
     run(directory, read)
 
 
@@ -305,7 +356,7 @@ def inspect(directory: Path, versions: bool, as_json: bool) -> None:
 
 def _version(folder: IndexFolder, name: str) -> dict[str, Any]:
     """What a list of versions says of one: `damage` is what the manifest and the sizes of its files show."""
-    from vecsvc.manifest import check_files, read_manifest
+    from vecsvc.manifest import check_files, read_manifest, shards_here
 
     created, damage = None, None
     try:
@@ -315,7 +366,8 @@ def _version(folder: IndexFolder, name: str) -> dict[str, Any]:
     try:
         manifest = read_manifest(folder.path / name)
         created = manifest.created
-        check_files(folder.path / name, manifest.files(), hashes=False)
+        files = manifest.files_of(shards_here(folder.path / name, manifest))
+        check_files(folder.path / name, files, hashes=False)
     except VecsvcError as error:
         damage = str(error)
     return {"version": name, "created": created, "serves": serves, "damage": damage}
@@ -361,8 +413,11 @@ def _print_manifest(name: str, facts: dict[str, Any]) -> None:
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--version", help="one version; every one otherwise")
 def verify(directory: Path, version: str | None) -> None:
-    """Compare every file of the indexes in DIR with its manifest. Exit code 1 where one differs."""
-    from vecsvc.manifest import check_files, read_manifest
+    """Compare every file of the indexes in DIR with its manifest. Exit code 1 where one differs.
+
+    Of a version that was pulled in part, the shards that are here.
+    """
+    from vecsvc.manifest import check_files, read_manifest, shards_here
 
     bad = 0
     for folder in index_folders(directory):
@@ -370,12 +425,16 @@ def verify(directory: Path, version: str | None) -> None:
             path = folder.version(name)
             try:
                 manifest = read_manifest(path)
-                check_files(path, manifest.files())
+                here = shards_here(path, manifest)
+                files = manifest.files_of(here)
+                check_files(path, files)
             except VecsvcError as error:
                 bad += 1
                 click.echo(f"{folder.name} {name}: {error}", err=True)
             else:
-                click.echo(f"{folder.name} {name}: {len(manifest.files()) + 1} files are what was written")
+                away = sorted({*range(len(manifest.shards))} - {*here})
+                note = f"; not here: shards {', '.join(map(str, away))}" if away else ""
+                click.echo(f"{folder.name} {name}: {len(files) + 1} files are what was written{note}")
     sys.exit(1 if bad else 0)
 
 
@@ -403,6 +462,59 @@ def _one(directory: Path) -> IndexFolder:
     if len(folders) > 1:
         raise ConfigError(f"{directory} holds several indexes, name one: {', '.join(str(f.path) for f in folders)}")
     return folders[0]
+
+
+# ----------------------------------------------------------------------------------------------- object stores
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("target", metavar="STORE")
+@click.option("--version", default="", help="the version to push; the one that serves otherwise")
+@click.option("--shard", type=click.IntRange(0), help="only this shard, built by build-index --shard; needs --version")
+@json_option
+def push(directory: Path, target: str, version: str, shard: int | None, as_json: bool) -> None:
+    """Copy an index in DIR into STORE, s3://bucket/prefix or a folder, and let it serve there.
+
+    In STORE it lies as in DIR, under its name. With --shard nothing serves before vecsvc publish STORE.
+    """
+    from vecsvc import push as pushing
+
+    if shard is not None and not version:
+        raise ConfigError("--shard needs --version: it is what the shards of one index have in common")
+    if shard is None:
+        moved = pushing.push(directory, target, version=version)
+    else:
+        moved = pushing.push_part(directory, target, version, shard)
+    click.echo(msgspec.json.encode(moved) if as_json else moved.told())
+
+
+@cli.command()
+@click.argument("source", metavar="STORE")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--shards", default="", metavar="0,2-3", help="only these shards; all otherwise")
+@click.option("--watch", type=click.FloatRange(min=0.1), metavar="SECONDS", help="pull new versions too, until SIGTERM")
+@click.option("--keep", default=1, type=click.IntRange(0), help="with --watch: versions to keep besides what serves")
+@json_option
+def pull(source: str, directory: Path, shards: str, watch: float | None, keep: int, as_json: bool) -> None:
+    """Bring the indexes in STORE into the folder DIR, checked, and let them serve there.
+
+    STORE is s3://bucket/prefix or a folder that holds indexes, or one index in it.
+    """
+    from vecsvc import pull as pulling
+
+    numbers = pulling.shard_numbers(shards)
+    if watch is None:
+        moved = pulling.pull(source, directory, shards=numbers)
+        click.echo(msgspec.json.encode(moved) if as_json else "\n".join(one.told() for one in moved))
+        return
+    import signal
+    import threading
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    pulling.watch(source, directory, shards=numbers, every_s=watch, keep=keep, stop=stop, say=click.echo)
 
 
 # ----------------------------------------------------------------------------------------------- the others

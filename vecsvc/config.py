@@ -105,6 +105,12 @@ class HttpSettings:
 class ServeSettings(HttpSettings):
     """What `vecsvc serve` can be told."""
 
+    workers: int = option(
+        1,
+        "processes that serve the port side by side; limits hold for each, and so do caches and encoders",
+        low=1,
+        high=256,
+    )
     encoder: str = option("", "folder of the encoder for queries, or `default`; empty for the one inside the artifact")
     encoder_provider: str = option(
         "", "what encoders run on, by onnxruntime's name: cpu, cuda, openvino, ...; empty for `device`"
@@ -145,10 +151,11 @@ class ServeSettings(HttpSettings):
     )
     device: str = option("cpu", "where indexes and encoders that can run on a GPU run", choices=("cpu", "cuda"))
     memory: str = option(
-        "ram",
-        "where index files are held: read into memory, or mapped, so that the system may drop what is not used and "
-        "processes share what is; vectors are always mapped, and some kinds always read",
-        choices=("ram", "mapped"),
+        "auto",
+        "where index files are held: read into memory (ram), or mapped, so that the system may drop what is not used "
+        "and processes share what is; auto is ram for one worker, mapped for several; vectors are always mapped, and "
+        "some kinds always read",
+        choices=("auto", "ram", "mapped"),
     )
     kernels: str = option("", "folder that keeps compiled kernels; empty for ~/.cache/vecsvc/kernels")
     verify: str = option(
@@ -157,7 +164,7 @@ class ServeSettings(HttpSettings):
     reload_poll_s: float = option(
         1.0, "how often CURRENT is looked at for another version; 0 for never", low=0, high=3600
     )
-    search_threads: int = option(0, "threads that search; 0 for one a core", low=0, high=1024)
+    search_threads: int = option(0, "threads that search; 0 for the cores divided by the workers", low=0, high=1024)
     inline_ms: float = option(
         0.5, "searches that were measured to take less run in the event loop, others in a thread", low=0, high=100
     )
@@ -205,6 +212,7 @@ class BuildSettings:
     kind: str = option("auto", "kind of index: auto, exact, nng, tp_tree, hnsw, kd_tree, faiss, or a plug-in's")
     metric: str = option("cosine", "what near means", choices=("l2", "ip", "cosine"))
     shards: int = option(1, "parts the corpus is split into", low=1, high=MAX_SHARDS)
+    shard: str = option("", "build this one shard alone, i/N with i from 0; needs --version, and publish merges them")
     partition: str = option(
         "hash",
         "how rows are spread over shards: by a hash of the id, or by nearness (cluster), so that a question with "
@@ -269,6 +277,8 @@ def make(cls: type[T], values: Mapping[str, Any], *, what: str, error: type[Vecs
         if name not in known:
             names = ", ".join(known) or "no parameters"
             raise UnknownParameter(f"unknown parameter {name[:80]!r}; {what} knows: {names}")
+        if value is None and known[name].default is None:
+            continue  # said to be absent, as it is anyway
         checked[name] = _check(name, value, field_types(cls)[name], known[name].metadata, what, error)  # type: ignore[arg-type]
     return cls(**checked)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
 from aiohttp import HttpVersion11, hdrs, web
 
 from vecsvc.access import KEY_HEADER, Key, Keyring, Scope
-from vecsvc.admission import LARGE_BYTES, Admission, Load
+from vecsvc.admission import Admission, Load
 
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+# A refused body up to here is read and dropped, which costs less than another connection; a larger one ends it.
+DRAIN_BYTES: Final = 1 << 20
 CHALLENGE: Final = 'Bearer realm="vecsvc"'
 _KEY: Final = web.RequestKey("key", Key)
 
@@ -37,12 +39,25 @@ class Door:
         """Raises Unauthorized, Forbidden, Overloaded or RateLimited."""
         key = None
         if self._keyring is not None and route.scope != "open":
-            key = self._keyring.admit(presented(request), route.scope)
+            key = self._keyring.admit(presented(request.headers), route.scope)
             request[_KEY] = key
         if route.load != "none":
             self._admission.check(route.load, request.content_length if request.body_exists else 0)
+        self.take(key)
+
+    def knock(self, headers: Mapping[str, str], scope: Scope) -> Key | None:
+        """The key that a head brings, with the scope that is asked. Raises Unauthorized or Forbidden."""
+        return self._keyring.admit(presented(headers), scope) if self._keyring is not None else None
+
+    def take(self, key: Key | None) -> None:
+        """Count one query of a key; RateLimited where it has none left."""
         if self._keyring is not None and key is not None:
             self._keyring.take(key)
+
+    def give_back(self, key: Key | None) -> None:
+        """The query that was just counted was not answered, and will be counted where it is."""
+        if key is not None:
+            key.owe(-1)
 
     def owe(self, request: web.Request, queries: int) -> None:
         """Tell how many queries or texts a request turned out to hold; one was counted when it came."""
@@ -56,12 +71,12 @@ class Door:
         return key.name if key is not None else None
 
 
-def presented(request: web.Request) -> str | None:
-    """The key that a request brings; where it has both headers, ours counts."""
-    key = request.headers.get(KEY_HEADER)
+def presented(headers: Mapping[str, str]) -> str | None:
+    """The key that a head brings; where it has both headers, ours counts."""
+    key = headers.get(KEY_HEADER)
     if key is not None:
         return key
-    scheme, _, rest = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    scheme, _, rest = headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     return rest.strip() if scheme.lower() == "bearer" else None
 
 
@@ -73,9 +88,9 @@ async def invite(request: web.Request) -> None:
 
 
 def leave_body(request: web.Request, response: web.StreamResponse) -> None:
-    """What is left of a small body is read and dropped, so that its connection stays; a large one ends it."""
+    """What is left of a body is read and dropped, so that its connection stays, unless there is too much of it."""
     if request.content.is_eof():
         return
     length = request.content_length
-    if length is None or length > LARGE_BYTES or hdrs.EXPECT in request.headers:
+    if length is None or length > DRAIN_BYTES or hdrs.EXPECT in request.headers:
         response.force_close()

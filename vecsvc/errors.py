@@ -27,6 +27,7 @@ VecsvcError
             RequestTimeout         the body did not arrive in time
         UnknownVersion             no such version in the index folder
         VersionExists              a version is never written twice
+        VersionIncomplete          shards of a version that is built in parts are missing
     ArtifactError                  what was built cannot be served
         ArtifactDamaged            a file differs from the manifest; names the file
         ArtifactUnfit              whole, but written for another format or library
@@ -163,6 +164,10 @@ class UnknownVersion(UserError):
 
 class VersionExists(UserError):
     code = "version_exists"
+
+
+class VersionIncomplete(UserError):
+    code = "version_incomplete"
 
 
 class ArtifactError(VecsvcError):

@@ -32,6 +32,7 @@ from vecsvc.route_metrics import RouteMetrics
 
 HEDGE_BURST: Final = 32.0  # second questions that may be asked at once after a quiet time
 RETRY_BURST: Final = 256.0  # a node that dies fails all that it had in flight at once
+MAX_BUDGETS: Final = 65_536  # groups of shards with a budget of their own; past that all begin anew
 PROBE_S: Final = 1.0  # a slower replica gets a copy of a question so often, to see whether it recovered
 PROBE_GRACE_S: Final = 0.1  # past its deadline a copy is waited for so long, and then given up
 
@@ -60,27 +61,40 @@ class Budget:
 
 @dataclass(slots=True)
 class Budgets:
-    """What all questions of a front door share."""
+    """What all questions of a front door share.
 
-    hedges: Budget
+    Shards have budgets of their own for second questions: of a common one the first shard that falls behind would take
+    all, and the others' late answers would be waited for (decision 71).
+    """
+
     retries: Budget
+    hedge_share: float
     hedge_min_s: float
     metrics: RouteMetrics
+    shards: dict[Hashable, Budget] = field(default_factory=dict)
 
     @classmethod
     def of(cls, settings: RouteSettings, metrics: RouteMetrics) -> Budgets:
         return cls(
-            Budget(settings.hedge_share, HEDGE_BURST),
-            Budget(settings.retry_share, RETRY_BURST),
-            settings.hedge_min_ms / 1e3,
-            metrics,
+            Budget(settings.retry_share, RETRY_BURST), settings.hedge_share, settings.hedge_min_ms / 1e3, metrics
         )
+
+    def hedges(self, group: Group) -> Budget:
+        """That of the group's shards."""
+        key = group.index, group.shards
+        found = self.shards.get(key)
+        if found is None:
+            if len(self.shards) >= MAX_BUDGETS:
+                self.shards.clear()
+            found = self.shards[key] = Budget(self.hedge_share, HEDGE_BURST)
+        return found
 
 
 @dataclass(slots=True, eq=False)
 class Group:
     """Shards that the same nodes hold, so that one of these is asked for all of them."""
 
+    index: str
     shards: tuple[int, ...]
     nodes: list[Node]
     make: Callable[[int, float], bytes]  # the frame, from a request id and the milliseconds that are left
@@ -161,7 +175,7 @@ class Call:
 
     def _begin(self, group: Group) -> None:
         budgets = self._budgets
-        budgets.hedges.earn()
+        budgets.hedges(group).earn()
         budgets.retries.earn()
         node = self._choose(group)
         if node is None:
@@ -205,7 +219,7 @@ class Call:
                 continue
             latency = node.latency(self._key)
             # One that was ejected comes back by no other way, so that its copy needs no budget.
-            if now - latency.at > PROBE_S and (node.returning(now) or self._budgets.hedges.take()):
+            if now - latency.at > PROBE_S and (node.returning(now) or self._budgets.hedges(group).take()):
                 latency.at = now
                 self._budgets.metrics.hedges("probe_sent").inc()
                 self._send(group, node, "probe")
@@ -314,7 +328,7 @@ class Call:
         node = self._choose(group)
         if node is None or not node.usable():
             return
-        if not self._budgets.hedges.take():
+        if not self._budgets.hedges(group).take():
             self._budgets.metrics.hedges("no_budget").inc()
             return
         self._budgets.metrics.hedges("sent").inc()

@@ -16,10 +16,9 @@ from vecsvc.admission import Admission
 from vecsvc.catalog import Served, by_model
 from vecsvc.config import RouteSettings
 from vecsvc.encoders.base import EncoderSpec, Role
-from vecsvc.engine import Clock, Engine, check_question, check_vectors, count, encoder_of
+from vecsvc.engine import Engine
 from vecsvc.errors import (
     InvalidParameter,
-    InvalidRequest,
     NotReady,
     ProtocolError,
     ShardsMissing,
@@ -30,6 +29,8 @@ from vecsvc.errors import (
 from vecsvc.fan_out import Group
 from vecsvc.ids import id_hash
 from vecsvc.merging import Merge, check_part
+from vecsvc.question import columns_of
+from vecsvc.question_checks import Clock, check_question, check_vectors, count, encoder_of, wrong_params
 from vecsvc.ranking import nearest_shards, queries_of_shards
 from vecsvc.remote import Ask, EmbeddedTexts, FoundRow, Kind, Part
 from vecsvc.router import RoutedVersion, Router
@@ -37,6 +38,7 @@ from vecsvc.telemetry import Metrics
 from vecsvc.types import (
     INCLUDES,
     BatchAnswer,
+    ColumnsAnswer,
     Embedded,
     Id,
     IdQuery,
@@ -147,6 +149,13 @@ class FrontDoor:
         finally:
             budget.leave(entered)
 
+    async def search_columns(self, name: str | None, query: Query, settings: SearchSettings) -> ColumnsAnswer:
+        """Answer many questions with columns over all hits, for those who want no `include`."""
+        a = await self.search_batch(name, query, settings)
+        manifest = self.catalog.get(a.index.name).manifest
+        columns = columns_of(a.results, 0, manifest.id_type == "int", manifest.metric)
+        return ColumnsAnswer(columns, a.took_ms, a.coverage, a.stats, a.index, a.encoder, a.explain)
+
     async def _answer(
         self, version: RoutedVersion, query: Query, settings: SearchSettings, clock: Clock
     ) -> BatchAnswer:
@@ -193,7 +202,7 @@ class FrontDoor:
         if settings.probe_shards is None or version.centroids is None:
             ask = _encode(version, vectors, settings, k)
             check = functools.partial(check_part, len(vectors), k, vectors.shape[1], settings.include)
-            return [Group(*of, _framed(of[0], ask), Kind.PART, check) for of in version.groups]
+            return [Group(version.name, *of, _framed(of[0], ask), Kind.PART, check) for of in version.groups]
         chosen = nearest_shards(vectors, version.centroids, settings.probe_shards, version.manifest.metric)
         nodes_of = {shard: nodes for shards, nodes in version.groups for shard in shards}
         groups = []
@@ -202,7 +211,15 @@ class FrontDoor:
             ask = _encode(version, mine, settings, k)
             check = functools.partial(check_part, len(mine), k, mine.shape[1], settings.include)
             groups.append(
-                Group((shard,), nodes_of[shard], _framed((shard,), ask), Kind.PART, check, queries=queries.tolist())
+                Group(
+                    version.name,
+                    (shard,),
+                    nodes_of[shard],
+                    _framed((shard,), ask),
+                    Kind.PART,
+                    check,
+                    queries=queries.tolist(),
+                )
             )
         return groups
 
@@ -222,7 +239,14 @@ class FrontDoor:
                 raise ProtocolError(f"a vector of {len(found.vector)} bytes, expected {size}")
 
         groups = [
-            Group(shards, nodes, lambda request, _: remote.message(Kind.FIND, request, find), Kind.FOUND, check)
+            Group(
+                version.name,
+                shards,
+                nodes,
+                lambda request, _: remote.message(Kind.FIND, request, find),
+                Kind.FOUND,
+                check,
+            )
             for shards, nodes in chosen
         ]
         await self._router.call(groups, "find", deadline)
@@ -245,7 +269,7 @@ class FrontDoor:
             ):
                 raise ProtocolError(f"embeddings of {len(made.tokens)} texts, expected {len(texts)} of dim {spec.dim}")
 
-        group = Group((), version.nodes(), make, Kind.EMBEDDED, check)
+        group = Group(version.name, (), version.nodes(), make, Kind.EMBEDDED, check)
         key = ("embed", version.name, len(texts).bit_length())
         await self._router.call([group], key, deadline)
         made = group.answer
@@ -316,4 +340,4 @@ def _check(version: RoutedVersion, query: Query, settings: SearchSettings) -> No
         try:
             indexes.search_params(manifest.spec.kind, **{**manifest.search, **dict(settings.params)})
         except (UnknownParameter, InvalidParameter) as error:
-            raise InvalidRequest(f"params: {error}; every kind takes exact and max_visited") from error
+            raise wrong_params(error) from error

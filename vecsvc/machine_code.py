@@ -25,7 +25,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -34,7 +34,7 @@ import numpy as np
 
 from vecsvc import __version__
 from vecsvc.errors import BackendMissing, StorageError
-from vecsvc.storage import delete_file, make_folder, rename, write_file
+from vecsvc.storage import Lease, delete_file, make_folder, rename, write_file
 
 Kernel: TypeAlias = Callable[..., int]
 
@@ -55,6 +55,7 @@ _SOURCES: Final = (
 _DIGEST_CHARS: Final = 64
 
 KEPT: Final = 8  # objects of one kernel and path: of several versions and libraries side by side
+TURN_WAIT_S: Final = 120.0  # for another process that compiles; then this one does it too
 STALE_S: Final = 3600.0  # what is half written for so long, nobody is writing
 
 _lock = threading.RLock()
@@ -150,14 +151,35 @@ def _object(module: str, name: str, arity: int, path: str) -> bytes:
     file = keep / f"{name}-{path}-{_fingerprint(module, name, arity, path)}.o" if keep else None
     if file is not None and (kept := _read(file)) is not None:
         return kept
-    announce(
-        f"compiling kernel {name} for {path}, some seconds" + (f"; every start will: {reason()}" if reason() else "")
-    )
-    code = _compile(module, name, arity, path)
-    if file is not None and not reason():
+    if file is None or reason():
+        announce(f"compiling kernel {name} for {path}, some seconds; every start will: {reason()}")
+        return _compile(module, name, arity, path)
+    with _turn(file):
+        if (kept := _read(file)) is not None:
+            return kept  # another process was at it
+        announce(f"compiling kernel {name} for {path}, some seconds")
+        code = _compile(module, name, arity, path)
         _keep(file, code)
         _forget(file, f"{name}-{path}-*.o")
     return code
+
+
+@contextlib.contextmanager
+def _turn(file: Path) -> Iterator[None]:
+    """One process compiles while others wait for what it will keep; the kernel ends the turn of one that dies."""
+    lease, end = None, time.monotonic() + TURN_WAIT_S
+    while lease is None and not file.exists() and time.monotonic() < end:
+        try:
+            lease = Lease.take(file.parent, exclusive=True)
+        except StorageError:
+            break  # a file system without locks: compiling twice does no harm
+        if lease is None:
+            time.sleep(0.02)
+    try:
+        yield
+    finally:
+        if lease is not None:
+            lease.release()
 
 
 def _read(file: Path) -> bytes | None:

@@ -148,8 +148,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clusters: Clusters | None = None  # where the partition is `cluster`
 
     def files(self) -> list[FileEntry]:
-        own = [file for shard in self.shards for file in shard.files]
-        return own + self.shared_files()
+        return self.files_of(range(len(self.shards)))
+
+    def files_of(self, shards: Iterable[int]) -> list[FileEntry]:
+        """The files that whoever opens these shards needs."""
+        return [file for number in shards for file in self.shards[number].files] + self.shared_files()
 
     def shared_files(self) -> list[FileEntry]:
         """What belongs to no shard, and whoever opens one of them needs too."""
@@ -158,6 +161,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def metric(self) -> Metric:
         return self.spec.metric
+
+
+def shards_here(folder: Path, manifest: Manifest) -> list[int]:
+    """The shards whose files are in a version's folder: all, unless only some were pulled; what is damaged is here."""
+    numbers = list(range(len(manifest.shards)))
+    return [number for number in numbers if (folder / f"shards/{number:03d}").exists()] or numbers
 
 
 def bytes_per_vector(shards: Sequence[ShardEntry], size: int) -> BytesPerVector:
@@ -172,7 +181,11 @@ def bytes_per_vector(shards: Sequence[ShardEntry], size: int) -> BytesPerVector:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_file(folder / MANIFEST, sealed(msgspec.json.format(msgspec.json.encode(manifest), indent=2)))
+    write_file(folder / MANIFEST, encoded_manifest(manifest))
+
+
+def encoded_manifest(manifest: Manifest) -> bytes:
+    return sealed(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -186,6 +199,11 @@ def read_manifest(folder: Path) -> Manifest:
         data = path.read_bytes()
     except OSError as error:
         raise ArtifactDamaged(f"{path}: {error.strerror}") from error
+    return parse_manifest(data, path)
+
+
+def parse_manifest(data: bytes, path: Path | str) -> Manifest:
+    """What read_manifest says of the bytes of a file; `path` is its name in messages."""
     document = unsealed(data)
     if document is None:
         raise ArtifactDamaged(f"{path}: is not what was written (its own digest differs)")
@@ -210,7 +228,7 @@ class _Version(msgspec.Struct):
     format_version: int
 
 
-def _check_sense(path: Path, manifest: Manifest) -> None:
+def _check_sense(path: Path | str, manifest: Manifest) -> None:
     for file in manifest.files():
         if not _PATH.fullmatch(file.path) or ".." in file.path:
             raise ArtifactDamaged(f"{path}: {file.path[:120]!r} is no path inside an artifact")
@@ -226,6 +244,8 @@ def _check_sense(path: Path, manifest: Manifest) -> None:
     if sum(shard.size for shard in manifest.shards) != size + (clusters.copies if clusters else 0):
         raise ArtifactDamaged(f"{path}: the shards' sizes do not add up to {size}")
     for number, shard in enumerate(manifest.shards):
+        if not all(file.path.startswith(f"shards/{number:03d}/") for file in shard.files):
+            raise ArtifactDamaged(f"{path}: files of another shard stand under shard {number}")
         # Some kinds work out params from the number of vectors, so those may differ.
         same = replace(manifest.spec, size=shard.size, params=shard.spec.params)
         if shard.size < 1 or shard.spec != same:

@@ -8,9 +8,9 @@ import msgspec
 import numpy as np
 
 from vecsvc.distance import score
-from vecsvc.engine import Clock, cut_note
 from vecsvc.errors import DeadlineExceeded, ProtocolError, ShardsMissing
 from vecsvc.fan_out import Group
+from vecsvc.question_checks import Clock, cut_note
 from vecsvc.remote import Part
 from vecsvc.router import RoutedVersion
 from vecsvc.types import BatchAnswer, Coverage, Hit, Id, SearchSettings, Stats

@@ -14,11 +14,11 @@ import pyarrow as pa
 from vecsvc import __version__, indexes
 from vecsvc.access import KEY_HEADER
 from vecsvc.config import HttpSettings, field_types
-from vecsvc.engine import MAX_ANSWER_BYTES
 from vecsvc.filters import MAX_DEPTH, OPERATORS
 from vecsvc.front_door import Described
 from vecsvc.indexes.base import module
 from vecsvc.openapi_embed import ANSWERS, ERRORS, VECTORS, embed_paths
+from vecsvc.question_checks import MAX_ANSWER_BYTES
 from vecsvc.schemas import ARROW, BINARY, JSON, MAX_URL_TEXT_CHARS, ErrorAnswer
 from vecsvc.types import DEFAULT_K, INCLUDES, MAX_ABS, MAX_SHARDS, BatchAnswer, SearchAnswer
 

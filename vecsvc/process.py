@@ -14,41 +14,61 @@ import socket
 import ssl
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+import msgspec
 import threadpoolctl
 import uvloop
 from aiohttp import web
 
 from vecsvc import __version__, machine_code
-from vecsvc.access import is_loopback
 from vecsvc.catalog import Catalog
-from vecsvc.config import HttpSettings, ServeSettings
+from vecsvc.config import HttpSettings, ServeSettings, make
+from vecsvc.control import Handed, Link, Report, end_with
 from vecsvc.engine import Engine
-from vecsvc.errors import ConfigError
+from vecsvc.errors import ConfigError, UserError, VecsvcError
+from vecsvc.ports import http_tls, shard_tls, warn_if_open
 from vecsvc.server import Connection, Service
 from vecsvc.shard_server import ShardServer
 from vecsvc.telemetry import Metrics, configure_logging
-from vecsvc.tls import server_tls
 
 log: Final = logging.getLogger("vecsvc.server")
 
 SPARE_FILES: Final = 1024  # open files besides connections: indexes, logs, libraries
 SWITCH_S: Final = 0.001
+BACKLOG: Final = 1024  # connections that wait to be accepted
 GRACE_S: Final = 0.25  # for requests that were on their way when the port closed
 
 
-def serve(directory: Path, settings: ServeSettings) -> None:
-    """Serve a folder of indexes until SIGTERM or SIGINT. Raises ConfigError where a port cannot be had."""
-    configure_logging()
+def serve(directory: Path, settings: ServeSettings, handed: Handed | None = None) -> None:
+    """Serve a folder of indexes until SIGTERM or SIGINT. Raises ConfigError where a port cannot be had.
+
+    One of several workers was `handed` its ports, and is ended by its parent.
+    """
+    configure_logging(worker=handed.number if handed is not None else None)
     machine_code.keep_in(Path(settings.kernels) if settings.kernels else None)
     allow_files(settings)
     # The event loop waits so long for a thread that works in Python: of Python's own 5 ms a query would feel each.
     sys.setswitchinterval(SWITCH_S)
     # Searches run side by side in threads; a matrix product that took every core would fight the others.
     with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
-        uvloop.run(_run(directory, settings))
+        uvloop.run(_run(directory, settings, handed))
+
+
+def work(given: dict[str, Any]) -> None:
+    """The whole life of a worker; `given` is what workers.py wrote to its standard input."""
+    handed = msgspec.convert(given, Handed)
+    end_with(handed.parent)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Whoever signals a whole group means the service; the parent gets it too, and says what to do.
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        serve(Path(handed.directory), make(ServeSettings, handed.settings, what="[serve]"), handed)
+    except VecsvcError as error:
+        sys.stderr.write(f"vecsvc: {error}\n")
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 def allow_files(settings: HttpSettings) -> None:
@@ -62,49 +82,86 @@ def allow_files(settings: HttpSettings) -> None:
             log.warning("few files", extra={"data": {"allowed": allowed, "wanted": wanted, "remedy": "ulimit -n"}})
 
 
-async def _run(directory: Path, settings: ServeSettings) -> None:
+async def _run(directory: Path, settings: ServeSettings, handed: Handed | None = None) -> None:
     started = time.perf_counter()
     catalog, engine, service = node(directory, settings)
     tls, admin_tls = http_tls(settings)
     machine_code.announce = functools.partial(_compiling, catalog)
-    runner, listener = await listen(service, service.app(), settings.host, settings.port, tls)
-    admin, admin_listener = await listen(
-        service, service.admin_app(), settings.admin_host, settings.admin_port, admin_tls
+    looked = asyncio.Event()
+    runners: list[web.AppRunner] = []
+
+    def report() -> Report:
+        problem = catalog.problem() if looked.is_set() else "it is starting"
+        return Report(len(runners) == 2, problem, service.metrics.counted())
+
+    link = Link(handed.control, report) if handed is not None else None
+    # A parent says it once for all its workers.
+    note = log.info if link is None else log.debug
+    talk: asyncio.Task[None] | None = None
+    stop = stop_signal() if link is None else asyncio.Event()
+    if link is not None:
+        talk = await link.open(drain=stop.set, end=functools.partial(_exit, 1))
+    tell = link.report if link is not None else lambda: None
+    watching = functools.partial(_watch, service, settings, started, looked, note, tell)
+    watch: asyncio.Task[None] | None = None
+    if handed is not None and handed.successor:
+        # Who waits in the socket since the last worker died is to be answered, not refused.
+        watch = asyncio.create_task(watching())
+        await _first(looked, stop)
+    ports = [socket.socket(fileno=file) for file in handed.ports] if handed is not None else []
+    runner, listeners = await listen(service, service.app(), settings.host, settings.port, tls, ports)
+    runners.append(runner)
+    admin_ports = [socket.socket(fileno=handed.admin)] if handed is not None else []
+    admin, admin_listeners = await listen(
+        service, service.admin_app(), settings.admin_host, settings.admin_port, admin_tls, admin_ports
     )
-    stop = stop_signal()
-    port, admin_port = (server.sockets[0].getsockname()[1] for server in (listener, admin_listener))
-    facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
-    shards: ShardServer | None = None
-    if settings.shard_port is not None:
-        shards = ShardServer(engine, catalog)
-        facts["shard_port"] = await shards.listen(settings.shard_host, settings.shard_port, shard_tls(settings))
-    log.info("listening", extra={"data": facts})
-    warn_if_open(settings)
-    watch = asyncio.create_task(_watch(service, settings, started))
-    reap = asyncio.create_task(service.reaper.run([runner, admin]))
-    tell = asyncio.create_task(shards.watch()) if shards is not None else None
+    runners.append(admin)
+    shards = ShardServer(engine, catalog) if settings.shard_port is not None else None
+    if link is None:
+        port, admin_port = (made[0].sockets[0].getsockname()[1] for made in (listeners, admin_listeners))
+        facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
+        if shards is not None and settings.shard_port is not None:
+            facts["shard_port"] = await shards.listen(settings.shard_host, settings.shard_port, shard_tls(settings))
+        log.info("listening", extra={"data": facts})
+        warn_if_open(settings)
+    tell()
+    watch = watch or asyncio.create_task(watching())
+    reap = asyncio.create_task(service.reaper.run(runners))
+    holdings = asyncio.create_task(shards.watch()) if shards is not None else None
     await stop.wait()
     service.draining = True
-    log.info("draining", extra={"data": {"in_flight": service.engine.in_flight}})
+    note("draining", extra={"data": {"in_flight": service.engine.in_flight}})
     if shards is not None:
         shards.drain()
     await asyncio.sleep(settings.drain_s)
-    await close_port(listener, service, runner, tls)
+    await close_port(listeners, service, runner, tls)
     await finish(service, runner)
-    if shards is not None and tell is not None:
+    if shards is not None and holdings is not None:
         await shards.finish(settings.shutdown_s)
-        tell.cancel()
+        holdings.cancel()
     reap.cancel()
     watch.cancel()
     await runner.cleanup()
-    admin_listener.close()
+    for listener in admin_listeners:
+        listener.close()
     await admin.cleanup()
-    log.info("stopped")
+    tell()
+    if talk is not None:
+        talk.cancel()
+    note("stopped")
     if service.at_work:
         # A thread cannot be told to stop, and holds nothing that would have to be saved.
         _exit(0)
     engine.close()
     catalog.close()
+
+
+async def _first(*events: asyncio.Event) -> None:
+    """Wait until one of them is set."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
 
 
 def node(directory: Path, settings: ServeSettings) -> tuple[Catalog, Engine, Service]:
@@ -143,56 +200,39 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-def http_tls(settings: HttpSettings) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
-    """TLS of the public and of the admin port, whose callers name themselves by keys and need no certificate."""
-    if not settings.tls_cert:
-        if settings.tls_key or settings.tls_client_ca:
-            raise ConfigError("tls_key and tls_client_ca are of no use without tls_cert")
-        return None, None
-    return (
-        server_tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca),
-        server_tls(settings.tls_cert, settings.tls_key),
-    )
-
-
-def shard_tls(settings: ServeSettings) -> ssl.SSLContext | None:
-    """TLS of the shard port: front doors show a certificate of the same authority."""
-    if not settings.shard_tls_cert:
-        if settings.shard_tls_key or settings.shard_tls_ca:
-            raise ConfigError("shard_tls_key and shard_tls_ca are of no use without shard_tls_cert")
-        if not is_loopback(settings.shard_host):
-            remedy = "shard_tls_cert, or a network policy"
-            log.warning("whoever reaches the shard port may ask", extra={"data": {"remedy": remedy}})
-        return None
-    if not settings.shard_tls_ca:
-        raise ConfigError("shard_tls_ca is missing: the authority that signed the certificates of front doors")
-    return server_tls(settings.shard_tls_cert, settings.shard_tls_key, settings.shard_tls_ca)
-
-
-def warn_if_open(settings: HttpSettings) -> None:
-    hosts = [host for host in (settings.host, settings.admin_host) if not is_loopback(host)]
-    if hosts and not settings.keys:
-        remedy = "vecsvc keys new, and --keys"
-        log.warning("whoever reaches the port may ask", extra={"data": {"hosts": hosts, "remedy": remedy}})
-
-
 async def listen(
-    service: Service, app: web.Application, host: str, port: int, tls: ssl.SSLContext | None
-) -> tuple[web.AppRunner, asyncio.Server]:
+    service: Service,
+    app: web.Application,
+    host: str,
+    port: int,
+    tls: ssl.SSLContext | None,
+    made: Sequence[socket.socket] = (),
+) -> tuple[web.AppRunner, list[asyncio.Server]]:
+    """Serve `app` on a port, or on the sockets that somebody made for it."""
     # _finish waits for requests in flight; when that is over, aiohttp need not begin to wait anew.
     runner = web.AppRunner(app, shutdown_timeout=GRACE_S)
     await runner.setup()
     loop = asyncio.get_running_loop()
+
+    def connection() -> Connection:
+        return Connection(service, runner.server)
+
+    listeners = []
     try:
-        listener = await loop.create_server(
-            lambda: Connection(service, runner.server), host, port, backlog=1024, **_handshake(service, tls)
-        )
+        secure = _handshake(service, tls)
+        for ready in made:
+            if ready.family == socket.AF_UNIX:  # between the processes of one service
+                listeners.append(await loop.create_unix_server(connection, sock=ready, backlog=BACKLOG))
+            else:
+                listeners.append(await loop.create_server(connection, sock=ready, backlog=BACKLOG, **secure))
+        if not made:
+            listeners.append(await loop.create_server(connection, host, port, backlog=BACKLOG, **secure))
     except OSError as error:
         await runner.cleanup()
         # asyncio puts words of its own around the system's.
         why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another port") from error
-    return runner, listener
+    return runner, listeners
 
 
 def _handshake(service: Service, tls: ssl.SSLContext | None) -> dict[str, Any]:
@@ -201,11 +241,12 @@ def _handshake(service: Service, tls: ssl.SSLContext | None) -> dict[str, Any]:
 
 
 async def close_port(
-    listener: asyncio.Server, service: Service, runner: web.AppRunner, tls: ssl.SSLContext | None
+    listeners: list[asyncio.Server], service: Service, runner: web.AppRunner, tls: ssl.SSLContext | None
 ) -> None:
     """Close the port, and take in whom the kernel let in already: for a client, that is to be accepted."""
-    held = [socket.socket(fileno=os.dup(port.fileno())) for port in listener.sockets]
-    listener.close()
+    held = [socket.socket(fileno=os.dup(port.fileno())) for listener in listeners for port in listener.sockets]
+    for listener in listeners:
+        listener.close()
     waiting: list[socket.socket] = []
     for port in held:
         with port, contextlib.suppress(OSError):
@@ -217,8 +258,15 @@ async def close_port(
     await asyncio.gather(*taken, return_exceptions=True)  # who fails to shake hands is no concern of the others
 
 
-async def _watch(service: Service, settings: ServeSettings, started: float) -> None:
-    """Open what there is, then look for new versions now and then."""
+async def _watch(
+    service: Service,
+    settings: ServeSettings,
+    started: float,
+    looked: asyncio.Event,
+    note: Callable[..., None],
+    report: Callable[[], None],
+) -> None:
+    """Open what there is, then look for new versions now and then. `report` is called where that changed something."""
     told = ""
     while True:
         try:
@@ -235,7 +283,11 @@ async def _watch(service: Service, settings: ServeSettings, started: float) -> N
         if problem and problem != told:
             log.warning("not ready", extra={"data": {"why": problem}})
         elif not problem and (changed or told):
-            log.info("ready", extra={"data": {"up_s": round(time.perf_counter() - started, 3)}})
+            note("ready", extra={"data": {"up_s": round(time.perf_counter() - started, 3)}})
+        news = problem != told or not looked.is_set()
+        looked.set()
+        if news:
+            report()
         told = problem
         if not settings.reload_poll_s:
             return

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 from aiohttp import StreamReader, web
@@ -31,24 +32,29 @@ class Reaper:
         self._bodies: dict[Any, tuple[float, StreamReader]] = {}
         self._writing: dict[Any, float] = {}  # connection -> when its answer was first seen waiting
 
-    def begin(self, request: web.Request) -> None:
+    def begin(self, request: web.BaseRequest) -> None:
         self._busy.add(request.protocol)
 
-    def end(self, request: web.Request) -> None:
+    def end(self, request: web.BaseRequest) -> None:
         connection = request.protocol
         self._busy.discard(connection)
         self._bodies.pop(connection, None)
         self._served.add(connection)
         self._since[connection] = time.monotonic()
 
-    def await_body(self, request: web.Request) -> None:
+    def answered(self, connection: Any) -> None:
+        """A request came and was answered in one step."""
+        self._served.add(connection)
+        self._since[connection] = time.monotonic()
+
+    def await_body(self, request: web.BaseRequest) -> None:
         self._bodies[request.protocol] = (time.monotonic(), request.content)
 
     def quiet(self, connections: list[Any]) -> bool:
         """True where no request is worked on, and no answer waits to be read."""
         return not self._busy and not any(c.transport and c.transport.get_write_buffer_size() for c in connections)
 
-    async def run(self, runners: list[web.AppRunner]) -> None:
+    async def run(self, runners: Sequence[web.BaseRunner]) -> None:
         while True:
             await asyncio.sleep(TICK_S)
             self.tick([c for runner in runners if runner.server is not None for c in runner.server.connections])

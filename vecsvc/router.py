@@ -283,6 +283,7 @@ class Router:
 
     async def _describe(self, offer: _Offer) -> Description:
         group = Group(
+            offer.index,
             (),
             [n for n in self.nodes() if holding(n, offer.index, offer.version, offer.digest)],
             lambda request, left_ms: remote.message(

@@ -18,19 +18,18 @@ from msgspec import UNSET, Struct, UnsetType
 from vecsvc import filters
 from vecsvc.config import HttpSettings
 from vecsvc.errors import InvalidRequest, MalformedRequest
-from vecsvc.ids import IdType
 from vecsvc.types import (
     DEFAULT_K,
     INCLUDES,
     MAX_DIM,
     MAX_SHARDS,
     BatchAnswer,
+    ColumnsAnswer,
     Condition,
     Id,
     IdQuery,
     Include,
     Query,
-    SearchAnswer,
     SearchSettings,
     TextQuery,
     VectorQuery,
@@ -134,14 +133,29 @@ def parse_batch(body: bytes, limits: HttpSettings) -> tuple[Query, SearchSetting
 
 def parse_binary(body: bytes, dim: int, query: Mapping[str, str], limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """Rows of little-endian float32, with the settings in the URL: `?k=10&ef_search=64`."""
-    settings = _url_settings(query, limits)
+    settings = url_settings(query, limits)
     if not body or len(body) % (4 * dim):
         raise InvalidRequest(
             f"the body has {len(body)} bytes, expected a multiple of {4 * dim}: rows of {dim} little-endian float32"
         )
-    vectors = np.frombuffer(body, dtype="<f4").reshape(-1, dim).astype(np.float32, copy=False)
+    vectors = rows_of(body, dim)
     _check_batch(len(vectors), limits)
     return VectorQuery(vectors), settings
+
+
+def rows_of(body: bytes, dim: int) -> Vectors:
+    """The rows (n, dim) where they lie in the body: read-only, and not copied where the machine is little-endian."""
+    return np.frombuffer(body, dtype="<f4").reshape(-1, dim).astype(np.float32, copy=False)
+
+
+def single(query: Mapping[str, str]) -> dict[str, str]:
+    """A URL's query; a name that comes twice is refused instead of losing one of its values."""
+    found: dict[str, str] = {}
+    for name, value in query.items():
+        if name in found:
+            raise InvalidRequest(f"?{name[:_MAX_SHOWN]} is given twice")
+        found[name] = value
+    return found
 
 
 def parse_get(query: Mapping[str, str], limits: HttpSettings) -> tuple[Query, SearchSettings]:
@@ -153,7 +167,7 @@ def parse_get(query: Mapping[str, str], limits: HttpSettings) -> tuple[Query, Se
         raise InvalidRequest(
             f"q has {len(query['q'])} characters, the limit is {MAX_URL_TEXT_CHARS}; POST longer texts"
         )
-    return TextQuery([_text(query["q"], "q", limits)]), _url_settings(rest, limits)
+    return TextQuery([_text(query["q"], "q", limits)]), url_settings(rest, limits)
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -318,7 +332,7 @@ def _check_batch(n: int, limits: HttpSettings) -> None:
         raise InvalidRequest(f"the batch has {n} queries, expected 1 to {limits.max_batch}")
 
 
-def _url_settings(query: Mapping[str, str], limits: HttpSettings) -> SearchSettings:
+def url_settings(query: Mapping[str, str], limits: HttpSettings) -> SearchSettings:
     """Settings of a URL: the same words, as text; those that are no words of ours are the kind's own."""
     body: dict[str, Any] = {}
     params: dict[str, Any] = {}
@@ -375,36 +389,46 @@ def shown(value: Any) -> str:
 
 # ------------------------------------------------------------------------------------------------ answers
 
+_INT_IDS, _STRING_IDS = (
+    pa.schema(
+        [("query", pa.int32()), ("rank", pa.int32()), ("id", id), ("score", pa.float32()), ("distance", pa.float32())]
+    )
+    for id in (pa.int64(), pa.string())
+)
+
 
 def encode(answer: Any) -> bytes:
     """JSON. Arrow values that JSON has no word for come as texts."""
     return _encoder.encode(answer)
 
 
-def encode_arrow(answer: BatchAnswer | SearchAnswer, id_type: IdType | None = None) -> bytes:
+def encode_arrow(answer: ColumnsAnswer) -> bytes:
     """An Arrow IPC stream with a row per hit: query, rank, id, score, distance.
 
-    The rest of the answer is in the schema's metadata, `vecsvc`, as JSON. Without `id_type` the hits tell it.
+    The rest of the answer is in the schema's metadata, `vecsvc`, as JSON.
     """
-    lists = answer.results if isinstance(answer, BatchAnswer) else [answer.results]
-    hits = [(i, rank, hit) for i, found in enumerate(lists) for rank, hit in enumerate(found)]
-    ids = [hit.id for _, _, hit in hits]
-    whole = id_type == "int" or (id_type is None and bool(ids) and isinstance(ids[0], int))
-    table = pa.record_batch(
-        {
-            "query": pa.array([i for i, _, _ in hits], pa.int32()),
-            "rank": pa.array([rank for _, rank, _ in hits], pa.int32()),
-            "id": pa.array(ids, pa.int64() if whole else pa.string()),
-            "score": pa.array([hit.score for _, _, hit in hits], pa.float32()),
-            "distance": pa.array([hit.distance for _, _, hit in hits], pa.float32()),
-        },
-        metadata={"vecsvc": encode(msgspec.structs.replace(answer, results=[]))},
+    found = answer.results
+    kind = pa.int64() if found.whole else pa.string()
+    ids = [part if isinstance(part, pa.Array) else pa.array(part, kind) for part in found.ids]
+    table = pa.RecordBatch.from_arrays(
+        [
+            pa.array(found.query.astype(np.int32)),
+            pa.array(found.rank.astype(np.int32)),
+            pa.concat_arrays(ids),
+            pa.array(found.scores),
+            pa.array(found.distances),
+        ],
+        schema=(_INT_IDS if found.whole else _STRING_IDS).with_metadata({"vecsvc": _rest(answer)}),
     )
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_batch(table)
     stream: bytes = sink.getvalue().to_pybytes()
     return stream
+
+
+def _rest(answer: ColumnsAnswer) -> bytes:
+    return encode(BatchAnswer([], *msgspec.structs.astuple(answer)[1:]))
 
 
 class ErrorDetail(Struct, frozen=True, omit_defaults=True):

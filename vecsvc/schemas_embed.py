@@ -19,8 +19,8 @@ from msgspec import UNSET, Struct, UnsetType
 
 from vecsvc.config import HttpSettings
 from vecsvc.encoders.base import EncoderSpec, Role
-from vecsvc.engine import MAX_ANSWER_BYTES
 from vecsvc.errors import InvalidRequest
+from vecsvc.question_checks import MAX_ANSWER_BYTES
 from vecsvc.schemas import decode, encode_error, shown
 from vecsvc.types import Embedded
 

@@ -23,8 +23,9 @@ from vecsvc.access import Keyring
 from vecsvc.admission import LARGE_BYTES
 from vecsvc.catalog import Catalog
 from vecsvc.config import HttpSettings
+from vecsvc.direct import Direct, DirectHandler, arrived, usable
 from vecsvc.door import CHALLENGE, Door, Handler, Route, invite, leave_body
-from vecsvc.engine import count
+from vecsvc.engine import Engine
 from vecsvc.errors import (
     BodyTooLarge,
     DeadlineExceeded,
@@ -46,11 +47,12 @@ from vecsvc.errors import (
     VecsvcError,
 )
 from vecsvc.front_door import Backend
+from vecsvc.question_checks import count
 from vecsvc.reaper import Reaper
 from vecsvc.server_embed import EmbedRoutes
 from vecsvc.storage import index_folders
-from vecsvc.telemetry import METRICS_CONTENT_TYPE, LineBudget, Metrics
-from vecsvc.types import BatchAnswer, Query, SearchSettings
+from vecsvc.telemetry import COUNTED_CONTENT_TYPE, METRICS_CONTENT_TYPE, LineBudget, Metrics
+from vecsvc.types import Query, SearchSettings
 
 log: Final = logging.getLogger("vecsvc.server")
 
@@ -112,6 +114,11 @@ class Service:
         self._lines = LineBudget(settings.log_lines_per_s)
         self._refusal_lines = LineBudget(min(REFUSAL_LINES_PER_S, settings.log_lines_per_s))
         self._admin_threads = ThreadPoolExecutor(ADMIN_THREADS, thread_name_prefix="vecsvc-admin")
+        self.direct: Direct | None = None
+        if isinstance(engine, Engine) and usable():
+            self.direct = Direct(
+                engine, settings, self.metrics, self.door, request_id=self._named, open=self._short_way_is_open
+            )
 
     # -------------------------------------------------------------------------------------- applications
 
@@ -196,9 +203,7 @@ class Service:
             response = _error(500, "internal", "the service failed; its log says why", request.path)
         finally:
             self.reaper.end(request)
-        request_id = request.headers.get("X-Request-Id")
-        if request_id is None or not _REQUEST_ID.fullmatch(request_id):
-            request_id = f"{self._id_prefix}-{next(self._counter):x}"
+        request_id = self._named(request.headers.get("X-Request-Id"))
         response.headers["X-Request-Id"] = request_id
         if self.draining:
             response.force_close()
@@ -220,6 +225,16 @@ class Service:
                 data["key"] = key
             log.info("request", extra={"data": {**data, "why": why} if why else data})
         return response
+
+    def _named(self, given: str | None) -> str:
+        """The id of a request: its own, where it has a good one."""
+        if given is not None and _REQUEST_ID.fullmatch(given):
+            return given
+        return f"{self._id_prefix}-{next(self._counter):x}"
+
+    def _short_way_is_open(self) -> bool:
+        """Whether a question may go the short way, past the border, where nobody is told of it."""
+        return not (self.draining or self._log_all)
 
     def refuse(self, why: str) -> web.Response:
         """The answer to bytes that are no HTTP, and so never became a request."""
@@ -271,6 +286,8 @@ class Service:
             raise Overloaded(f"{self._buffered} bytes of bodies are being read, the limit is max_buffered_bytes")
         if not request.content.is_eof():
             self.reaper.await_body(request)
+        elif length is not None and (whole := arrived(request.content)) is not None:
+            return whole
         self._buffered += declared
         try:
             await invite(request)
@@ -288,7 +305,8 @@ class Service:
         name = request.match_info.get("name")
         body = await self._read(request, self.settings.max_query_bytes)
         if request.content_type == schemas.JSON:
-            query, settings = schemas.parse_search(body, self.settings)
+            known = self.direct.parsed(body) if self.direct is not None else None
+            query, settings = known or schemas.parse_search(body, self.settings)
         else:
             query, settings = self._binary(name, body, request)
             if len(body) != 4 * self._dim(name):
@@ -297,7 +315,7 @@ class Service:
         return _json(schemas.encode(answer))
 
     async def _get_search(self, request: web.Request) -> web.Response:
-        query, settings = schemas.parse_get(_single(request), self.settings)
+        query, settings = schemas.parse_get(schemas.single(request.query), self.settings)
         answer = await self.engine.search(request.match_info.get("name"), query, settings)
         return _json(schemas.encode(answer))
 
@@ -312,17 +330,21 @@ class Service:
         if arrow and settings.include:
             raise InvalidRequest("Arrow answers hold ids, scores and distances; ask for include as JSON")
         self.door.owe(request, count(query))
-        answer = await self.engine.search_batch(name, query, settings)
-        encode: Callable[[BatchAnswer], bytes] = schemas.encode
+        encode: Callable[[], bytes]
         if arrow:
-            encode = functools.partial(schemas.encode_arrow, id_type=self.catalog.get(name).manifest.id_type)
+            columns = await self.engine.search_columns(name, query, settings)
+            encode = functools.partial(schemas.encode_arrow, columns)
+            hits = len(columns.results.distances)
+        else:
+            answer = await self.engine.search_batch(name, query, settings)
+            encode = functools.partial(schemas.encode, answer)
+            hits = settings.k * len(answer.results)
         # So many hits take long enough to encode to hold up the event loop.
-        long = settings.k * len(answer.results) > schemas.INLINE_HITS
-        data = await self.engine.in_thread(lambda: encode(answer)) if long else encode(answer)
+        data = await self.engine.in_thread(encode) if hits > schemas.INLINE_HITS else encode()
         return web.Response(body=data, headers={hdrs.CONTENT_TYPE: schemas.ARROW if arrow else _JSON})
 
     def _binary(self, name: str | None, body: bytes, request: web.Request) -> tuple[Query, SearchSettings]:
-        return schemas.parse_binary(body, self._dim(name), _single(request), self.settings)
+        return schemas.parse_binary(body, self._dim(name), schemas.single(request.query), self.settings)
 
     def _dim(self, name: str | None) -> int:
         return self.catalog.get(name).manifest.spec.dim
@@ -352,24 +374,32 @@ class Service:
         return _json(b'{"status":"ready"}')
 
     async def _metrics(self, request: web.Request) -> web.Response:
+        self._look_at_gauges()
+        if request.headers.get(hdrs.ACCEPT) == COUNTED_CONTENT_TYPE:
+            # The parent of several workers asks, which adds up.
+            return web.Response(
+                body=schemas.encode(self.metrics.counted()), headers={hdrs.CONTENT_TYPE: COUNTED_CONTENT_TYPE}
+            )
+        return web.Response(body=self.metrics.text(), headers={hdrs.CONTENT_TYPE: METRICS_CONTENT_TYPE})
+
+    def _look_at_gauges(self) -> None:
         self.metrics.in_flight.set(self.engine.in_flight)
         self.metrics.ready.set(0 if self.draining or self.catalog.problem() else 1)
         self.metrics.encoder_waiting.clear()
         self.metrics.version_info.clear()
         self.catalog.gauges(self.metrics)
-        return web.Response(body=self.metrics.text(), headers={hdrs.CONTENT_TYPE: METRICS_CONTENT_TYPE})
 
     async def _reload(self, request: web.Request) -> web.Response:
         """Look at CURRENT now, and try again what could not be opened."""
         _no_page(request)
-        _only(_single(request))
+        _only(schemas.single(request.query))
         changed = await self.refresh(again=True)
         return _json(schemas.encode({"changed": dict(changed), "problems": self.catalog.problems}))
 
     async def _rollback(self, request: web.Request) -> web.Response:
         """Serve the version before, or `?to=VERSION`."""
         _no_page(request)
-        name, to = request.match_info["name"], _only(_single(request), "to").get("to")
+        name, to = request.match_info["name"], _only(schemas.single(request.query), "to").get("to")
         assert self._directory is not None, "a front door has no such route"
         folders = {folder.name: folder for folder in index_folders(self._directory)}
         if name not in folders:
@@ -399,17 +429,18 @@ class Service:
         return changed
 
 
-class Connection(web.RequestHandler):
+class Connection(DirectHandler):
     """aiohttp's connection, but what it cannot read is refused in our words and without a traceback in the log."""
 
     __slots__ = ("_service",)
 
     def __init__(self, service: Service, server: web.Server | None) -> None:
         super().__init__(
-            server,  # type: ignore[arg-type]  # None only before the runner's setup
-            loop=asyncio.get_running_loop(),
+            server,
+            direct=service.direct,
+            reaper=service.reaper,
             keepalive_timeout=service.settings.keepalive_s,
-            access_log=None,  # type: ignore[arg-type]  # it says Logger, and takes None for none
+            access_log=None,
             max_line_size=MAX_LINE_BYTES,
             auto_decompress=False,  # compressed bodies are refused, so there is no bomb to go off
         )
@@ -464,16 +495,6 @@ def _retry_after_s(error: VecsvcError) -> float | None:
 
 def _code(reason: str) -> str:
     return reason.lower().replace(" ", "_")
-
-
-def _single(request: web.Request) -> dict[str, str]:
-    """The URL's query; a name that comes twice is refused instead of losing one of its values."""
-    found: dict[str, str] = {}
-    for name, value in request.query.items():
-        if name in found:
-            raise InvalidRequest(f"?{name[:80]} is given twice")
-        found[name] = value
-    return found
 
 
 def _only(query: dict[str, str], *known: str) -> dict[str, str]:

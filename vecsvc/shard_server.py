@@ -13,9 +13,10 @@ import numpy as np
 
 from vecsvc import remote, schemas
 from vecsvc.catalog import Catalog, Served
-from vecsvc.engine import Engine, encoder_of
+from vecsvc.engine import Engine
 from vecsvc.errors import ConfigError, DeadlineExceeded, Overloaded, ProtocolError, VecsvcError
 from vecsvc.manifest import Manifest
+from vecsvc.question_checks import encoder_of
 from vecsvc.ranking import merge_top_k
 from vecsvc.remote import Held, Holdings, Kind, Part
 from vecsvc.shard import Found, Shard

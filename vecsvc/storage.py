@@ -5,6 +5,7 @@
 <out>/<name>/.staging-<version>/   a build at work, or what is left of one that died
 <out>/<name>/.state-<version>      how far that build is
 <out>/<name>/.trash-<version>/     a version that gc is deleting
+<out>/<name>/.part-<version>-NNN/  one shard of a version that is built in parts, see parts.py; .state beside it
 
 Who holds what: a builder holds an exclusive flock on its staging folder, whoever serves a version a shared one
 on the version's folder, whoever changes CURRENT an exclusive one on the index's folder. The kernel drops them
@@ -40,8 +41,11 @@ MANIFEST: Final = "manifest.json"
 STAGING: Final = ".staging-"
 TRASH: Final = ".trash-"
 STATE: Final = ".state-"
+PART: Final = ".part-"
 
 MAX_CURRENT_BYTES: Final = 256
+# Parts that nobody holds wait for the others and for publishing; what waits for longer was given up.
+PART_KEPT_S: Final = 7 * 86_400.0
 TURN_WAIT_S: Final = 5.0  # changing CURRENT takes milliseconds; whoever holds it for longer is stuck
 
 _SAFE: Final = "what serves is untouched"
@@ -300,6 +304,18 @@ class Lease:
             self._descriptor = -1
 
 
+def take_folder(folder: Path, held: str) -> Lease:
+    """A folder for this process alone, made where it is missing. Raises VersionExists where somebody holds it."""
+    while True:
+        make_folder(folder)
+        lease = Lease.take(folder, exclusive=True)
+        if lease is not None:
+            return lease
+        # Between the two another build may have swept it away, as one that nobody holds.
+        if folder.exists():
+            raise VersionExists(held)
+
+
 # ---------------------------------------------------------------------------------- versions of an index
 
 
@@ -434,7 +450,7 @@ class IndexFolder:
                 lease.release()
             gone.append(version)
         self._empty_trash()
-        return gone + self.sweep()
+        return gone + self.sweep() + self._sweep_parts()
 
     def _empty_trash(self) -> None:
         for folder in sorted(self.path.glob(f"{TRASH}*")):
@@ -454,8 +470,35 @@ class IndexFolder:
                 delete_file(self.path / f"{CURRENT}.tmp")
         return gone
 
+    def _sweep_parts(self) -> list[str]:
+        """Delete parts of what was published meanwhile, and those that were given up."""
+        gone = []
+        for folder in sorted(f for f in self.path.glob(f"{PART}*-[0-9][0-9][0-9]") if f.is_dir()):
+            version = folder.name.removeprefix(PART)[:-4]
+            with contextlib.suppress(FileNotFoundError):
+                given_up = folder.stat().st_mtime < time.time() - PART_KEPT_S
+                if given_up or (self.path / version / MANIFEST).exists():
+                    gone += [folder.name] if delete_part(folder) else []
+        for state in sorted(self.path.glob(f"{PART}*.state*")):
+            if not state.with_name(state.name.partition(".state")[0]).exists():
+                delete_file(state)
+        return gone
+
     def _listed(self) -> str:
         return ", ".join(self.versions()) or "none"
+
+
+def delete_part(folder: Path) -> bool:
+    """Delete what one pod built, unless somebody holds it."""
+    lease = Lease.take(folder, exclusive=True)
+    if lease is None:
+        return False
+    try:
+        delete_folder(folder)
+        delete_file(folder.with_name(f"{folder.name}.state"))
+    finally:
+        lease.release()
+    return True
 
 
 class _Made(msgspec.Struct):
@@ -526,6 +569,20 @@ def _is_index(folder: Path) -> bool:
         return (folder / CURRENT).exists() or any((f / MANIFEST).is_file() for f in versions)
     except OSError:
         return False  # gone meanwhile, or not ours to read
+
+
+def link_file(source: Path, target: Path) -> None:
+    """The same bytes under another name, for a file that nobody changes; a copy where the file system has no links."""
+    with foreign_errors(target):
+        failpoint(f"link {target.name}")
+        try:
+            target.hardlink_to(source)
+            return
+        except FileExistsError:
+            raise
+        except OSError:
+            pass  # the copy says what is wrong, if something else is
+    copy_file(source, target)
 
 
 def copy_file(source: Path, target: Path) -> None:

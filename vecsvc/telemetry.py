@@ -7,15 +7,21 @@ import logging
 import sys
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
+import msgspec
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
 METRICS_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+COUNTED_CONTENT_TYPE: Final = "application/vnd.vecsvc.counted+json"  # between the processes of one service
+
+# Of several processes' gauges the sum is shown, but for these.
+LEAST: Final = ("vecsvc_ready",)
+MOST: Final = ("vecsvc_index_info",)
 
 _SECONDS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0,
@@ -29,7 +35,7 @@ class Count:
     __slots__ = ("value",)
 
     def __init__(self) -> None:
-        self.value = 0
+        self.value: float = 0
 
     def inc(self, by: int = 1) -> None:
         self.value += by
@@ -65,14 +71,30 @@ class Family(Generic[C]):
 
     def __init__(self, make: type[C], name: str, help: str, labels: tuple[str, ...]) -> None:
         self.name, self.help, self.labels = name, help, labels
-        self._make: type[C] = make
+        self.make: type[C] = make
         self.children: dict[tuple[str, ...], C] = {}
 
     def __call__(self, *labels: str) -> C:
         found = self.children.get(labels)
         if found is None:
-            found = self.children[labels] = self._make()
+            found = self.children[labels] = self.make()
         return found
+
+
+Labels: TypeAlias = tuple[str, ...]
+
+
+class Counted(msgspec.Struct, frozen=True):
+    """What one process counted, by the names of its metrics: what can be added up with what others did."""
+
+    counts: dict[str, list[tuple[Labels, float]]] = {}
+    spreads: dict[str, list[tuple[Labels, list[int], float]]] = {}  # how many in each bucket, and their sum
+    gauges: dict[str, list[tuple[Labels, float]]] = {}
+    at: float = 0.0  # time.monotonic() seconds, which processes of one machine share
+
+    def lasting(self) -> Counted:
+        """What stays true when the process has ended."""
+        return Counted(self.counts, self.spreads, at=self.at)
 
 
 class Metrics:
@@ -123,24 +145,12 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus_client asks a collector for."""
-        for counter in (
-            self.requests,
-            self.shortfall,
-            self.swaps,
-            self.encoder_tokens,
-            self.encoder_failed,
-            self.cache_hits,
-            self.cache_misses,
-            self.encoder_replaced,
-            self.truncated,
-        ):
+        for counter in self._counters():
             counted = CounterMetricFamily(counter.name, counter.help, labels=counter.labels)
             for labels, count in list(counter.children.items()):
                 counted.add_metric(labels, count.value)
             yield counted
-        timed = (self.latency, self.search, self.encoder_run, self.encoder_queue)
-        histograms: list[Family[Spread]] = [*timed, cast("Family[Spread]", self.encoder_batch)]
-        for histogram in histograms:
+        for histogram in self._histograms():
             spread_out = HistogramMetricFamily(histogram.name, histogram.help, labels=histogram.labels)
             for labels, spread in list(histogram.children.items()):
                 bounds = [*map(floatToGoString, spread.bounds), "+Inf"]
@@ -148,8 +158,88 @@ class Metrics:
                 spread_out.add_metric(labels, buckets, spread.total)
             yield spread_out
 
+    def counted(self) -> Counted:
+        """All that was counted so far, and the gauges as they were set last."""
+        return Counted(
+            {f.name: [(labels, count.value) for labels, count in list(f.children.items())] for f in self._counters()},
+            {
+                f.name: [(labels, spread.counts[:], spread.total) for labels, spread in list(f.children.items())]
+                for f in self._histograms()
+            },
+            {name: _samples(gauge) for name, gauge in self._gauges().items()},
+            time.monotonic(),
+        )
+
+    def show(self, counted: Counted) -> None:
+        """Be what was counted elsewhere; metrics that are unknown here are left out."""
+        for counter in self._counters():
+            counter.children.clear()
+            for labels, value in counted.counts.get(counter.name, ()):
+                counter(*labels).value = value
+        for histogram in self._histograms():
+            histogram.children.clear()
+            for labels, counts, total in counted.spreads.get(histogram.name, ()):
+                spread = histogram(*labels)
+                spread.counts, spread.total = counts, total
+        for name, gauge in self._gauges().items():
+            match counted.gauges.get(name):
+                case None:
+                    pass
+                case [((), value)]:
+                    gauge.set(value)
+                case values:
+                    gauge.clear()
+                    for labels, value in values:
+                        gauge.labels(*labels).set(value)
+
+    def _counters(self) -> list[Family[Count]]:
+        return [f for f in vars(self).values() if isinstance(f, Family) and not issubclass(f.make, Spread)]
+
+    def _histograms(self) -> list[Family[Spread]]:
+        return [f for f in vars(self).values() if isinstance(f, Family) and issubclass(f.make, Spread)]
+
+    def _gauges(self) -> dict[str, Gauge]:
+        return {next(iter(g.describe())).name: g for g in vars(self).values() if isinstance(g, Gauge)}
+
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+def _samples(gauge: Gauge) -> list[tuple[Labels, float]]:
+    return [(tuple(sample.labels.values()), sample.value) for metric in gauge.collect() for sample in metric.samples]
+
+
+def together(parts: Sequence[Counted]) -> Counted:
+    """What several processes counted, as one: counters and histograms add up, gauges as LEAST and MOST say."""
+    counts: dict[str, dict[Labels, float]] = {}
+    spreads: dict[str, dict[Labels, tuple[list[int], float]]] = {}
+    gauges: dict[str, dict[Labels, float]] = {}
+    for part in parts:
+        for name, values in part.counts.items():
+            known = counts.setdefault(name, {})
+            for labels, value in values:
+                known[labels] = known.get(labels, 0) + value
+        for name, spread in part.spreads.items():
+            seen = spreads.setdefault(name, {})
+            for labels, buckets, total in spread:
+                before, sum_before = seen.get(labels, ([0] * len(buckets), 0.0))
+                seen[labels] = [a + b for a, b in zip(before, buckets, strict=True)], sum_before + total
+        for name, values in part.gauges.items():
+            shown = gauges.setdefault(name, {})
+            for labels, value in values:
+                if labels not in shown:
+                    shown[labels] = value
+                elif name in LEAST:
+                    shown[labels] = min(shown[labels], value)
+                elif name in MOST:
+                    shown[labels] = max(shown[labels], value)
+                else:
+                    shown[labels] += value
+    return Counted(
+        {name: list(values.items()) for name, values in counts.items()},
+        {name: [(labels, *both) for labels, both in values.items()] for name, values in spreads.items()},
+        {name: list(values.items()) for name, values in gauges.items()},
+    )
 
 
 class LineBudget:
@@ -175,12 +265,18 @@ class LineBudget:
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, level, logger, message, and whatever came in `extra={"data": {...}}`."""
 
+    def __init__(self, worker: int | None = None) -> None:
+        """Of one of several processes the lines say which."""
+        super().__init__()
+        self._worker: dict[str, Any] = {} if worker is None else {"worker": worker}
+
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **self._worker,
         }
         line.update(getattr(record, "data", {}))
         if record.exc_info:
@@ -196,10 +292,10 @@ class _NotTheClientsFault(logging.Filter):
         return not (record.name == "aiohttp.server" and record.levelno < logging.CRITICAL and record.exc_info)
 
 
-def configure_logging(level: int = logging.INFO) -> None:
+def configure_logging(level: int = logging.INFO, worker: int | None = None) -> None:
     """Send every log line of the process to stderr as JSON."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(JsonFormatter(worker))
     handler.addFilter(_NotTheClientsFault())
     root = logging.getLogger()
     root.handlers[:] = [handler]

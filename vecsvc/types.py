@@ -199,3 +199,26 @@ class BatchAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     index: ServedIndex
     encoder: str | None = None
     explain: list[ShardExplain] | None = None
+
+
+class Columns(msgspec.Struct, frozen=True, gc=False):
+    """The hits of many queries as columns, ordered by query and rank."""
+
+    query: NDArray[np.int64]  # (hits,)
+    rank: NDArray[np.int64]  # (hits,)
+    ids: list[Any]  # parts, one behind the other: lists of ids, or Arrow arrays
+    whole: bool  # whether ids are integers, which no ids at all do not tell
+    scores: Distances  # (hits,)
+    distances: Distances  # (hits,)
+
+
+class ColumnsAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """As BatchAnswer, for those who take columns."""
+
+    results: Columns
+    took_ms: TookMs
+    coverage: Coverage
+    stats: Stats
+    index: ServedIndex
+    encoder: str | None = None
+    explain: list[ShardExplain] | None = None

@@ -21,6 +21,8 @@ def load(directory: Path, spec: IndexSpec, *, vectors: StoredVectors, mmap: bool
 
 
 class ExactIndex:
+    shares_work = True  # one matrix product reads the vectors once for all queries
+
     def __init__(self, spec: IndexSpec, vectors: StoredVectors) -> None:
         self.spec = spec
         self._exact = ExactSearch(vectors, spec.metric)

@@ -52,7 +52,8 @@ VISITS_A_SECOND: Final = 5_000_000
 VALUES_A_SECOND: Final = 1_000_000_000
 ROWS: Final = 8192  # rows whose norms are taken at a time
 UNIT_TOLERANCE: Final = 1e-6  # norms this close to 1 are 1: float32 products are no better
-BLOCK: Final = 64  # queries that a thread takes at a time; with a deadline, each by itself
+BLOCK: Final = 64  # queries that a thread takes at a time; with a deadline that is near, each by itself
+AMPLE: Final = 100  # comparisons for each place of the pool, which no walk needs
 
 SPARE: Final = 6  # candidates beyond k that are compared exactly, at least
 DEEPEN: Final = 8  # of so many places of the pool one is compared exactly
@@ -203,7 +204,11 @@ class NngIndex:
             np.empty((n, k), _I64), np.empty((n, k), _F32), np.empty(n, _I64), np.empty(n, _BOOL), np.empty(n, _I64),
             None if allowed is None else np.zeros(n, _U8),
         )  # fmt: skip
-        step = BLOCK if limit is None or limit.deadline is None else 1
+        step = BLOCK
+        if n > 1 and limit is not None and limit.deadline is not None:
+            step = min(BLOCK, -(-n // num_threads))
+            if _visits(limit, self.spec.dim, step) < AMPLE * pool:
+                step = 1  # what is left is little: it is looked at before each query
         if n <= step:
             self._answer(queries, 0, n, k, ef, depth, enough, pool, allowed, limit, answer)
             return answer
@@ -244,7 +249,7 @@ class NngIndex:
             work = Workspace(self._block)
         if pool > work.room:
             work.make_room(pool)
-        visits = NO_LIMIT if limit is None else _visits(limit, self.spec.dim)
+        visits = NO_LIMIT if limit is None else _visits(limit, self.spec.dim, end - first)
         mask = 0 if allowed is None else id(allowed)
         checked = -1
         while True:
@@ -283,12 +288,12 @@ class NngIndex:
         """Nothing to close: memory goes with the last reference, so that searches in flight end undisturbed."""
 
 
-def _visits(limit: Limit, dim: int) -> int:
-    """How many vectors may be compared for one query."""
+def _visits(limit: Limit, dim: int, queries: int) -> int:
+    """How many vectors may be compared for each of so many queries, one after the other."""
     visits = NO_LIMIT if limit.max_visited is None else limit.max_visited
     if limit.deadline is not None:
         rate = min(VISITS_A_SECOND, VALUES_A_SECOND // dim)
-        visits = min(visits, int(max(0.0, limit.deadline - time.monotonic()) * rate))
+        visits = min(visits, int(max(0.0, limit.deadline - time.monotonic()) * rate) // queries)
     return visits
 
 

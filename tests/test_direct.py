@@ -1,0 +1,320 @@
+"""The short way answers what the long way would, to the letter, and leaves alone whatever is out of the ordinary."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import service
+from service import BINARY, DIM, JSON, JSON_TYPE, Reply, Service
+
+from vecsvc import direct
+
+VECTOR = [0.5] * DIM
+QUESTION = json.dumps({"vector": VECTOR, "k": 5}).encode()
+RAW = np.array(VECTOR, np.float32).tobytes()
+# Says in the log which messages went the short way.
+TOLD = """
+import logging
+from vecsvc.direct import Direct
+answer = Direct.answer
+def told(self, message, body):
+    made = answer(self, message, body)
+    logging.getLogger("way").info("short" if made is not None else "long")
+    return made
+Direct.answer = told
+"""
+LONG = "import vecsvc.server as s; s.usable = lambda: False"
+
+
+@pytest.fixture(scope="module")
+def short() -> Iterator[Service]:
+    with service.running(service.index("products"), TOLD, inline_ms=100, reload_poll_s=0) as running:
+        warm(running)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def long() -> Iterator[Service]:
+    with service.running(service.index("products"), LONG, inline_ms=100, reload_poll_s=0) as running:
+        warm(running)
+        yield running
+
+
+def warm(running: Service) -> None:
+    """So that the likes of the questions below are known to be short."""
+    for include in ([], ["fields"], ["vector", "explain"]):
+        for k in (5, 10):
+            for _ in range(2):
+                running.search(vector=VECTOR, k=k, include=include)
+
+
+def ways(running: Service) -> list[str]:
+    return [line["message"] for line in running.log() if line["logger"] == "way"]
+
+
+def plain(reply: Reply) -> tuple[int, dict[str, str], Any]:
+    """A reply without what no two replies share."""
+    headers = {
+        name: value for name, value in reply.headers.items() if name not in ("date", "x-request-id", "content-length")
+    }
+    body = json.loads(reply.body)
+    body.pop("took_ms", None)
+    for shard in body.get("explain", ()):
+        shard.pop("took_ms")
+    return reply.status, headers, body
+
+
+def test_this_aiohttp_is_one_with_which_the_short_way_works() -> None:
+    assert direct.usable()
+
+
+SHORT: dict[str, tuple[str, bytes, dict[str, str]]] = {
+    "json": ("/search", QUESTION, JSON),
+    "json with a charset": ("/search", QUESTION, {"Content-Type": JSON_TYPE}),
+    "base64": (
+        "/search",
+        json.dumps({"vector": {"base64": base64.b64encode(RAW).decode()}, "k": 5}).encode(),
+        JSON,
+    ),
+    "named index": ("/indexes/products/search", QUESTION, JSON),
+    "raw": ("/search", RAW, BINARY),
+    "raw with settings": ("/search?k=5&timeout_ms=1000", RAW, BINARY),
+    "raw, named index": ("/indexes/products/search?top_k=5", RAW, BINARY),
+    "fields": ("/search?k=5&include=fields", RAW, BINARY),
+    "all": ("/search", json.dumps({"vector": VECTOR, "k": 5, "include": ["vector", "explain"]}).encode(), JSON),
+    "a request id": ("/search", QUESTION, {**JSON, "X-Request-Id": "mine"}),
+    "a bad request id": ("/search", QUESTION, {**JSON, "X-Request-Id": "no good"}),
+}
+ODD: dict[str, tuple[str, str, bytes, dict[str, str]]] = {
+    "an id": ("POST", "/search", b'{"id": "p-20"}', JSON),
+    "a filter": ("POST", "/search", json.dumps({"vector": VECTOR, "filter": {"year": 2000}}).encode(), JSON),
+    "another setting": ("POST", "/search?k=3&exact=true", RAW, BINARY),
+    "no JSON": ("POST", "/search", b"{", JSON),
+    "no field of ours": ("POST", "/search", b'{"vektor": []}', JSON),
+    "a wrong dim": ("POST", "/search", b'{"vector": [1, 2]}', JSON),
+    "no number": ("POST", "/search", np.full(DIM, np.nan, np.float32).tobytes(), BINARY),
+    "two vectors": ("POST", "/search", RAW * 2, BINARY),
+    "nothing": ("POST", "/search", b"", BINARY),
+    "a broken vector": ("POST", "/search", RAW[:-1], BINARY),
+    "k twice": ("POST", "/search?k=5&k=6", RAW, BINARY),
+    "k is too large": ("POST", "/search?k=5000", RAW, BINARY),
+    "settings in the URL of JSON": ("POST", "/search?k=5", QUESTION, JSON),
+    "no such index": ("POST", "/indexes/none/search", QUESTION, JSON),
+    "a name with a slash": ("POST", "/indexes/products/x/search", QUESTION, JSON),
+    "an encoded name": ("POST", "/indexes/product%73/search", QUESTION, JSON),
+    "another type": ("POST", "/search", QUESTION, {"Content-Type": "text/plain"}),
+    "no type": ("POST", "/search", QUESTION, {}),
+    "an encoding": ("POST", "/search", QUESTION, {**JSON, "Content-Encoding": "identity"}),
+    "an expectation": ("POST", "/search", QUESTION, {**JSON, "Expect": "a miracle"}),
+    "the last on its connection": ("POST", "/search", QUESTION, {**JSON, "Connection": "close"}),
+    "another method": ("PUT", "/search", QUESTION, JSON),
+    "another route": ("POST", "/searches", QUESTION, JSON),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "headers"), SHORT.values(), ids=SHORT)
+def test_the_short_way_answers_as_the_long_one_does(
+    short: Service, long: Service, path: str, body: bytes, headers: dict[str, str]
+) -> None:
+    before = len(ways(short))
+    replies = [running.ask("POST", path, body, headers) for running in (short, long)]
+    assert plain(replies[0]) == plain(replies[1]) and replies[0].status == 200
+    way = ways(short)[before:]
+    assert way in (["short"], []), "an empty one is a body that came late, because the machine was busy"
+    given = headers.get("X-Request-Id", "")
+    for reply in replies:
+        made = reply.headers["x-request-id"]
+        assert made == given if given == "mine" else re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]+", made)
+        assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", reply.headers["date"])
+        assert int(reply.headers["content-length"]) == len(reply.body)
+
+
+@pytest.mark.parametrize(("method", "path", "body", "headers"), ODD.values(), ids=ODD)
+def test_what_is_odd_goes_the_long_way(
+    short: Service, long: Service, method: str, path: str, body: bytes, headers: dict[str, str]
+) -> None:
+    before = len(ways(short))
+    first, second = (running.ask(method, path, body, headers) for running in (short, long))
+    assert plain(first) == plain(second)
+    assert "short" not in ways(short)[before:]
+
+
+def test_both_ways_count_alike(short: Service) -> None:
+    labels = {"operation": "/search", "status": "200"}
+    requests, timed = short.metric("vecsvc_requests_total", **labels), "vecsvc_request_seconds_count"
+    seconds, searches = (
+        short.metric(timed, operation="/search"),
+        short.metric("vecsvc_search_seconds_count", index="products", strategy=service.GRAPH),
+    )
+    for _ in range(3):
+        assert short.ask("POST", "/search", QUESTION, JSON).status == 200
+    assert short.metric("vecsvc_requests_total", **labels) == requests + 3
+    assert short.metric(timed, operation="/search") == seconds + 3
+    counted = short.metric("vecsvc_search_seconds_count", index="products", strategy=service.GRAPH)
+    assert counted == searches + 3
+
+
+HEAD = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+WHOLE = HEAD % len(QUESTION) + QUESTION
+
+
+def answers(sock: socket.socket, n: int) -> list[Any]:
+    """The bodies of n answers that come one behind the other."""
+    received, found = b"", []
+    while len(found) < n:
+        head, end, rest = received.partition(b"\r\n\r\n")
+        length = int(re.search(rb"(?i)content-length: (\d+)", head)[1]) if end else 0  # type: ignore[index]
+        if not end or len(rest) < length:
+            part = sock.recv(1 << 16)
+            assert part, received
+            received += part
+            continue
+        assert head.startswith(b"HTTP/1.1 200"), head
+        found.append(json.loads(rest[:length]))
+        received = rest[length:]
+    assert not received
+    return found
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [WHOLE, WHOLE, WHOLE],
+        [WHOLE * 3],
+        [WHOLE + WHOLE[:40], WHOLE[40:], WHOLE],
+        [WHOLE[:30], WHOLE[30:-10], WHOLE[-10:] + WHOLE, WHOLE],
+        [WHOLE, WHOLE[:-1], WHOLE[-1:] + WHOLE],
+        [WHOLE[:-5], b"", WHOLE[-5:], WHOLE, WHOLE],
+    ],
+    ids=["one by one", "at once", "one and a bit", "in pieces", "a byte late", "later than is waited for"],
+)
+def test_answers_keep_the_order_of_questions_however_they_arrive(short: Service, pieces: list[bytes]) -> None:
+    with short.socket() as sock:
+        for piece in pieces:
+            sock.sendall(piece)
+            time.sleep(0.02)
+        found = answers(sock, 3)
+    assert found[0]["results"] == found[1]["results"] == found[2]["results"]
+
+
+def test_a_question_behind_a_slow_one_waits_for_its_turn(short: Service) -> None:
+    """The slow one goes the long way, to a thread; what follows on the connection must not overtake it."""
+    slow = json.dumps({"vector": VECTOR, "k": 400, "params": {"exact": True}}).encode()
+    with short.socket() as sock:
+        sock.sendall(HEAD % len(slow) + slow)
+        sock.sendall(WHOLE)
+        first, second = answers(sock, 2)
+    assert len(first["results"]) == 400 and len(second["results"]) == 5
+
+
+def test_a_body_may_come_behind_its_head(short: Service) -> None:
+    """As http.client and others send it. Whether it came in time is up to the machine; the answer is the same."""
+    before, head = len(ways(short)), len(WHOLE) - len(QUESTION)
+    with short.socket() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(20):
+            sock.sendall(WHOLE[:head])
+            sock.sendall(WHOLE[head:])
+            [answer] = answers(sock, 1)
+            assert len(answer["results"]) == 5
+    assert "short" in ways(short)[before:]
+
+
+def test_a_body_that_breaks_off_is_no_question(short: Service) -> None:
+    received = short.raw(WHOLE[:-3], shut=True)
+    assert b"HTTP/1.1 200" not in received
+    assert short.post("/search", QUESTION).status == 200
+
+
+def test_what_is_no_http_behind_a_good_question_is_refused_in_our_words(short: Service) -> None:
+    received = short.raw(WHOLE, b"nonsense\r\n\r\n")
+    first, _, second = received.partition(b'"version":"v1"}}')
+    assert first.startswith(b"HTTP/1.1 200") and b" 400 Bad Request\r\n" in second.partition(b"\n")[0] + b"\n"
+    assert b"this is no HTTP request" in second
+
+
+def test_a_connection_of_the_short_way_is_kept_and_closed_as_any_other() -> None:
+    settings: dict[str, Any] = {"keepalive_s": 1, "header_timeout_s": 0.5, "reload_poll_s": 0, "inline_ms": 100}
+    with service.running(service.index("products"), TOLD, **settings) as running:
+        warm(running)
+        with running.socket() as sock:
+            for _ in range(4):
+                sock.sendall(WHOLE)
+                answers(sock, 1)
+                time.sleep(0.6)  # longer than a head may take, and twice that is longer than it is kept
+            assert ways(running)[-4:].count("short") >= 3
+            started = time.monotonic()
+            assert service.read_all(sock) == b"" and time.monotonic() - started < 4
+
+
+def test_while_it_drains_the_answer_says_that_the_connection_closes() -> None:
+    with service.running(service.index("products"), TOLD, drain_s=60, inline_ms=100) as running:
+        warm(running)
+        with contextlib.closing(running.connect()) as kept:
+            assert service.ask(kept, "POST", "/search", QUESTION, JSON).status == 200
+            running.process.send_signal(signal.SIGTERM)
+            running.wait_for("draining")
+            last = service.ask(kept, "POST", "/search", QUESTION, JSON)
+            assert last.status == 200 and last.headers["connection"] == "close"
+        assert running.stop() == 1
+
+
+def test_where_every_request_is_logged_all_go_the_long_way() -> None:
+    with service.running(service.index("products"), TOLD, log="all", inline_ms=100) as running:
+        warm(running)
+        assert "short" not in ways(running)
+        assert running.ask("POST", "/search", QUESTION, {**JSON, "X-Request-Id": "told"}).status == 200
+        assert [line for line in running.log() if line.get("request_id") == "told"]
+
+
+# ------------------------------------------------------------------------------------------------------- columns
+
+
+@pytest.mark.parametrize("name", ["products", "numbers", "sharded"])
+@pytest.mark.parametrize(("rows", "k"), [(1, 3), (100, 7), (3, 500)])
+def test_an_arrow_answer_holds_what_the_json_answer_holds(name: str, rows: int, k: int) -> None:
+    body = service.vectors(rows, seed=70).tobytes()
+    with everything() as running:
+        path = f"/indexes/{name}/search/batch?k={k}"
+        as_json = running.ask("POST", path, body, BINARY).json()
+        reply = running.ask("POST", path, body, {**BINARY, "Accept": "application/vnd.apache.arrow.stream"})
+    assert reply.headers["content-type"] == "application/vnd.apache.arrow.stream"
+    table = pa.ipc.open_stream(reply.body).read_all()
+    hits = [(i, rank, hit) for i, found in enumerate(as_json["results"]) for rank, hit in enumerate(found)]
+    assert table["query"].to_pylist() == [i for i, _, _ in hits]
+    assert table["rank"].to_pylist() == [rank for _, rank, _ in hits]
+    assert table["id"].to_pylist() == [hit["id"] for _, _, hit in hits]
+    for column in ("score", "distance"):
+        assert table[column].to_pylist() == [hit[column] for _, _, hit in hits]
+    rest = json.loads(table.schema.metadata[b"vecsvc"])
+    assert rest["results"] == [] and rest["coverage"] == as_json["coverage"] and rest["index"] == as_json["index"]
+    assert rest["stats"]["shortfall"] == as_json["stats"]["shortfall"] == rows * k - len(hits)
+
+
+_everything: list[Service] = []
+
+
+@contextlib.contextmanager
+def everything() -> Iterator[Service]:
+    """One service of three indexes for all of the above."""
+    yield _everything[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _of_three() -> Iterator[None]:
+    for name in ("products", "numbers", "sharded"):
+        service.index(name)
+    with service.running(service.work_folder() / "all", reload_poll_s=0) as running:
+        _everything[:] = [running]
+        yield

@@ -1,0 +1,228 @@
+"""Brings versions from an object store to where they serve: checked while they come in, published as a build is."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from vecsvc.errors import ArtifactDamaged, ConfigError, StorageError, UnknownVersion, VecsvcError, VersionExists
+from vecsvc.manifest import FileEntry, Manifest, check_files, parse_manifest
+from vecsvc.seal import MAX_MANIFEST_BYTES
+from vecsvc.storage import (
+    CURRENT,
+    MANIFEST,
+    MAX_CURRENT_BYTES,
+    STAGING,
+    IndexFolder,
+    Lease,
+    check_name,
+    check_version,
+    delete_file,
+    delete_folder,
+    make_folder,
+    rename,
+    sync_folder,
+    take_folder,
+    write_file,
+)
+from vecsvc.stores import Store
+from vecsvc.transfer import Moved, move_all, total_bytes
+from vecsvc.types import MAX_SHARDS
+
+
+def shard_numbers(text: str) -> frozenset[int] | None:
+    """What `0,2-3` names; None for the empty text, which means all."""
+    if not text:
+        return None
+    numbers: set[int] = set()
+    for part in text.split(","):
+        named = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part.strip())
+        first, last = (int(named[1]), int(named[2] or named[1])) if named else (1, 0)
+        if not first <= last < MAX_SHARDS:
+            raise ConfigError(
+                f"--shards takes numbers and ranges like 0,2-3, up to {MAX_SHARDS - 1}; got {text[:80]!r}"
+            )
+        numbers.update(range(first, last + 1))
+    return frozenset(numbers)
+
+
+def pull(
+    source: str,
+    out: Path,
+    *,
+    shards: frozenset[int] | None = None,
+    going_on: Callable[[], None] = lambda: None,
+) -> list[Moved]:
+    """Bring what CURRENT names in a store into the --out folder `out`, and let it serve there.
+
+    `source` is an index in a store, or a place with several. With `shards`, only their files come, beside what all
+    shards have in common. What is here already is not brought again. Raises ConfigError, UnknownVersion,
+    VersionExists, ArtifactError or StorageError; what serves is untouched then.
+    """
+    return [_pull_one(index, out, shards, going_on) for index in _indexes(source)]
+
+
+def watch(
+    source: str,
+    out: Path,
+    *,
+    shards: frozenset[int] | None,
+    every_s: float,
+    keep: int,
+    stop: threading.Event,
+    say: Callable[[str], None],
+) -> None:
+    """Pull whenever CURRENT in the store changes, until `stop` is set; of older versions `keep` stay.
+
+    What goes wrong is said and tried again: the store may be away, or a version not there yet. Raises ConfigError.
+    """
+
+    def going_on() -> None:
+        if stop.is_set():
+            raise _StoppedError
+
+    seen: dict[str, str] = {}
+    said = ""
+    while not stop.is_set():
+        try:
+            for index in _indexes(source):
+                version = _current(index)
+                # A rollback here holds until the store moves on.
+                if seen.get(index.name) == version:
+                    continue
+                moved = _pull_one(index, out, shards, going_on)
+                seen[index.name], said = moved.version, ""
+                say(moved.told())
+                gone = IndexFolder(out / index.name).gc(keep)
+                if gone:
+                    say(f"{index.name}: deleted {', '.join(gone)}")
+        except _StoppedError:
+            return
+        except ConfigError:
+            raise
+        except VecsvcError as error:
+            if str(error) != said:
+                said = str(error)
+                say(f"{said}; trying again every {every_s:g} s")
+        stop.wait(every_s)
+
+
+class _StoppedError(Exception):
+    """Whoever pulls was told to end."""
+
+
+def _indexes(source: str) -> list[Store]:
+    store = Store.open(source)
+    if store.read(CURRENT, MAX_CURRENT_BYTES) is not None:
+        return [store]
+    found = [store.at(name) for name in store.folders()]
+    found = [index for index in found if index.read(CURRENT, MAX_CURRENT_BYTES) is not None]
+    if not found:
+        raise UnknownVersion(f"{store.label()} holds no index; bring one there: vecsvc push DIR {store.label()}")
+    return found
+
+
+def _current(index: Store) -> str:
+    data = index.read(CURRENT, MAX_CURRENT_BYTES)
+    if data is None:
+        raise UnknownVersion(f"{index.label(CURRENT)}: missing")
+    try:
+        return check_version(data.decode("ascii").removesuffix("\n"))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise StorageError(f"{index.label(CURRENT)}: names no version: {error}") from error
+
+
+def _pull_one(index: Store, out: Path, shards: frozenset[int] | None, going_on: Callable[[], None]) -> Moved:
+    folder, version = IndexFolder(out / check_name(index.name)), _current(index)
+    place, path = index.at(version), folder.path / version
+    data = place.read(MANIFEST, MAX_MANIFEST_BYTES)
+    if data is None:
+        raise StorageError(f"{place.label(MANIFEST)}: missing, though {index.label(CURRENT)} names it")
+    manifest = parse_manifest(data, place.label(MANIFEST))
+    wanted = sorted(shards) if shards is not None else list(range(len(manifest.shards)))
+    if wanted[-1] >= len(manifest.shards):
+        raise ConfigError(f"{place.label()} has shards 0 to {len(manifest.shards) - 1}, and no shard {wanted[-1]}")
+    make_folder(folder.path)
+    staging = folder.path / f"{STAGING}{version}"
+    # Held while a version is completed, too: only one process at a time changes what is here of it.
+    lease = take_folder(staging, f"version {version} is being pulled or built by another process: let it end")
+    try:
+        if path.exists():
+            files = _complete(place, manifest, data, path, wanted, staging, going_on)
+            delete_folder(staging)
+        else:
+            files = manifest.files_of(wanted)
+            _fetch(place, staging, files, going_on)
+            _folders_of_kinds(staging, wanted)
+            write_file(staging / MANIFEST, data)
+            folder.publish(staging, version)
+            lease.share()
+        if folder.current() != version:
+            folder.serve(version)
+    finally:
+        lease.release()
+    return Moved(index.name, version, str(path), len(files), total_bytes(files))
+
+
+def _complete(
+    place: Store,
+    manifest: Manifest,
+    data: bytes,
+    path: Path,
+    wanted: list[int],
+    staging: Path,
+    going_on: Callable[[], None],
+) -> list[FileEntry]:
+    """Add the shards that are missing in a version that was pulled in part: each appears whole."""
+    lease = Lease.take(path, exclusive=False)
+    if lease is None:
+        raise StorageError(f"{path} is just being deleted; try again")
+    try:
+        if (path / MANIFEST).read_bytes() != data:
+            raise VersionExists(f"{path} is another build than {place.label()}: delete it, or pull into another folder")
+        missing = [number for number in wanted if not (path / f"shards/{number:03d}").is_dir()]
+        files = [file for number in missing for file in manifest.shards[number].files]
+        _fetch(place, staging, files, going_on)
+        _folders_of_kinds(staging, missing)
+        for number in missing:
+            sync_folder(staging / f"shards/{number:03d}/index")
+            sync_folder(staging / f"shards/{number:03d}")
+            rename(staging / f"shards/{number:03d}", path / f"shards/{number:03d}")
+    finally:
+        lease.release()
+    return files
+
+
+def _fetch(place: Store, staging: Path, files: Sequence[FileEntry], going_on: Callable[[], None]) -> None:
+    """Bring the files that are not in the staging folder yet, and remove what is none of them."""
+    listed = {file.path for file in files}
+    for path in sorted(staging.rglob("*")):
+        if path.is_symlink() or (not path.is_dir() and path.relative_to(staging).as_posix() not in listed):
+            delete_file(path)
+
+    def fetch(file: FileEntry) -> None:
+        going_on()
+        target = staging / file.path
+        if target.exists():
+            try:
+                check_files(staging, [file])
+                return  # of a pull that died
+            except ArtifactDamaged:
+                delete_file(target)
+        make_folder(target.parent)
+        digest = place.fetch(file.path, target, file.size_bytes, going_on)
+        if target.stat().st_size != file.size_bytes or digest != file.sha256:
+            delete_file(target)
+            raise ArtifactDamaged(
+                f"{place.label(file.path)}: what came has another size or sha256 than the manifest says; push it again"
+            )
+
+    move_all(fetch, files)
+
+
+def _folders_of_kinds(staging: Path, numbers: Iterable[int]) -> None:
+    """Kinds without files of their own have an empty folder."""
+    for number in numbers:
+        make_folder(staging / f"shards/{number:03d}/index")

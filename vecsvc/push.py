@@ -1,0 +1,143 @@
+"""Brings versions into an object store: files first, then the manifest, then CURRENT.
+
+So what CURRENT names is whole at every moment. Of two who change one CURRENT, the last one wins: pyarrow knows no
+conditional writes. A version that is built in parts comes shard by shard, from whoever built it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from vecsvc.errors import ConfigError, StorageError, UnknownVersion, VersionExists, VersionIncomplete
+from vecsvc.manifest import FileEntry, check_files, read_manifest
+from vecsvc.parts import Part, decoded_part, encoded_part, part_folder, read_part
+from vecsvc.seal import MAX_MANIFEST_BYTES
+from vecsvc.storage import CURRENT, MANIFEST, Lease, check_version, index_folders
+from vecsvc.stores import Store
+from vecsvc.transfer import Moved, index_store, move_all, total_bytes
+
+_PART: Final = re.compile(r"part-(\d{3})\.json")
+
+
+def push(directory: Path, target: str, *, version: str = "") -> Moved:
+    """Copy a version of the index in `directory` into a store, where it serves from then on.
+
+    Without `version` it is the one that serves here. One that is there already is not sent again; a push that died
+    begins anew, for a store tells no hashes. Raises ConfigError, UnknownVersion, VersionExists, ArtifactDamaged or
+    StorageError.
+    """
+    folders = index_folders(directory)
+    if len(folders) > 1:
+        raise ConfigError(f"{directory} holds several indexes, name one: {', '.join(str(f.path) for f in folders)}")
+    [folder] = folders
+    version = version or folder.current() or ""
+    path, index = folder.version(version), index_store(target, folder.name)
+    lease = Lease.take(path, exclusive=False)
+    if lease is None:
+        raise UnknownVersion(f"{folder.name} {version} is just being deleted")
+    try:
+        manifest = read_manifest(path)
+        data = (path / MANIFEST).read_bytes()
+        there = index.read(f"{version}/{MANIFEST}", MAX_MANIFEST_BYTES)
+        files = manifest.files() if there is None else []
+        if there is not None and there != data:
+            raise VersionExists(f"{index.label(version)} is another build of that name: push under another version")
+        check_files(path, files, hashes=False)
+        _send(path, index.at(version), files)
+    finally:
+        lease.release()
+    if there is None:
+        index.put(f"{version}/{MANIFEST}", data)
+    serve(index, version)
+    return Moved(folder.name, version, index.label(version), len(files), total_bytes(files))
+
+
+def push_part(directory: Path, target: str, version: str, shard: int) -> Moved:
+    """Copy one shard of a version that is built in parts into a store, where `publish` finds it.
+
+    Raises VersionIncomplete where that shard is not built, and what `push` raises.
+    """
+    directory = directory.absolute()
+    candidates = [directory, *(sorted(directory.iterdir()) if directory.is_dir() else [])]
+    folders = [part_folder(folder, check_version(version), shard) for folder in candidates]
+    found = [folder for folder in folders if folder.is_dir()]
+    if len(found) > 1:
+        raise ConfigError(f"{directory} holds several indexes, name one: {', '.join(str(f.parent) for f in found)}")
+    lease = Lease.take(found[0], exclusive=True) if found else None
+    part = read_part(found[0]) if lease is not None else None
+    if lease is None or part is None:
+        raise VersionIncomplete(
+            f"shard {shard} of version {version} is not built in {directory}, or is just being built: "
+            f"vecsvc build-index CORPUS --shard {shard}/N --version {version}"
+        )
+    try:
+        index = index_store(target, part.name)
+        place = index.at(version)
+        if place.read(MANIFEST, MAX_MANIFEST_BYTES) is not None:
+            raise VersionExists(f"{place.label()} is published already: build under another --version")
+        check_files(found[0], part.files(), hashes=False)
+        files = list(part.shard.files)
+        if part.encoder is not None and not _has_encoder(place, part):
+            files += part.encoder.files
+        # First the word that this shard is there goes, then its files change.
+        place.delete(_part_file(shard))
+        _send(found[0], place, files)
+        place.put(_part_file(shard), encoded_part(part))
+    finally:
+        lease.release()
+    return Moved(part.name, version, place.label(_part_file(shard)), len(files), total_bytes(files))
+
+
+def parts_in(place: Store) -> list[Part]:
+    """The parts of a version that lie in a store."""
+    found = []
+    for name in place.names():
+        if _PART.fullmatch(name):
+            data = place.read(name, MAX_MANIFEST_BYTES)
+            if data is not None:
+                found.append(decoded_part(data, place.label(name)))
+    return found
+
+
+def forget_parts(place: Store) -> None:
+    """Their version is published: nobody needs them."""
+    for name in place.names():
+        if _PART.fullmatch(name):
+            place.delete(name)
+
+
+def check_sizes(place: Store, files: Iterable[FileEntry]) -> None:
+    """Refuse the first file of a version in a store that is not there, or not whole."""
+    sizes = place.sizes()
+    for file in files:
+        if sizes.get(file.path) != file.size_bytes:
+            have = "is missing" if file.path not in sizes else f"has {sizes[file.path]} bytes"
+            raise StorageError(f"{place.label(file.path)}: {have}, expected {file.size_bytes}; push it again")
+
+
+def serve(index: Store, version: str) -> None:
+    index.put(CURRENT, f"{version}\n".encode())
+
+
+def _part_file(shard: int) -> str:
+    return f"part-{shard:03d}.json"
+
+
+def _has_encoder(place: Store, part: Part) -> bool:
+    """Whether another shard brought the same encoder."""
+    sizes = place.sizes("encoder")
+    files = part.encoder.files if part.encoder is not None else []
+    same = any(other.encoder is not None and other.encoder.files == files for other in parts_in(place))
+    return same and all(sizes.get(file.path.removeprefix("encoder/")) == file.size_bytes for file in files)
+
+
+def _send(folder: Path, place: Store, files: Sequence[FileEntry]) -> None:
+    def send(file: FileEntry) -> None:
+        place.put_file(file.path, folder / file.path, file.size_bytes, file.sha256)
+
+    move_all(send, files)
+    if files:
+        check_sizes(place, files)

@@ -1,0 +1,358 @@
+"""One question against one version: what each shard finds, merged, its rows named."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, Final, TypeVar
+
+import msgspec
+import numpy as np
+
+from vecsvc import indexes
+from vecsvc.catalog import Served
+from vecsvc.distance import score
+from vecsvc.errors import (
+    DeadlineExceeded,
+    ShardsMissing,
+    UnknownId,
+    listed,
+)
+from vecsvc.question_checks import Clock, check_question, check_vectors, cut_note, encoder_of, plan_of
+from vecsvc.ranking import merge_top_k, nearest_shards, queries_of_shards
+from vecsvc.shard import Found, Shard, placed
+from vecsvc.types import (
+    BatchAnswer,
+    Columns,
+    ColumnsAnswer,
+    Coverage,
+    Hit,
+    IdQuery,
+    Limit,
+    Metric,
+    Query,
+    SearchAnswer,
+    SearchSettings,
+    ShardExplain,
+    Stats,
+    TextQuery,
+    VectorQuery,
+    Vectors,
+)
+
+A = TypeVar("A", SearchAnswer, BatchAnswer, ColumnsAnswer)
+
+SLICE: Final = 64  # queries of a batch between two looks at the deadline
+
+
+class Search:
+    """One question against one version, checked against what that version holds."""
+
+    def __init__(
+        self,
+        served: Served,
+        query: Query,
+        settings: SearchSettings,
+        clock: Clock,
+        num_threads: int,
+        shards: list[Shard] | None = None,
+    ) -> None:
+        self.shards = shards if shards is not None else served.shards
+        self.served, self.query, self.settings, self.clock = served, query, settings, clock
+        self.num_threads = num_threads
+        self.vectors: Vectors | None = query.vectors if isinstance(query, VectorQuery) else None
+        self.cut: list[int] = []  # texts that were longer than the encoder reads
+        self.wanted: set[int] = set()  # shards that some query probes; empty where all are asked
+        self.together = False  # it shared its run with others, whose time is no measure of its own
+        self.waits_since = 0.0  # time.perf_counter() when it was sent to a thread
+        self.plan = plan_of(served, settings)
+        if shards is None and not served.whole and not settings.partial:
+            held = ", ".join(map(str, served.numbers))
+            raise ShardsMissing(
+                f"this process holds shards {held} of {len(served.manifest.shards)}: "
+                "ask a front door, or with partial for what is here"
+            )
+        check_question(query, settings, served.manifest)
+        if isinstance(query, VectorQuery):
+            check_vectors(query.vectors, served.manifest)
+        elif isinstance(query, TextQuery):
+            encoder_of(served)
+
+    @property
+    def measurable(self) -> bool:
+        """True for questions that cost about the same as others with their settings."""
+        return self.vectors is not None and len(self.vectors) == 1
+
+    @property
+    def shares_work(self) -> bool:
+        """True where many such questions cost less in one search than one by one, and are answered the same."""
+        settings = self.settings
+        return (
+            self.measurable
+            and not (settings.conditions or settings.partial or settings.rerank_depth or settings.probe_shards)
+            and "explain" not in settings.include
+            and (settings.exact or all(getattr(shard.index, "shares_work", False) for shard in self.shards))
+        )
+
+    def find(self) -> list[Found]:
+        """What each shard finds for the vectors of the question, all of them."""
+        assert self.vectors is not None
+        before = time.perf_counter()
+        slices = []
+        for start in range(0, len(self.vectors), SLICE):
+            if time.monotonic() >= self.clock.deadline:
+                raise DeadlineExceeded(f"the deadline passed after {start} of {len(self.vectors)} queries")
+            queries = self.vectors[start : start + SLICE]
+            slices.append([self._ask(shard, queries, {}) for shard in self.shards])
+        found = slices[0]
+        if len(slices) > 1:
+            found = [_joined(parts) for parts in zip(*slices, strict=True)]
+        self.clock.rerank = sum(part.rerank_s for part in found)
+        self.clock.search = time.perf_counter() - before - self.clock.rerank
+        return found
+
+    def run(self, kind: type[A]) -> A:
+        """The answer, in the shape that is asked for: `kind`'s results, and what all shapes have in common."""
+        clock = self.clock
+        own: dict[int, int] = {}  # shard -> label of the row that a query by id leaves out
+        if self.vectors is not None:
+            queries = self.vectors
+        else:
+            assert isinstance(self.query, IdQuery)
+            own = self._find(self.query)
+            first = next(shard for shard in self.shards if shard.number in own)
+            label = own[first.number]
+            queries = np.asarray(first.vectors[label : label + 1], dtype=np.float32)
+        if time.monotonic() >= clock.deadline:
+            raise DeadlineExceeded("the deadline passed before the search began")
+        before = time.perf_counter()
+        if kind is SearchAnswer:
+            found = self.recall(queries, own)
+            [results] = self._name(found, 1)
+            hits = len(results)
+        else:
+            found, results, hits = self._slices(queries, own, kind)
+        if self.settings.rerank_depth is not None:
+            clock.rerank = sum(part.rerank_s for part in found if part is not None)
+        clock.search = time.perf_counter() - before - clock.rerank
+        return self._answer(found, results, len(queries), hits, kind)
+
+    def answer_from(self, found: Sequence[Found | None]) -> SearchAnswer:
+        """The answer of one query that was searched for already."""
+        [results] = self._name(found, 1)
+        return self._answer(found, results, 1, len(results), SearchAnswer)
+
+    def _slices(self, queries: Vectors, own: dict[int, int], kind: type[A]) -> tuple[list[Found | None], Any, int]:
+        """What was found for all queries, in parts between which the deadline is looked at; results and hits."""
+        found: list[Found | None] = []
+        lists: list[list[Hit]] = []
+        columns: list[Columns] = []
+        for start in range(0, len(queries), SLICE):
+            if start and time.monotonic() >= self.clock.deadline:
+                raise DeadlineExceeded(f"the deadline passed after {start} of {len(queries)} queries")
+            some = queries[start : start + SLICE]
+            part = self.recall(some, own)
+            if kind is ColumnsAnswer:
+                columns.append(self._columns(part, start, len(some)))
+            else:
+                lists += self._name(part, len(some))
+            found = [_either(a, b) for a, b in zip(found, part, strict=True)] if found else part
+        if kind is ColumnsAnswer:
+            joined = _joined_columns(columns)
+            return found, joined, len(joined.distances)
+        return found, lists, sum(map(len, lists))
+
+    def recall(self, queries: Vectors, own: dict[int, int]) -> list[Found | None]:
+        """What each shard finds for a slice of the queries; None where none of them asks it."""
+        served, probe = self.served, self.settings.probe_shards
+        if probe is None or served.centroids is None:
+            return [self._ask(shard, queries, own) for shard in self.shards]
+        asking = queries_of_shards(nearest_shards(queries, served.centroids, probe, served.manifest.metric))
+        self.wanted |= asking.keys()
+        found: list[Found | None] = []
+        for shard in self.shards:
+            rows = asking.get(shard.number)
+            part = None if rows is None else placed(self._ask(shard, queries[rows], own), rows, len(queries))
+            found.append(part)
+        return found
+
+    def _ask(self, shard: Shard, queries: Vectors, own: dict[int, int]) -> Found:
+        settings = self.settings
+        return shard.search(
+            queries,
+            settings.k,
+            self.plan.params,
+            conditions=settings.conditions,
+            exact=settings.exact,
+            without=own.get(shard.number),
+            rerank_depth=settings.rerank_depth,
+            limit=Limit(settings.max_visited, self.clock.deadline),
+            num_threads=self.num_threads if len(queries) > 1 else 1,
+        )
+
+    async def encode(self, texts: list[str]) -> None:
+        """From here on the question is one by vectors."""
+        encoded = await encoder_of(self.served).encode(texts, "query", deadline=self.clock.deadline)
+        self.vectors = encoded.vectors
+        self.clock.queue += encoded.queue_s
+        self.clock.encode = encoded.encode_s
+        self.cut = [at for at, cut in enumerate(encoded.truncated) if cut]
+
+    def _find(self, query: IdQuery) -> dict[int, int]:
+        """Shard -> label of a row; near a border a row lives in two shards."""
+        found = {shard.number: label for shard in self.shards if (label := shard.ids.label(query.id)) is not None}
+        if found:
+            return found
+        raise UnknownId(f"index {self.served.name!r} has no id {query.id!r}")
+
+    def _columns(self, found: Sequence[Found | None], first: int, n: int) -> Columns:
+        """Merge the shards' answers of n queries that begin at `first`; of one shard without an object for each hit."""
+        metric, whole = self.served.manifest.metric, self.served.manifest.id_type == "int"
+        part = found[0]
+        if len(self.shards) == 1 and part is not None:
+            places = part.labels >= 0
+            query, rank = np.nonzero(places)
+            flat = part.distances[places]
+            ids = self.shards[0].ids.column(part.labels[places])
+            return Columns(query + first, rank, [ids], whole, score(flat, metric), flat)
+        return columns_of(self._name(found, n), first, whole, metric)
+
+    def _name(self, found: Sequence[Found | None], n: int) -> list[list[Hit]]:
+        """Merge the shards' answers and turn labels into hits."""
+        shards, k, metric = self.shards, self.settings.k, self.served.manifest.metric
+        part = found[0]
+        if len(shards) == 1 and part is not None and not self.settings.include:
+            # The common case, without the steps that it does not need: one shard's order is the answer's.
+            ids, answers = shards[0].ids, []
+            for labels, scores, distances in zip(
+                part.labels.tolist(), score(part.distances, metric).tolist(), part.distances.tolist(), strict=True
+            ):
+                while labels and labels[-1] < 0:
+                    labels.pop()
+                # `map` ends with the shortest: places that stayed empty become no hits.
+                answers.append(list(map(Hit, ids.of(labels), scores, distances)))
+            return answers
+        asked = [(shard, part) for shard, part in zip(shards, found, strict=True) if part is not None]
+        return [self._merge(asked, row, k) for row in range(n)]
+
+    def _merge(self, asked: list[tuple[Shard, Found]], row: int, k: int) -> list[Hit]:
+        metric, include = self.served.manifest.metric, self.settings.include
+        parts = []
+        for shard, part in asked:
+            labels = part.labels[row]
+            parts.append((part.distances[row], np.where(labels >= 0, shard.rows[labels], -1)))
+        which, position = merge_top_k(parts, k)
+        hits = []
+        for number, at in zip(which.tolist(), position.tolist(), strict=True):
+            shard, part = asked[number]
+            labels = [int(part.labels[row, at])]
+            distance = part.distances[row, at : at + 1]
+            hits.append(
+                Hit(
+                    id=shard.ids.of(labels)[0],
+                    score=float(score(distance, metric)[0]),
+                    distance=float(distance[0]),
+                    fields=(shard.fields.of(labels)[0] if shard.fields else {}) if "fields" in include else None,
+                    vector=shard.vectors[labels[0]].tolist() if "vector" in include else None,
+                )
+            )
+        return hits
+
+    def _answer(self, found: Sequence[Found | None], results: Any, queries: int, hits: int, kind: type[A]) -> A:
+        served, settings = self.served, self.settings
+        asked = [part for part in found if part is not None]
+        degraded = []
+        if self.cut:
+            degraded.append(cut_note(self.cut, queries, encoder_of(served).spec.max_tokens))
+        total = len(self.wanted) if self.wanted else len(served.manifest.shards)
+        if len(asked) < total:
+            wanted = self.wanted if self.wanted else set(range(total))
+            degraded.append(f"shards that are not held here: {listed(sorted(wanted - set(served.numbers)))}")
+        if any(part.stopped for part in asked):
+            degraded.append("the search was cut short")
+            if not settings.partial and self.clock.passed():
+                raise DeadlineExceeded("no full answer within timeout_ms; allow more time, or ask with partial")
+        strategy, visited = asked[0].strategy, asked[0].visited
+        for part in asked[1:]:
+            strategy = strategy if part.strategy == strategy else "mixed"
+            visited = -1 if min(visited, part.visited) < 0 else visited + part.visited
+        encoder = served.encoder if isinstance(self.query, TextQuery) else None
+        return kind(
+            results,
+            self.clock.took_ms(),
+            Coverage(len(asked), total, degraded),
+            Stats(strategy, visited, settings.k * queries - hits),
+            served.id,
+            encoder.spec.name if encoder is not None else None,
+            self.explain(found) if "explain" in settings.include else None,
+        )
+
+    def explain(self, found: Sequence[Found | None]) -> list[ShardExplain]:
+        return [
+            ShardExplain(
+                shard=shard.number,
+                size=shard.size,
+                strategy=part.strategy,
+                params=indexes.params_dict(self.plan.params),
+                allowed=part.allowed,
+                visited=part.visited,
+                hops=part.hops,
+                took_ms=round(part.took_s * 1e3, 3),
+            )
+            for shard, part in zip(self.shards, found, strict=True)
+            if part is not None
+        ]
+
+
+def columns_of(lists: list[list[Hit]], first: int, whole: bool, metric: Metric) -> Columns:
+    """The hits of queries that begin at `first`, as columns."""
+    counts = [len(one) for one in lists]
+    flat = np.array([hit.distance for one in lists for hit in one], np.float32)
+    return Columns(
+        np.repeat(np.arange(first, first + len(lists)), counts),
+        np.concatenate([np.arange(count) for count in counts]),
+        [[hit.id for one in lists for hit in one]],
+        whole,
+        score(flat, metric),
+        flat,
+    )
+
+
+def _joined_columns(parts: list[Columns]) -> Columns:
+    if len(parts) == 1:
+        return parts[0]
+    return Columns(
+        np.concatenate([part.query for part in parts]),
+        np.concatenate([part.rank for part in parts]),
+        [ids for part in parts for ids in part.ids],
+        parts[0].whole,
+        np.concatenate([part.scores for part in parts]),
+        np.concatenate([part.distances for part in parts]),
+    )
+
+
+def _joined(parts: tuple[Found, ...]) -> Found:
+    """Slices of a batch as one."""
+    return msgspec.structs.replace(
+        functools.reduce(_total, parts),
+        labels=np.concatenate([part.labels for part in parts]),
+        distances=np.concatenate([part.distances for part in parts]),
+    )
+
+
+def _either(a: Found | None, b: Found | None) -> Found | None:
+    return _total(a, b) if a is not None and b is not None else a if b is None else b
+
+
+def _total(a: Found, b: Found) -> Found:
+    """What two slices of a batch took together; their labels were named already."""
+    return msgspec.structs.replace(
+        b,
+        visited=-1 if min(a.visited, b.visited) < 0 else a.visited + b.visited,
+        hops=-1 if min(a.hops, b.hops) < 0 else a.hops + b.hops,
+        stopped=a.stopped or b.stopped,
+        strategy=a.strategy if a.strategy == b.strategy else "mixed",
+        took_s=a.took_s + b.took_s,
+        rerank_s=a.rerank_s + b.rerank_s,
+    )

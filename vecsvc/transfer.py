@@ -1,0 +1,59 @@
+"""What pushing and pulling have in common: where an index lies in a store, and files on their way.
+
+In a store everything lies as in an --out folder:
+
+<prefix>/<name>/CURRENT
+<prefix>/<name>/<version>/manifest.json
+<prefix>/<name>/<version>/part-NNN.json   of a version that is built in parts: one shard is there, with its encoder
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import msgspec
+
+from vecsvc.manifest import FileEntry
+from vecsvc.storage import check_name
+from vecsvc.stores import Store
+
+TRANSFERS: Final = 4  # files on their way at a time
+
+
+class Moved(msgspec.Struct, frozen=True):
+    """What a push or a pull did to one index."""
+
+    name: str
+    version: str
+    place: str  # where it is now
+    files: int  # that were on their way; 0 where all were there
+    size_bytes: int  # of those
+
+    def told(self) -> str:
+        """In a line, for people."""
+        brought = f"{self.files} files, {self.size_bytes / 1e6:.1f} MB" if self.files else "all was there"
+        return f"{self.name} {self.version}: {brought}; now in {self.place}"
+
+
+def index_store(target: str, name: str) -> Store:
+    """Where an index lies in a store: the address itself where that ends in its name, otherwise below it."""
+    store = Store.open(target)
+    return store if store.name == name else store.at(check_name(name))
+
+
+def move_all(work: Callable[[FileEntry], None], files: Sequence[FileEntry]) -> None:
+    """Move files, some at a time; after the first that fails no other one begins."""
+    with ThreadPoolExecutor(TRANSFERS, thread_name_prefix="vecsvc-transfer") as pool:
+        futures = [pool.submit(work, file) for file in files]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def total_bytes(files: Iterable[FileEntry]) -> int:
+    return sum(file.size_bytes for file in files)
