@@ -197,7 +197,8 @@ MESSAGES: Final[dict[Kind, type[Any]]] = {
 _EMPTY: Final = frozenset((Kind.CANCEL, Kind.PING, Kind.PONG))
 _decoders: Final = {kind: msgspec.msgpack.Decoder(message) for kind, message in MESSAGES.items()}
 _ask_decoder: Final = msgspec.msgpack.Decoder(Ask)
-_conditions_decoder: Final = msgspec.json.Decoder(list[tuple[str, str, Any]])
+_Scalar = None | bool | int | float | str
+_conditions_decoder: Final = msgspec.json.Decoder(list[tuple[str, str, _Scalar | list[_Scalar]]])
 _encoder: Final = msgspec.msgpack.Encoder()
 
 
@@ -232,9 +233,9 @@ def read_conditions(data: bytes) -> list[tuple[str, str, Any]]:
         found = _conditions_decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"a filter that cannot be read: {error}") from error
-    for _, operator, _ in found:
-        if operator not in OPERATORS:
-            raise ProtocolError(f"a filter with operator {operator[:80]!r}, known are {', '.join(OPERATORS)}")
+    for _, operator, value in found:
+        if operator not in OPERATORS or (operator == "$in") != isinstance(value, list):
+            raise ProtocolError(f"a filter with operator {operator[:80]!r} and a {type(value).__name__}")
     return found
 
 

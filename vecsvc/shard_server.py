@@ -177,19 +177,27 @@ class _FrontDoor(asyncio.Protocol):
             task = asyncio.get_running_loop().create_task(self._answer(kind, request, asked))
             self.tasks[request] = task
             # Not at the end of the task's own work: one that is cancelled before it began never gets there.
-            task.add_done_callback(lambda _: self.tasks.pop(request, None))
+            task.add_done_callback(lambda done: self._forget(request, done))
 
     async def _answer(self, kind: Kind, request: int, asked: Any) -> None:
         try:
             answered, answer = await _ANSWERS[kind](self._server, asked)
-            self.send(remote.message(answered, request, answer))
+            self._reply(request, remote.message(answered, request, answer))
         except asyncio.CancelledError:
             return  # nobody waits for it
         except VecsvcError as error:
-            self.send(remote.message(Kind.FAILED, request, remote.failure(error)))
+            self._reply(request, remote.message(Kind.FAILED, request, remote.failure(error)))
         except Exception as error:
             log.exception("a bug of ours", extra={"data": {"kind": kind.name}})
-            self.send(remote.message(Kind.FAILED, request, remote.failure(error)))
+            self._reply(request, remote.message(Kind.FAILED, request, remote.failure(error)))
+
+    def _forget(self, request: int, task: asyncio.Task[None]) -> None:
+        if self.tasks.get(request) is task:
+            del self.tasks[request]
+
+    def _reply(self, request: int, data: bytes) -> None:
+        self.tasks.pop(request, None)  # its number may be used again from here on
+        self.send(data)
 
     def send(self, data: bytes) -> None:
         if self._transport is not None:
