@@ -21,8 +21,6 @@ LOOKUP_FILE: Final = "id_lookup.npy"  # (2, size) uint64: hashes in ascending or
 # Every record batch of a stored file but the last has so many rows, so that a label says where it is.
 BATCH_ROWS: Final = 16_384
 
-FEW_BATCHES: Final = 16  # a column is gathered batch by batch where a batch has at least so many of its ids
-MAX_GATHERED_BYTES: Final = 4 << 20  # of ids gathered at once: each costs 24 bytes meanwhile
 
 _NO_HASH: Final = hashlib.blake2b(digest_size=8)  # copied, never updated: cheaper than to make one per id
 
@@ -83,6 +81,7 @@ class IdColumn:
         if any(column.type != expected or column.null_count for column in columns):
             raise ArtifactDamaged(f"{folder / IDS_FILE}: expected {expected} without nulls")
         self.id_type = id_type
+        self._columns = pa.chunked_array(columns, expected)
         # Views into the map: going through Arrow's own scalars would cost ten times as much an id.
         self._views: list[Any] = [column.to_numpy() if id_type == "int" else string_views(column) for column in columns]
 
@@ -99,34 +98,9 @@ class IdColumn:
         return found
 
     def column(self, labels: NDArray[np.int64]) -> pa.Array:
-        """The ids of labels (n,) as an Arrow column, in their order: gathered batch by batch, where batches are few."""
-        batches, at = np.divmod(labels, BATCH_ROWS)
-        present = np.unique(batches).tolist()
-        whole = self.id_type == "int"
-        if len(labels) == 0 or len(present) * FEW_BATCHES > len(labels):
-            return pa.array(self.of(labels.tolist()), pa.int64() if whole else pa.string())
-        places = [(number, np.flatnonzero(batches == number)) for number in present]
-        if whole:
-            values = np.empty(len(labels), np.int64)
-            for number, here in places:
-                values[here] = self._views[number][at[here]]
-            return pa.array(values)
-        starts, lengths = np.empty((2, len(labels)), np.int64)
-        for number, here in places:
-            offsets = np.frombuffer(self._views[number][0], np.int32)
-            starts[here] = offsets[at[here]]
-            lengths[here] = offsets[at[here] + 1] - starts[here]
-        ends = np.cumsum(lengths)
-        if ends[-1] > MAX_GATHERED_BYTES:
-            return pa.array(self.of(labels.tolist()), pa.string())
-        # Of each byte of the column, where it lies in its batch.
-        source = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
-        owner, data = np.repeat(batches, lengths), np.empty(ends[-1], np.uint8)
-        for number, _ in places:
-            here = np.flatnonzero(owner == number)
-            data[here] = np.frombuffer(self._views[number][1], np.uint8)[source[here]]
-        made = np.concatenate([[0], ends]).astype(np.int32)
-        return pa.StringArray.from_buffers(len(labels), pa.py_buffer(made), pa.py_buffer(data))
+        """The ids of labels (n,) as an Arrow column, in their order."""
+        taken = self._columns.take(pa.array(labels))
+        return taken.combine_chunks() if taken.num_chunks != 1 else taken.chunk(0)
 
     def label(self, id: Id) -> int | None:
         """The label of an id; None where this shard does not have it."""
