@@ -16,7 +16,7 @@ from typing import Any, get_args
 import pytest
 import service
 from click.testing import CliRunner
-from cluster import end, start
+from local_cluster import end, start
 from service import JSON, Reply, Service
 
 from vecsvc import access, admission

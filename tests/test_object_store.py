@@ -43,7 +43,7 @@ from vecsvc.stores import Store
 
 BUCKET = "indexes"
 QUERIES = make_vectors(3, 8, seed=5)
-SETTINGS: dict[str, Any] = {"kind": "tp_tree", "fields": "label", "certificate_queries": 4, "shards": 3}
+SETTINGS: dict[str, Any] = {"kind": "exact", "certificate_queries": 4, "shards": 3}  # few files: each is a request
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -354,13 +354,12 @@ def one(corpus: Path, out: Path, number: int, **more: Any) -> None:
 
 def test_nodes_without_a_common_disk_build_one_version_through_a_store(store: str, out: Path, tmp_path: Path) -> None:
     corpus, bert = write_corpus(tmp_path / "demo.parquet", n=90), write_tiny_bert(tmp_path / "bert", dim=8)
-    encoder_files = len(list(bert.iterdir()))
     for number in (1, 2, 0):
         with pytest.raises((VersionIncomplete, UnknownVersion)):
             publish_at(store, "v1")
         one(corpus, tmp_path / f"node-{number}", number, encoder=str(bert))
         moved = push_part(tmp_path / f"node-{number}", store, "v1", number)
-        assert (moved.files > encoder_files + 5) == (number == 1), "the encoder is sent by the first alone"
+        assert (moved.files > 4) == (number == 1), "the encoder is sent by the first alone"
         with pytest.raises(UnknownVersion, match="holds no index"):
             pull(store, out)
     label, manifest = publish_at(store, "v1")

@@ -20,7 +20,7 @@ from vecsvc.remote import Ask, Frames, Kind
 from vecsvc.types import Condition
 
 CONDITIONS = remote.write_conditions((Condition("year", "$gt", 2**70), Condition("a", "$in", ["é", None, 0.5])))
-ASK = Ask("it", "v1", 2, np.arange(6, dtype="<f4").tobytes(), 3, CONDITIONS, [("ef", 7)], False, 9, 5, False, [])
+ASK = Ask("it", "v1", 2, np.arange(6, dtype="<f4").tobytes(), 3, CONDITIONS, [("ef", 7)], False, 9, 5, 3, False, [])
 
 
 def cutter(max_bytes: int = 1 << 20) -> Frames:

@@ -120,14 +120,15 @@ class Engine:
             self._metrics.shortfall(served.name).inc(stats.shortfall)
 
     async def search_part(
-        self, served: Served, shards: list[Shard], query: VectorQuery, settings: SearchSettings
+        self, served: Served, shards: list[Shard], query: VectorQuery, settings: SearchSettings, *, of: int
     ) -> tuple[Search, list[Found], Clock]:
         """What some shards of a version find, for a front door that merges it with what others do.
 
-        The caller has retained `served`, and releases it. What comes back is read while that is so.
+        `of` is how many queries the whole question has. The caller has retained `served`, and releases it. What comes
+        back is read while that is so.
         """
         clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
-        budget = self.admission.of(count(query))
+        budget = self.admission.of(of)
         budget.check()
         served.retain()
         work = _Work(budget, served)

@@ -200,7 +200,7 @@ class FrontDoor:
     def _groups(self, version: RoutedVersion, vectors: Vectors, settings: SearchSettings, k: int) -> list[Group]:
         """Whom to ask, and for which of the queries."""
         if settings.probe_shards is None or version.centroids is None:
-            ask = _encode(version, vectors, settings, k)
+            ask = _encode(version, vectors, settings, k, len(vectors))
             check = functools.partial(check_part, len(vectors), k, vectors.shape[1], settings.include)
             return [Group(version.name, *of, _framed(of[0], ask), Kind.PART, check) for of in version.groups]
         chosen = nearest_shards(vectors, version.centroids, settings.probe_shards, version.manifest.metric)
@@ -208,7 +208,7 @@ class FrontDoor:
         groups = []
         for shard, queries in queries_of_shards(chosen).items():
             mine = vectors[queries]
-            ask = _encode(version, mine, settings, k)
+            ask = _encode(version, mine, settings, k, len(vectors))
             check = functools.partial(check_part, len(mine), k, mine.shape[1], settings.include)
             groups.append(
                 Group(
@@ -297,7 +297,7 @@ class FrontDoor:
         return Embedded(_floats(made.vectors).reshape(len(texts), -1), made.tokens, made.truncated, made.encoder)
 
 
-def _encode(version: RoutedVersion, vectors: Vectors, settings: SearchSettings, k: int) -> bytes:
+def _encode(version: RoutedVersion, vectors: Vectors, settings: SearchSettings, k: int, of: int) -> bytes:
     return remote.encode_ask(
         Ask(
             index=version.name,
@@ -310,6 +310,7 @@ def _encode(version: RoutedVersion, vectors: Vectors, settings: SearchSettings, 
             exact=settings.exact,
             max_visited=settings.max_visited,
             rerank_depth=settings.rerank_depth,
+            of=of,
             partial=settings.partial,
             include=[name for name in INCLUDES if name in settings.include],
         )

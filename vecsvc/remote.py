@@ -94,6 +94,7 @@ class Ask(_Message, frozen=True):
     exact: bool
     max_visited: Annotated[int, msgspec.Meta(ge=1, le=1 << 53)] | None
     rerank_depth: Annotated[int, msgspec.Meta(ge=1, le=MAX_K)] | None
+    of: Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]  # queries of the whole question, of which these may be a part
     partial: bool  # what was found by the deadline is better than nothing
     include: list[Include]
 

@@ -222,7 +222,9 @@ async def _search(server: ShardServer, asked: tuple[float, tuple[int, ...], remo
     served = _retained(server, ask.index, ask.version)
     try:
         shards = served.some(wanted)
-        search, found, clock = await server.engine.search_part(served, shards, VectorQuery(vectors), settings)
+        search, found, clock = await server.engine.search_part(
+            served, shards, VectorQuery(vectors), settings, of=ask.of
+        )
         if any(part.stopped for part in found) and clock.passed() and not settings.partial:
             raise DeadlineExceeded("the search was cut short by the deadline")
         # Many hits take long enough to name to hold up the event loop.
