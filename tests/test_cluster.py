@@ -418,6 +418,31 @@ def test_a_node_that_never_gets_a_version_delays_it_by_flip_wait_alone(rolled: C
     load.check()
 
 
+def test_two_builds_of_one_name_are_never_mixed(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    build(version(2), other, "rows", "v1", kind="exact", metric="cosine", shards=2, fields="part")
+
+    def one_build(question: Question) -> Question:
+        def wrong(answer: Any) -> str | None:
+            builds = {hit["fields"]["part"] // 1000 for hit in answer["results"]}
+            return question.wrong(answer) if len(builds) == 1 else f"rows of builds {builds}"
+
+        return Question(question.body, wrong)
+
+    asked = [one_build(question) for question in questions(corpus(), include=["fields"], **PATIENT)]
+    with cluster(folder(), SHARDS) as made:
+        with Load([made.door], asked) as load:
+            load.wait(20)
+            made.directory = other
+            for number in (0, 2, 1, 3):
+                made.members[number].stop()
+                made.members[number].start()
+                wait_until(lambda: nodes(made.door)["up"] == 4)
+                load.wait(20)
+        load.check()
+        assert search(made.door, include=["fields"]).results[0]["fields"]["part"] // 1000 == 2
+
+
 def test_a_version_that_nobody_asks_for_stays_while_the_next_is_not_everywhere(tmp_path: Path) -> None:
     shutil.copytree(folder(), tmp_path / "all")
     with cluster(tmp_path / "all", ["0", "1"], reload_poll_s=0, previous_version_s=2.0) as made:
