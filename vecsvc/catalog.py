@@ -288,14 +288,17 @@ class Catalog:
             raise NotReady(f"index {name!r} is not ready: {self.problems[name]}")
         raise UnknownIndex(f"no index {name[:80]!r}; served are: {', '.join(self.names()) or 'none'}")
 
-    def version(self, name: str, version: str) -> Served:
-        """That version of an index, be it the one that serves or one before. Raises NotReady where it is not here."""
+    def version(self, name: str, digest: str) -> Served:
+        """The version of an index whose manifest has that digest, be it the one that serves or one before.
+
+        Raises NotReady where it is not here.
+        """
         current = self._served.get(name)
         for served in ([current] if current is not None else []) + self._previous.get(name, []):
-            if served.version == version:
+            if served.digest == digest:
                 served.asked_at = time.monotonic()
                 return served
-        raise NotReady(f"version {version[:80]!r} of index {name[:80]!r} is not here")
+        raise NotReady(f"index {name[:80]!r} has no version {digest[:12]!r} here")
 
     def held(self) -> list[tuple[Served, bool]]:
         """Every version that can be asked, and whether it is the one that serves."""

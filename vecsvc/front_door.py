@@ -231,7 +231,7 @@ class FrontDoor:
         if version.manifest.partition == "hash":
             home = id_hash(id) % version.total
             chosen = [group for group in chosen if home in group[0]]
-        find = remote.Find(version.name, version.version, id)
+        find = remote.Find(version.name, version.digest, id)
         size = 4 * version.manifest.spec.dim
 
         def check(found: FoundRow) -> None:
@@ -260,7 +260,7 @@ class FrontDoor:
         spec = encoder_of(version).spec
 
         def make(request: int, left_ms: float) -> bytes:
-            wanted = remote.Embed(version.name, version.version, texts, role, left_ms)
+            wanted = remote.Embed(version.name, version.digest, texts, role, left_ms)
             return remote.message(Kind.EMBED, request, wanted)
 
         def check(made: EmbeddedTexts) -> None:
@@ -301,7 +301,7 @@ def _encode(version: RoutedVersion, vectors: Vectors, settings: SearchSettings, 
     return remote.encode_ask(
         Ask(
             index=version.name,
-            version=version.version,
+            digest=version.digest,
             dim=vectors.shape[1],
             vectors=vectors.astype("<f4", copy=False).tobytes(),
             k=k,

@@ -85,7 +85,7 @@ class Ask(_Message, frozen=True):
     """Questions for some shards of a version, all with the same settings."""
 
     index: str
-    version: str
+    digest: str  # names the version: of its manifest, so that two builds of one name are never taken for each other
     dim: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
     vectors: bytes  # (n, dim) little-endian float32
     k: Annotated[int, msgspec.Meta(ge=1, le=MAX_K)]
@@ -137,7 +137,7 @@ class Find(_Message, frozen=True):
     """Which vector has this id?"""
 
     index: str
-    version: str
+    digest: str
     id: Id
 
 
@@ -147,7 +147,7 @@ class FoundRow(_Message, frozen=True):
 
 class Embed(_Message, frozen=True):
     index: str
-    version: str
+    digest: str
     texts: list[str]
     role: str
     timeout_ms: float
@@ -164,7 +164,7 @@ class EmbeddedTexts(_Message, frozen=True):
 
 class Describe(_Message, frozen=True):
     index: str
-    version: str
+    digest: str
 
 
 class Description(_Message, frozen=True):

@@ -85,7 +85,7 @@ class RoutedVersion:
 
     def keep(self, nodes: Iterable[Node]) -> None:
         """Tell nodes that went over to another version that this one is still asked for, be it seldom."""
-        wanted = remote.Describe(self.name, self.version)
+        wanted = remote.Describe(self.name, self.digest)
         for node in nodes:
             held = holding(node, self.name, self.version, self.digest)
             if held is not None and not held.current:
@@ -286,9 +286,7 @@ class Router:
             offer.index,
             (),
             [n for n in self.nodes() if holding(n, offer.index, offer.version, offer.digest)],
-            lambda request, left_ms: remote.message(
-                Kind.DESCRIBE, request, remote.Describe(offer.index, offer.version)
-            ),
+            lambda request, left_ms: remote.message(Kind.DESCRIBE, request, remote.Describe(offer.index, offer.digest)),
             Kind.DESCRIPTION,
         )
         await self.call([group], "describe", time.monotonic() + DESCRIBE_TIMEOUT_S)

@@ -219,7 +219,7 @@ def _full() -> remote.Failed:
 async def _search(server: ShardServer, asked: tuple[float, tuple[int, ...], remote.Ask]) -> tuple[Kind, Part]:
     timeout_ms, wanted, ask = asked
     settings, vectors = ask.settings(timeout_ms), ask.rows()
-    served = _retained(server, ask.index, ask.version)
+    served = _retained(server, ask.index, ask.digest)
     try:
         shards = served.some(wanted)
         search, found, clock = await server.engine.search_part(
@@ -292,7 +292,7 @@ def _part(shards: list[Shard], found: list[Found], n: int, k: int, include: froz
 
 
 async def _find(server: ShardServer, asked: remote.Find) -> tuple[Kind, remote.FoundRow]:
-    served = _retained(server, asked.index, asked.version)
+    served = _retained(server, asked.index, asked.digest)
     try:
         for shard in served.shards:
             label = shard.ids.label(asked.id)
@@ -304,7 +304,7 @@ async def _find(server: ShardServer, asked: remote.Find) -> tuple[Kind, remote.F
 
 
 async def _embed(server: ShardServer, asked: remote.Embed) -> tuple[Kind, remote.EmbeddedTexts]:
-    served = _retained(server, asked.index, asked.version)
+    served = _retained(server, asked.index, asked.digest)
     try:
         if asked.role not in ("query", "passage"):
             raise ProtocolError(f"role is {asked.role[:80]!r}, expected query or passage")
@@ -320,7 +320,7 @@ async def _embed(server: ShardServer, asked: remote.Embed) -> tuple[Kind, remote
 
 
 async def _describe(server: ShardServer, asked: remote.Describe) -> tuple[Kind, remote.Description]:
-    served = _retained(server, asked.index, asked.version)
+    served = _retained(server, asked.index, asked.digest)
     try:
         return Kind.DESCRIPTION, remote.Description(
             manifest=msgspec.json.encode(_without_files(served.manifest)),
@@ -340,13 +340,13 @@ _ANSWERS: Final[dict[Kind, Any]] = {
 }
 
 
-def _retained(server: ShardServer, index: str, version: str) -> Served:
+def _retained(server: ShardServer, index: str, digest: str) -> Served:
     """The version, kept open until the caller releases it: let_go may close it in its thread at any time."""
     while True:
-        served = server.catalog.version(index, version)
+        served = server.catalog.version(index, digest)
         served.retain()
         # What is still there after that was retained in time.
-        if server.catalog.version(index, version) is served:
+        if server.catalog.version(index, digest) is served:
             return served
         served.release()
 
