@@ -9,6 +9,7 @@ import json
 import shutil
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def asked() -> list[Question]:
 
 def counted(door: Service, before: dict[Any, float] | None = None) -> dict[str, float]:
     """What a front door counted of its nodes, since `before`."""
-    found: dict[str, float] = {}
+    found: dict[str, float] = defaultdict(float)
     for (name, labels), value in door.metrics().items():
         if name in ("vecsvc_hedges_total", "vecsvc_shard_retries_total", "vecsvc_shard_ejections_total"):
             key = labels[0][1] if labels else name
