@@ -318,3 +318,11 @@ def _of_three() -> Iterator[None]:
     with service.running(service.work_folder() / "all", reload_poll_s=0) as running:
         _everything[:] = [running]
         yield
+
+
+def test_the_short_way_is_of_the_public_port_alone() -> None:
+    question = json.dumps({"vector": [1.0] + [0.0] * (service.DIM - 1), "k": 3}).encode()
+    with service.running(service.index("numbers"), inline_ms=100) as running:
+        for _ in range(3):
+            assert running.ask("POST", "/search", question, JSON).status == 200
+        assert running.ask("POST", "/search", question, JSON, admin=True).status == 404

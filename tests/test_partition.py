@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import service
 from corpora import (
     KINDS,
     answers,
@@ -29,7 +30,8 @@ from tiny_bert import write_tiny_bert
 
 from index_builders import index_shards
 from index_builders.clusters import BALANCE_SLACK, Clustering, Spreader, balanced_offsets, sample_size
-from vecsvc.config import BuildSettings, make
+from vecsvc.catalog import Served
+from vecsvc.config import BuildSettings, ServeSettings, make
 from vecsvc.distance import exact_distances
 from vecsvc.engine import Engine
 from vecsvc.errors import ConfigError, InvalidParameter, InvalidRequest
@@ -387,3 +389,21 @@ def test_bad_settings_are_refused_with_their_bounds(corpus: Path, tmp_path: Path
     for name, value in (("partition", "random"), ("border_share", 1.5), ("border_share", -0.1)):
         with pytest.raises(InvalidParameter, match=name):
             make(BuildSettings, {name: value}, what="[build]")
+
+
+def test_a_process_that_holds_none_of_the_probed_shards_says_which_it_would_ask() -> None:
+    folder = service.index("near")
+    served = Served(IndexFolder(folder), "v1", ServeSettings(shards="0"))
+    assert served.centroids is not None
+    [far] = nearest_shards(served.centroids[3:4, :-1], served.centroids, 1, served.manifest.metric).reshape(-1)
+    assert far != 0
+    vector = served.centroids[3, :-1].tolist()
+    served.retire()
+    question = {"vector": vector, "partial": True, "params": {"probe_shards": 1}}
+    with service.running(folder, shards="0", inline_ms=100) as running:
+        near = {**question, "vector": service.corpora()["near"].vectors[0].tolist(), "params": {"probe_shards": 4}}
+        for _ in range(3):
+            reply = running.post("/search", near)
+            assert reply.status == 200 and reply.json()["coverage"]["shards_ok"] == 1
+            reply = running.post("/search", question)
+            assert reply.status == 503 and f"shards {far} would be asked" in reply.message

@@ -197,7 +197,7 @@ class Served:
     def release(self) -> None:
         with self._lock:
             self._users -= 1
-            last = self._retired and self._users == 0
+            last = self._may_close()
         if last:
             self._close()
 
@@ -205,9 +205,16 @@ class Served:
         """No new users will come; close with the last one."""
         with self._lock:
             self._retired = True
-            idle = self._users == 0
+            idle = self._may_close()
         if idle:
             self._close()
+
+    def _may_close(self) -> bool:
+        """True for the one caller that is to close; called with the lock held."""
+        if not self._retired or self._users or self.closed:
+            return False
+        self.closed = True
+        return True
 
     def _close(self) -> None:
         self.closed = True

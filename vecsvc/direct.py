@@ -27,7 +27,6 @@ from vecsvc import schemas
 from vecsvc.config import HttpSettings
 from vecsvc.door import Door
 from vecsvc.engine import Engine
-from vecsvc.errors import VecsvcError
 from vecsvc.reaper import Reaper
 from vecsvc.telemetry import Metrics
 from vecsvc.types import Query, SearchSettings, VectorQuery
@@ -131,11 +130,11 @@ class Direct:
             else:
                 return None
             self._door.take(key)
-        except VecsvcError:
+        except Exception:
             return None
         try:
             answer = self._engine.search_now(name, query, settings)
-        except VecsvcError:
+        except Exception:
             self._door.give_back(key)
             return None
         if answer is None:

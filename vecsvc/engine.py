@@ -138,7 +138,9 @@ class Engine:
             if search.measurable and seconds is not None and seconds <= self._inline_s:
                 found = search.find()
             else:
-                found = await self._in_thread(work, search.find, clock, 0.0)
+                # A front door that takes parts keeps so much of its time back for what the deadline cuts short.
+                grace_s = min(PARTIAL_GRACE_S, settings.timeout_ms / 2.5e4) if settings.partial else 0.0
+                found = await self._in_thread(work, search.find, clock, grace_s)
             if search.measurable:
                 search.plan.learn(clock.search + clock.rerank)
         finally:

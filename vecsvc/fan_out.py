@@ -24,6 +24,7 @@ from vecsvc.errors import (
     Overloaded,
     ProtocolError,
     ShardsMissing,
+    UserError,
     VecsvcError,
 )
 from vecsvc.node import KNOWN_AFTER, SLOW_START_S, Node
@@ -64,7 +65,7 @@ class Budgets:
     """What all questions of a front door share.
 
     Shards have budgets of their own for second questions: of a common one the first shard that falls behind would take
-    all, and the others' late answers would be waited for (decision 71).
+    all, and the others' late answers would be waited for (decision 75).
     """
 
     retries: Budget
@@ -166,10 +167,10 @@ class Call:
             if any(group.attempts for group in self.groups):
                 left = self.deadline - time.monotonic()
                 self._loop.call_later(max(0.0, left) + PROBE_GRACE_S, self._give_up_probes)
-        if not self._partial:
-            for group in self.groups:
-                if group.error is not None:
-                    raise group.error
+        for group in self.groups:
+            # What is wrong with the question is so for every shard, and no part of an answer makes up for it.
+            if group.error is not None and (not self._partial or isinstance(group.error, UserError)):
+                raise group.error
 
     # --------------------------------------------------------------------------------------------- choosing
 

@@ -18,7 +18,9 @@ from vecsvc.config import RouteSettings
 from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.engine import Engine
 from vecsvc.errors import (
+    DeadlineExceeded,
     InvalidParameter,
+    InvalidRequest,
     NotReady,
     ProtocolError,
     ShardsMissing,
@@ -52,7 +54,9 @@ from vecsvc.types import (
 
 T = TypeVar("T")
 
+INLINE_PAIRS: Final = 500  # more queries times centroids are compared in a thread
 INLINE_HITS: Final = 4000  # more candidates than that are merged in a thread
+SPARE_BYTES: Final = 4096  # of a frame, for the shards that stand before a question
 MERGE_S: Final = 0.02  # of its deadline a question keeps so much back, to merge and answer: at most a tenth of it
 NODES_SHARE: Final = 0.95  # of what is then left, nodes may search so long, so that what they have arrives in time
 
@@ -133,27 +137,30 @@ class FrontDoor:
 
     async def search_batch(self, name: str | None, query: Query, settings: SearchSettings) -> BatchAnswer:
         """Answer many questions that share their settings."""
+        return (await self._ask(name, query, settings))[1]
+
+    async def _ask(self, name: str | None, query: Query, settings: SearchSettings) -> tuple[RoutedVersion, BatchAnswer]:
+        """The answer, and the version that it is from."""
         budget = self.admission.of(count(query))
         entered = budget.enter()
         try:
             clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
             version = self.catalog.get(name)
             try:
-                return await self._answer(version, query, settings, clock)
+                return version, await self._answer(version, query, settings, clock)
             except ShardsMissing:
                 now = self.catalog.get(version.name)
                 if now.digest == version.digest or clock.passed():
                     raise
                 # The version went while the question was under way; what serves now answers it whole.
-                return await self._answer(now, query, settings, clock)
+                return now, await self._answer(now, query, settings, clock)
         finally:
             budget.leave(entered)
 
     async def search_columns(self, name: str | None, query: Query, settings: SearchSettings) -> ColumnsAnswer:
         """Answer many questions with columns over all hits, for those who want no `include`."""
-        a = await self.search_batch(name, query, settings)
-        manifest = self.catalog.get(a.index.name).manifest
-        columns = columns_of(a.results, 0, manifest.id_type == "int", manifest.metric)
+        version, a = await self._ask(name, query, settings)
+        columns = columns_of(a.results, 0, version.manifest.id_type == "int", version.manifest.metric)
         return ColumnsAnswer(columns, a.took_ms, a.coverage, a.stats, a.index, a.encoder, a.explain)
 
     async def _answer(
@@ -173,8 +180,14 @@ class FrontDoor:
         else:
             vectors = query.vectors
         check_vectors(vectors, version.manifest)
+        if clock.passed():
+            raise DeadlineExceeded("the deadline passed before the shards were asked")
         # A row that is asked by its id takes a place that it is not given.
-        groups = self._groups(version, vectors, settings, settings.k + (0 if own is None else 1))
+        k = settings.k + (0 if own is None else 1)
+        if settings.probe_shards is not None and len(vectors) * version.total > INLINE_PAIRS:
+            groups = await self.in_thread(lambda: self._groups(version, vectors, settings, k))
+        else:
+            groups = self._groups(version, vectors, settings, k)
         started = time.perf_counter()
         key = (version.name, settings.exact, settings.k > 100, len(vectors).bit_length())
         kept_s = min(MERGE_S, settings.timeout_ms / 1e4)
@@ -249,10 +262,13 @@ class FrontDoor:
             )
             for shards, nodes in chosen
         ]
-        await self._router.call(groups, "find", deadline)
+        await self._router.call(groups, "find", deadline, partial=True)
         for group in groups:
             if group.answer is not None and group.answer.vector is not None:
                 return _floats(group.answer.vector).reshape(1, -1)
+        for group in groups:
+            if group.error is not None:
+                raise group.error  # it may be there
         raise UnknownId(f"index {version.name!r} has no id {id!r}")
 
     async def _embed(self, version: RoutedVersion, texts: list[str], role: Role, deadline: float) -> EmbeddedTexts:
@@ -297,22 +313,33 @@ class FrontDoor:
         return Embedded(_floats(made.vectors).reshape(len(texts), -1), made.tokens, made.truncated, made.encoder)
 
 
+def _encode_checked(ask: bytes) -> bytes:
+    """Raises InvalidRequest where no node would read so long a question."""
+    if len(ask) > remote.MAX_REQUEST_BYTES - SPARE_BYTES:
+        raise InvalidRequest(
+            f"the question has {len(ask)} bytes, nodes take {remote.MAX_REQUEST_BYTES}: send fewer queries at once"
+        )
+    return ask
+
+
 def _encode(version: RoutedVersion, vectors: Vectors, settings: SearchSettings, k: int, of: int) -> bytes:
-    return remote.encode_ask(
-        Ask(
-            index=version.name,
-            digest=version.digest,
-            dim=vectors.shape[1],
-            vectors=vectors.astype("<f4", copy=False).tobytes(),
-            k=k,
-            conditions=remote.write_conditions(settings.conditions),
-            params=list(settings.params),
-            exact=settings.exact,
-            max_visited=settings.max_visited,
-            rerank_depth=settings.rerank_depth,
-            of=of,
-            partial=settings.partial,
-            include=[name for name in INCLUDES if name in settings.include],
+    return _encode_checked(
+        remote.encode_ask(
+            Ask(
+                index=version.name,
+                digest=version.digest,
+                dim=vectors.shape[1],
+                vectors=vectors.astype("<f4", copy=False).tobytes(),
+                k=k,
+                conditions=remote.write_conditions(settings.conditions),
+                params=list(settings.params),
+                exact=settings.exact,
+                max_visited=settings.max_visited,
+                rerank_depth=settings.rerank_depth,
+                of=of,
+                partial=settings.partial,
+                include=[name for name in INCLUDES if name in settings.include],
+            )
         )
     )
 

@@ -22,6 +22,8 @@ LOOKUP_FILE: Final = "id_lookup.npy"  # (2, size) uint64: hashes in ascending or
 BATCH_ROWS: Final = 16_384
 
 
+FEW: Final = 8  # ids of a batch that are worth a call of Arrow's; fewer are read one by one
+
 _NO_HASH: Final = hashlib.blake2b(digest_size=8)  # copied, never updated: cheaper than to make one per id
 
 INT_MIN: Final = -(2**63)
@@ -81,7 +83,7 @@ class IdColumn:
         if any(column.type != expected or column.null_count for column in columns):
             raise ArtifactDamaged(f"{folder / IDS_FILE}: expected {expected} without nulls")
         self.id_type = id_type
-        self._columns = pa.chunked_array(columns, expected)
+        self._columns = columns
         # Views into the map: going through Arrow's own scalars would cost ten times as much an id.
         self._views: list[Any] = [column.to_numpy() if id_type == "int" else string_views(column) for column in columns]
 
@@ -99,8 +101,15 @@ class IdColumn:
 
     def column(self, labels: NDArray[np.int64]) -> pa.Array:
         """The ids of labels (n,) as an Arrow column, in their order."""
-        taken = self._columns.take(pa.array(labels))
-        return taken.combine_chunks() if taken.num_chunks != 1 else taken.chunk(0)
+        batches, at = np.divmod(labels, BATCH_ROWS)
+        present = np.unique(batches).tolist()
+        if len(labels) < FEW * len(present) or not len(labels):
+            return pa.array(self.of(labels.tolist()), pa.int64() if self.id_type == "int" else pa.string())
+        # Batch by batch: of a column of several chunks Arrow would first make one, and copy it whole.
+        places = [np.flatnonzero(batches == number) for number in present]
+        taken = [self._columns[n].take(pa.array(at[here])) for n, here in zip(present, places, strict=True)]
+        order = np.argsort(np.concatenate(places), kind="stable")
+        return pa.concat_arrays(taken).take(pa.array(order))
 
     def label(self, id: Id) -> int | None:
         """The label of an id; None where this shard does not have it."""

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from vecsvc.distance import score
-from vecsvc.errors import DeadlineExceeded, ProtocolError, ShardsMissing
+from vecsvc.errors import DeadlineExceeded, Overloaded, ProtocolError, ShardsMissing
 from vecsvc.fan_out import Group
 from vecsvc.question_checks import Clock, cut_note
 from vecsvc.remote import Part
@@ -84,6 +84,8 @@ class Merge:
             degraded.append("the search was cut short")
         errors = [group.error for group in self.groups if group.error is not None]
         if errors and not parts:
+            if all(isinstance(error, Overloaded) for error in errors):
+                raise errors[0]
             if all(isinstance(error, DeadlineExceeded) for error in errors):
                 raise DeadlineExceeded(f"no shard answered within timeout_ms: {errors[0]}")
             raise ShardsMissing(f"no shard of {version.name!r} answered: {errors[0]}")

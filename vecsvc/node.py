@@ -21,7 +21,7 @@ log: Final = logging.getLogger("vecsvc.router")
 
 SAMPLES: Final = 64  # latencies from which the 95th percentile is taken
 KNOWN_AFTER: Final = 20  # samples before it is believed
-MAX_KEYS: Final = 64  # sorts of question whose latency is told apart; past that all are forgotten and learnt anew
+MAX_KEYS: Final = 256  # sorts of question whose latency is told apart; past that the one not asked for longest goes
 UNKNOWN_S: Final = 0.001  # what is believed of a node that was never asked
 SLOW_START_S: Final = 0.05  # when to ask a second node while nothing is known yet
 MAX_EJECT_S: Final = 30.0
@@ -84,6 +84,7 @@ class Node:
         self.problem = "not connected yet"
         self._settings, self._changed, self._tls = settings, changed, tls
         self._connection: _Connection | None = None
+        self._greeting: _Connection | None = None  # one that was made, and has not said yet what it holds
         self._latencies: dict[Hashable, Latency] = {}
         self._failures = 0
         self._ejected_until = 0.0
@@ -119,7 +120,7 @@ class Node:
         found = self._latencies.get(key)
         if found is None:
             if len(self._latencies) >= MAX_KEYS:
-                self._latencies.clear()
+                del self._latencies[min(self._latencies, key=lambda known: self._latencies[known].at)]
             found = self._latencies[key] = Latency()
         return found
 
@@ -189,20 +190,21 @@ class Node:
                 if connection.lost.done():
                     return
                 await connection.ping(settings.ping_timeout_s)
-        except TimeoutError as error:
+        except BaseException as error:
             connection.close(str(error))
             raise
 
     async def _greeted(self, late: str) -> _Connection:
         """A connection on which the node has said what it holds."""
         _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: _Connection(self.name, self._heard, self._lost),
+            lambda: _Connection(self.name, self._heard, self._ended),
             self.address.host,
             self.address.port,
             ssl=self._tls,
             # Certificates name the service, not the address of each of its nodes.
             server_hostname="" if self._tls is not None else None,
         )
+        self._greeting = connection
         try:
             connection.hello()
             await connection.greeted
@@ -211,13 +213,20 @@ class Node:
             raise
         return connection
 
-    def _heard(self, holdings: Holdings) -> None:
+    def _heard(self, connection: _Connection, holdings: Holdings) -> None:
+        if connection is not self._connection and connection is not self._greeting:
+            return  # one that was given up
         if holdings != self.holdings:
             self.holdings = holdings
             if self._connection is not None:
                 self._changed()
 
+    def _ended(self, connection: _Connection, error: Exception) -> None:
+        if connection is self._connection or connection is self._greeting:
+            self._lost(error)
+
     def _lost(self, error: Exception) -> None:
+        self._greeting = None
         why = str(error) or type(error).__name__
         was_up, self.holdings, self._connection = self.holdings is not None, None, None
         if why != self.problem:
@@ -233,7 +242,9 @@ class Node:
 class _Connection(asyncio.Protocol):
     """Frames to and from a node; every request that is sent gets its reply called, even if the connection is lost."""
 
-    def __init__(self, name: str, heard: Callable[[Holdings], None], ended: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, name: str, heard: Callable[[_Connection, Holdings], None], ended: Callable[[_Connection, Exception], None]
+    ) -> None:
         self._name, self._heard, self._ended = name, heard, ended
         self._frames = remote.Frames(remote.OF_NODES, remote.MAX_ANSWER_BYTES)
         self._transport: asyncio.Transport | None = None
@@ -291,7 +302,7 @@ class _Connection(asyncio.Protocol):
                         raise ProtocolError(
                             f"node {self._name} speaks protocol {holdings.protocol}, this front door {remote.PROTOCOL}"
                         )
-                    self._heard(holdings)
+                    self._heard(self, holdings)
                     if not self.greeted.done():
                         self.greeted.set_result(None)
                 else:
@@ -315,7 +326,7 @@ class _Connection(asyncio.Protocol):
         self._transport = None
         self.lost.set_result(None)
         # First the node is down, then its questions are asked elsewhere.
-        self._ended(error)
+        self._ended(self, error)
         if not self.greeted.done():
             self.greeted.set_exception(error)
             self.greeted.exception()  # whoever waits is told; nobody need

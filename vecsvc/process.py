@@ -113,7 +113,7 @@ async def _run(directory: Path, settings: ServeSettings, handed: Handed | None =
     runners.append(runner)
     admin_ports = [socket.socket(fileno=handed.admin)] if handed is not None else []
     admin, admin_listeners = await listen(
-        service, service.admin_app(), settings.admin_host, settings.admin_port, admin_tls, admin_ports
+        service, service.admin_app(), settings.admin_host, settings.admin_port, admin_tls, admin_ports, public=False
     )
     runners.append(admin)
     shards = ShardServer(engine, catalog) if settings.shard_port is not None else None
@@ -207,15 +207,17 @@ async def listen(
     port: int,
     tls: ssl.SSLContext | None,
     made: Sequence[socket.socket] = (),
+    *,
+    public: bool = True,
 ) -> tuple[web.AppRunner, list[asyncio.Server]]:
-    """Serve `app` on a port, or on the sockets that somebody made for it."""
+    """Serve `app` on a port, or on the sockets that somebody made for it; the admin port is not `public`."""
     # _finish waits for requests in flight; when that is over, aiohttp need not begin to wait anew.
     runner = web.AppRunner(app, shutdown_timeout=GRACE_S)
     await runner.setup()
     loop = asyncio.get_running_loop()
 
     def connection() -> Connection:
-        return Connection(service, runner.server)
+        return Connection(service, runner.server, public=public)
 
     listeners = []
     try:

@@ -84,28 +84,34 @@ def watch(
             raise _StoppedError
 
     seen: dict[str, str] = {}
-    said = ""
+    said: list[str] = []
     while not stop.is_set():
+        problems = []
         try:
             for index in _indexes(source):
-                version = _current(index)
-                # A rollback here holds until the store moves on.
-                if seen.get(index.name) == version:
-                    continue
-                moved = _pull_one(index, out, shards, going_on)
-                seen[index.name], said = moved.version, ""
-                say(moved.told())
-                gone = IndexFolder(out / index.name).gc(keep)
-                if gone:
-                    say(f"{index.name}: deleted {', '.join(gone)}")
+                # One that cannot be pulled must not keep the others from it.
+                try:
+                    version = _current(index)
+                    # A rollback here holds until the store moves on.
+                    if seen.get(index.name) == version:
+                        continue
+                    moved = _pull_one(index, out, shards, going_on)
+                    seen[index.name] = moved.version
+                    say(moved.told())
+                    gone = IndexFolder(out / index.name).gc(keep)
+                    if gone:
+                        say(f"{index.name}: deleted {', '.join(gone)}")
+                except VecsvcError as error:
+                    problems.append(str(error))
         except _StoppedError:
             return
         except ConfigError:
             raise
         except VecsvcError as error:
-            if str(error) != said:
-                said = str(error)
-                say(f"{said}; trying again every {every_s:g} s")
+            problems.append(str(error))
+        if problems and problems != said:
+            say(f"{'; '.join(problems)}; trying again every {every_s:g} s")
+        said = problems
         stop.wait(every_s)
 
 

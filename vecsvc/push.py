@@ -67,13 +67,16 @@ def push_part(directory: Path, target: str, version: str, shard: int) -> Moved:
     if len(found) > 1:
         raise ConfigError(f"{directory} holds several indexes, name one: {', '.join(str(f.parent) for f in found)}")
     lease = Lease.take(found[0], exclusive=True) if found else None
-    part = read_part(found[0]) if lease is not None else None
-    if lease is None or part is None:
-        raise VersionIncomplete(
-            f"shard {shard} of version {version} is not built in {directory}, or is just being built: "
-            f"vecsvc build-index CORPUS --shard {shard}/N --version {version}"
-        )
+    missing = VersionIncomplete(
+        f"shard {shard} of version {version} is not built in {directory}, or is just being built: "
+        f"vecsvc build-index CORPUS --shard {shard}/N --version {version}"
+    )
+    if lease is None:
+        raise missing
     try:
+        part = read_part(found[0])
+        if part is None:
+            raise missing
         index = index_store(target, part.name)
         place = index.at(version)
         if place.read(MANIFEST, MAX_MANIFEST_BYTES) is not None:

@@ -234,6 +234,8 @@ class Search:
                 answers.append(list(map(Hit, ids.of(labels), scores, distances)))
             return answers
         asked = [(shard, part) for shard, part in zip(shards, found, strict=True) if part is not None]
+        if not asked:
+            return [[] for _ in range(n)]
         return [self._merge(asked, row, k) for row in range(n)]
 
     def _merge(self, asked: list[tuple[Shard, Found]], row: int, k: int) -> list[Hit]:
@@ -262,6 +264,11 @@ class Search:
     def _answer(self, found: Sequence[Found | None], results: Any, queries: int, hits: int, kind: type[A]) -> A:
         served, settings = self.served, self.settings
         asked = [part for part in found if part is not None]
+        if not asked:
+            raise ShardsMissing(
+                f"shards {listed(sorted(self.wanted))} would be asked, and this process holds "
+                f"{listed(served.numbers)} of {len(served.manifest.shards)}: ask a front door"
+            )
         degraded = []
         if self.cut:
             degraded.append(cut_note(self.cut, queries, encoder_of(served).spec.max_tokens))

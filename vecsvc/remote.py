@@ -68,8 +68,8 @@ class Held(_Message, frozen=True):
     digest: str  # of the manifest: two versions of one name are not the same for that
     created: str
     current: bool  # False for a version before, which is kept while front doors still ask it
-    shards: list[int]
-    shards_total: int
+    shards: list[Annotated[int, msgspec.Meta(ge=0, lt=MAX_SHARDS)]]
+    shards_total: Annotated[int, msgspec.Meta(ge=1, le=MAX_SHARDS)]
 
 
 class Holdings(_Message, frozen=True):

@@ -38,7 +38,7 @@ async def _run(settings: RouteSettings) -> None:
     tls, admin_tls = http_tls(settings)
     runner, listeners = await listen(service, service.app(), settings.host, settings.port, tls)
     admin, admin_listeners = await listen(
-        service, service.admin_app(), settings.admin_host, settings.admin_port, admin_tls
+        service, service.admin_app(), settings.admin_host, settings.admin_port, admin_tls, public=False
     )
     stop = stop_signal()
     port, admin_port = (made[0].sockets[0].getsockname()[1] for made in (listeners, admin_listeners))

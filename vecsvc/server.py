@@ -434,10 +434,11 @@ class Connection(DirectHandler):
 
     __slots__ = ("_service",)
 
-    def __init__(self, service: Service, server: web.Server | None) -> None:
+    def __init__(self, service: Service, server: web.Server | None, *, public: bool = True) -> None:
+        """Questions have their short way on the public port alone: on the admin port there is no such route."""
         super().__init__(
             server,
-            direct=service.direct,
+            direct=service.direct if public else None,
             reaper=service.reaper,
             keepalive_timeout=service.settings.keepalive_s,
             access_log=None,

@@ -9,25 +9,28 @@ import time
 from typing import Any, Final, cast
 
 import msgspec
-import numpy as np
 
-from vecsvc import remote, schemas
-from vecsvc.catalog import Catalog, Served
+from vecsvc import remote
+from vecsvc.catalog import Catalog
 from vecsvc.engine import Engine
-from vecsvc.errors import ConfigError, DeadlineExceeded, Overloaded, ProtocolError, VecsvcError
-from vecsvc.manifest import Manifest
-from vecsvc.question_checks import encoder_of
-from vecsvc.ranking import merge_top_k
-from vecsvc.remote import Held, Holdings, Kind, Part
-from vecsvc.shard import Found, Shard
+from vecsvc.errors import (
+    ConfigError,
+    InvalidRequest,
+    Overloaded,
+    ProtocolError,
+    VecsvcError,
+)
+from vecsvc.remote import Held, Holdings, Kind
+from vecsvc.shard_answers import ANSWERS
 from vecsvc.telemetry import LineBudget
-from vecsvc.types import Id, VectorQuery
 
 log: Final = logging.getLogger("vecsvc.shards")
 
 MAX_FRONT_DOORS: Final = 256  # connections; one more is closed
 MAX_WAITING: Final = 1024  # requests of one connection that are not answered yet
-MAX_UNREAD_BYTES: Final = 256 << 20  # answers that a front door has not read; past that it is cut off
+MAX_UNREAD_BYTES: Final = 64 << 20  # answers that a front door has not read; meanwhile it gets no others
+UNREAD_S: Final = 20.0  # a front door that does not read for so long is cut off
+SILENT_S: Final = 300.0  # and one that says nothing for so long: they ping at least once a minute
 MAX_UNFINISHED_BYTES: Final = 256 << 20  # parts of questions that have not arrived whole, of all front doors
 GREET_S: Final = 5.0  # a connection that has not said HELLO by then is closed, and so takes nobody's place
 TELL_S: Final = 0.25  # how often it is looked whether something changed that front doors should know
@@ -55,7 +58,9 @@ class ShardServer:
         """Answer front doors on that port, which comes back. Raises ConfigError where it cannot be had."""
         loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(lambda: _FrontDoor(self), host, port, ssl=tls, backlog=256)
+            # Before its handshake a connection is none that is counted here, so that has a limit of its own.
+            secure: dict[str, Any] = {"ssl": tls, "ssl_handshake_timeout": GREET_S} if tls is not None else {}
+            self._server = await loop.create_server(lambda: _FrontDoor(self), host, port, backlog=256, **secure)
         except OSError as error:
             raise ConfigError(
                 f"cannot listen on {host}:{port}: {error.strerror}; choose another --shard-port"
@@ -87,6 +92,9 @@ class ShardServer:
                     self.tell()
             except Exception:
                 log.exception("a bug of ours")
+            now = time.monotonic()
+            for connection in list(self.connections):
+                connection.look(now)
             await asyncio.sleep(TELL_S)
 
     def drain(self) -> None:
@@ -117,6 +125,8 @@ class _FrontDoor(asyncio.Protocol):
         self._frames = remote.Frames(remote.OF_FRONT_DOORS, remote.MAX_REQUEST_BYTES)
         self._transport: asyncio.Transport | None = None
         self._greeting: asyncio.TimerHandle | None = None
+        self._unread_since: float | None = None  # since when more than MAX_UNREAD_BYTES wait to be read
+        self._heard_at = time.monotonic()
         self.tasks: dict[int, asyncio.Task[None]] = {}
         self.greeted = False
 
@@ -140,10 +150,23 @@ class _FrontDoor(asyncio.Protocol):
             task.cancel()
 
     def pause_writing(self) -> None:
-        self.close()  # who reads so little is gone
+        self._unread_since = time.monotonic()
+
+    def resume_writing(self) -> None:
+        self._unread_since = None
+
+    def look(self, now: float) -> None:
+        """End what hangs: a front door that does not read its answers, or that has been silent for long."""
+        unread = self._unread_since is not None and now - self._unread_since > UNREAD_S
+        if unread or (self.greeted and now - self._heard_at > SILENT_S):
+            if self._server.may_log():
+                why = "it does not read its answers" if unread else "it has been silent"
+                log.warning("front door cut off", extra={"data": {"why": why}})
+            self.close()
 
     def data_received(self, data: bytes) -> None:
         server, before = self._server, self._frames.held_bytes
+        self._heard_at = time.monotonic()
         try:
             for kind, request, payload in self._frames.feed(data):
                 self._take(kind, request, payload)
@@ -169,7 +192,7 @@ class _FrontDoor(asyncio.Protocol):
             if self._greeting is not None:
                 self._greeting.cancel()
             self.send(remote.message(Kind.HOLDINGS, request, self._server.holdings()))
-        elif len(self.tasks) >= MAX_WAITING:
+        elif len(self.tasks) >= MAX_WAITING or self._unread_since is not None:
             self.send(remote.message(Kind.FAILED, request, _full()))
         elif request not in self.tasks:
             # Decoded here, so that bytes that cannot be read end the connection and not a task.
@@ -181,8 +204,14 @@ class _FrontDoor(asyncio.Protocol):
 
     async def _answer(self, kind: Kind, request: int, asked: Any) -> None:
         try:
-            answered, answer = await _ANSWERS[kind](self._server, asked)
-            self._reply(request, remote.message(answered, request, answer))
+            answered, answer = await ANSWERS[kind](self._server.engine, asked)
+            frame = remote.message(answered, request, answer)
+            if len(frame) > remote.MAX_ANSWER_BYTES:
+                raise InvalidRequest(
+                    f"this node's part of the answer has {len(frame)} bytes, the limit is {remote.MAX_ANSWER_BYTES}: "
+                    "ask for a smaller k, fewer queries, or less in include"
+                )
+            self._reply(request, frame)
         except asyncio.CancelledError:
             return  # nobody waits for it
         except VecsvcError as error:
@@ -211,151 +240,3 @@ class _FrontDoor(asyncio.Protocol):
 
 def _full() -> remote.Failed:
     return remote.failure(Overloaded(f"{MAX_WAITING} requests of this front door wait for an answer"))
-
-
-# ------------------------------------------------------------------------------------------------- answers
-
-
-async def _search(server: ShardServer, asked: tuple[float, tuple[int, ...], remote.Ask]) -> tuple[Kind, Part]:
-    timeout_ms, wanted, ask = asked
-    settings, vectors = ask.settings(timeout_ms), ask.rows()
-    served = _retained(server, ask.index, ask.digest)
-    try:
-        shards = served.some(wanted)
-        search, found, clock = await server.engine.search_part(
-            served, shards, VectorQuery(vectors), settings, of=ask.of
-        )
-        if any(part.stopped for part in found) and clock.passed() and not settings.partial:
-            raise DeadlineExceeded("the search was cut short by the deadline")
-        # Many hits take long enough to name to hold up the event loop.
-        long = settings.k * len(vectors) > schemas.INLINE_HITS
-
-        def make() -> Part:
-            explain = search.explain(found) if "explain" in settings.include else None
-            part = _part(shards, found, len(vectors), settings.k, settings.include)
-            return msgspec.structs.replace(
-                part, queue_s=clock.queue, search_s=clock.search, rerank_s=clock.rerank, explain=explain
-            )
-
-        return Kind.PART, await server.engine.in_thread(make) if long else make()
-    finally:
-        served.release()
-
-
-def _part(shards: list[Shard], found: list[Found], n: int, k: int, include: frozenset[str]) -> Part:
-    """The shards' answers merged: hits of each query by (distance, corpus row)."""
-    counts: list[int] = []
-    distances, rows, ids = [], [], list[Id]()
-    fields: list[bytes] | None = [] if "fields" in include else None
-    vectors: list[bytes] | None = [] if "vector" in include else None
-    for row in range(n):
-        if len(shards) == 1:
-            labels = found[0].labels[row]
-            kept = labels[labels >= 0]
-            picked = [(shards[0], kept)]
-            distances.append(found[0].distances[row][: len(kept)])
-            rows.append(shards[0].rows[kept])
-            ids += shards[0].ids.of(kept.tolist())
-        else:
-            parts = [
-                (part.distances[row], np.where(part.labels[row] >= 0, shard.rows[part.labels[row]], -1))
-                for shard, part in zip(shards, found, strict=True)
-            ]
-            which, position = merge_top_k(parts, k)
-            distances.append(np.array([parts[w][0][p] for w, p in zip(which, position, strict=True)], np.float32))
-            rows.append(np.array([parts[w][1][p] for w, p in zip(which, position, strict=True)], np.int64))
-            picked = [(shards[w], found[w].labels[row, p : p + 1]) for w, p in zip(which, position, strict=True)]
-            ids += [shard.ids.of(labels.tolist())[0] for shard, labels in picked]
-        counts.append(len(rows[-1]))
-        for shard, labels in picked if include else ():
-            if fields is not None:
-                stored = shard.fields.of(labels.tolist()) if shard.fields else [{}] * len(labels)
-                fields += map(schemas.encode, stored)
-            if vectors is not None:
-                vectors += [np.asarray(shard.vectors[label], "<f4").tobytes() for label in labels]
-    visited = [part.visited for part in found]
-    return Part(
-        counts=counts,
-        distances=b"".join(part.astype("<f4", copy=False).tobytes() for part in distances),
-        rows=b"".join(part.astype("<i8", copy=False).tobytes() for part in rows),
-        ids=ids,
-        fields=fields,
-        vectors=b"".join(vectors) if vectors is not None else None,
-        strategy=found[0].strategy if len({part.strategy for part in found}) == 1 else "mixed",
-        visited=-1 if min(visited) < 0 else sum(visited),
-        stopped=any(part.stopped for part in found),
-        queue_s=0.0,
-        search_s=0.0,
-        rerank_s=0.0,
-        explain=None,
-    )
-
-
-async def _find(server: ShardServer, asked: remote.Find) -> tuple[Kind, remote.FoundRow]:
-    served = _retained(server, asked.index, asked.digest)
-    try:
-        for shard in served.shards:
-            label = shard.ids.label(asked.id)
-            if label is not None:
-                return Kind.FOUND, remote.FoundRow(np.asarray(shard.vectors[label], "<f4").tobytes())
-        return Kind.FOUND, remote.FoundRow(None)
-    finally:
-        served.release()
-
-
-async def _embed(server: ShardServer, asked: remote.Embed) -> tuple[Kind, remote.EmbeddedTexts]:
-    served = _retained(server, asked.index, asked.digest)
-    try:
-        if asked.role not in ("query", "passage"):
-            raise ProtocolError(f"role is {asked.role[:80]!r}, expected query or passage")
-        role: Any = asked.role
-        encoder = encoder_of(served)
-        made = await encoder.encode(asked.texts, role, deadline=time.monotonic() + asked.timeout_ms / 1e3)
-    finally:
-        served.release()
-    vectors = made.vectors.astype("<f4", copy=False).tobytes()
-    return Kind.EMBEDDED, remote.EmbeddedTexts(
-        vectors, made.tokens, made.truncated, encoder.spec.name, made.queue_s, made.encode_s
-    )
-
-
-async def _describe(server: ShardServer, asked: remote.Describe) -> tuple[Kind, remote.Description]:
-    served = _retained(server, asked.index, asked.digest)
-    try:
-        return Kind.DESCRIPTION, remote.Description(
-            manifest=msgspec.json.encode(_without_files(served.manifest)),
-            schema=served.stored.serialize().to_pybytes(),
-            encoder=msgspec.json.encode(served.encoder.spec) if served.encoder is not None else b"",
-            centroids=served.centroids.astype("<f4", copy=False).tobytes() if served.centroids is not None else None,
-        )
-    finally:
-        served.release()
-
-
-_ANSWERS: Final[dict[Kind, Any]] = {
-    Kind.SEARCH: _search,
-    Kind.FIND: _find,
-    Kind.EMBED: _embed,
-    Kind.DESCRIBE: _describe,
-}
-
-
-def _retained(server: ShardServer, index: str, digest: str) -> Served:
-    """The version, kept open until the caller releases it: let_go may close it in its thread at any time."""
-    while True:
-        served = server.catalog.version(index, digest)
-        served.retain()
-        # What is still there after that was retained in time.
-        if server.catalog.version(index, digest) is served:
-            return served
-        served.release()
-
-
-def _without_files(manifest: Manifest) -> Manifest:
-    replace = msgspec.structs.replace
-    encoder = manifest.encoder
-    return replace(
-        manifest,
-        shards=[replace(shard, files=[]) for shard in manifest.shards],
-        encoder=replace(encoder, files=[], canaries=[]) if encoder is not None else None,
-    )

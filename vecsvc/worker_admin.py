@@ -76,8 +76,10 @@ class Admin:
     async def listen(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
         """Returns the port. Raises ConfigError."""
         await self._runner.setup()
+        limit = self._parent.settings.header_timeout_s
+        secure: dict[str, Any] = {"ssl": tls, "ssl_handshake_timeout": limit} if tls is not None else {}
         try:
-            self._listener = await asyncio.get_running_loop().create_server(self._server, host, port, ssl=tls)
+            self._listener = await asyncio.get_running_loop().create_server(self._server, host, port, **secure)
         except OSError as error:
             await self.close()
             raise ConfigError(f"cannot listen on {host}:{port}: {_why(error)}; choose another port") from error

@@ -62,6 +62,7 @@ class Place:
         self.counted = Counted()  # the newest of what it counted, by report or by asking
         self.ended = asyncio.Event()  # set when the process that runs now has ended
         self._line: asyncio.StreamWriter | None = None
+        self._unsaid: Order | None = None  # an order that came while a process was being started
 
     @property
     def listening(self) -> bool:
@@ -80,8 +81,11 @@ class Place:
             self.counted = counted
 
     def order(self, what: Order) -> None:
+        """Tell the process; one that is just being started hears it first."""
         if self._line is not None:
             self._line.write(line(what))
+        else:
+            self._unsaid = what
 
     async def live(self, directory: Path, settings: ServeSettings, successor: bool, noticed: Callable[[], None]) -> int:
         """Start a process in this place and hear its reports until it has ended. Returns its exit code."""
@@ -114,6 +118,8 @@ class Place:
                 process.stdin.write(line(given))
                 await process.stdin.drain()
             process.stdin.close()
+            if self._unsaid is not None:
+                self.order(self._unsaid)
             with contextlib.suppress(ConnectionError):
                 while data := await reader.readline():
                     self.report = read(data, Report)

@@ -1,0 +1,167 @@
+"""What a node answers front doors: its shards' parts of a search, rows by id, encoded texts, what a version is."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from vecsvc import remote, schemas
+from vecsvc.catalog import Served
+from vecsvc.engine import Engine
+from vecsvc.errors import DeadlineExceeded, NotReady, ProtocolError
+from vecsvc.manifest import Manifest
+from vecsvc.question_checks import encoder_of
+from vecsvc.ranking import merge_top_k
+from vecsvc.remote import Kind, Part
+from vecsvc.shard import Found, Shard
+from vecsvc.types import Id, VectorQuery
+
+
+async def _search(engine: Engine, asked: tuple[float, tuple[int, ...], remote.Ask]) -> tuple[Kind, Part]:
+    timeout_ms, wanted, ask = asked
+    settings, vectors = ask.settings(timeout_ms), ask.rows()
+    served = _retained(engine, ask.index, ask.digest)
+    try:
+        shards = served.some(wanted)
+        search, found, clock = await engine.search_part(served, shards, VectorQuery(vectors), settings, of=ask.of)
+        if any(part.stopped for part in found) and clock.passed() and not settings.partial:
+            raise DeadlineExceeded("the search was cut short by the deadline")
+        # Many hits take long enough to name to hold up the event loop.
+        long = settings.k * len(vectors) > schemas.INLINE_HITS
+
+        def make() -> Part:
+            explain = search.explain(found) if "explain" in settings.include else None
+            part = _part(shards, found, len(vectors), settings.k, settings.include)
+            return msgspec.structs.replace(
+                part, queue_s=clock.queue, search_s=clock.search, rerank_s=clock.rerank, explain=explain
+            )
+
+        return Kind.PART, await engine.in_thread(make) if long else make()
+    finally:
+        served.release()
+
+
+def _part(shards: list[Shard], found: list[Found], n: int, k: int, include: frozenset[str]) -> Part:
+    """The shards' answers merged: hits of each query by (distance, corpus row)."""
+    counts: list[int] = []
+    distances, rows, ids = [], [], list[Id]()
+    fields: list[bytes] | None = [] if "fields" in include else None
+    vectors: list[bytes] | None = [] if "vector" in include else None
+    for row in range(n):
+        if len(shards) == 1:
+            labels = found[0].labels[row]
+            kept = labels[labels >= 0]
+            picked = [(shards[0], kept)]
+            distances.append(found[0].distances[row][: len(kept)])
+            rows.append(shards[0].rows[kept])
+            ids += shards[0].ids.of(kept.tolist())
+        else:
+            parts = [
+                (part.distances[row], np.where(part.labels[row] >= 0, shard.rows[part.labels[row]], -1))
+                for shard, part in zip(shards, found, strict=True)
+            ]
+            which, position = merge_top_k(parts, k)
+            distances.append(np.array([parts[w][0][p] for w, p in zip(which, position, strict=True)], np.float32))
+            rows.append(np.array([parts[w][1][p] for w, p in zip(which, position, strict=True)], np.int64))
+            picked = [(shards[w], found[w].labels[row, p : p + 1]) for w, p in zip(which, position, strict=True)]
+            ids += [shard.ids.of(labels.tolist())[0] for shard, labels in picked]
+        counts.append(len(rows[-1]))
+        for shard, labels in picked if include else ():
+            if fields is not None:
+                stored = shard.fields.of(labels.tolist()) if shard.fields else [{}] * len(labels)
+                fields += map(schemas.encode, stored)
+            if vectors is not None:
+                vectors += [np.asarray(shard.vectors[label], "<f4").tobytes() for label in labels]
+    visited = [part.visited for part in found]
+    return Part(
+        counts=counts,
+        distances=b"".join(part.astype("<f4", copy=False).tobytes() for part in distances),
+        rows=b"".join(part.astype("<i8", copy=False).tobytes() for part in rows),
+        ids=ids,
+        fields=fields,
+        vectors=b"".join(vectors) if vectors is not None else None,
+        strategy=found[0].strategy if len({part.strategy for part in found}) == 1 else "mixed",
+        visited=-1 if min(visited) < 0 else sum(visited),
+        stopped=any(part.stopped for part in found),
+        queue_s=0.0,
+        search_s=0.0,
+        rerank_s=0.0,
+        explain=None,
+    )
+
+
+async def _find(engine: Engine, asked: remote.Find) -> tuple[Kind, remote.FoundRow]:
+    served = _retained(engine, asked.index, asked.digest)
+    try:
+        for shard in served.shards:
+            label = shard.ids.label(asked.id)
+            if label is not None:
+                return Kind.FOUND, remote.FoundRow(np.asarray(shard.vectors[label], "<f4").tobytes())
+        return Kind.FOUND, remote.FoundRow(None)
+    finally:
+        served.release()
+
+
+async def _embed(engine: Engine, asked: remote.Embed) -> tuple[Kind, remote.EmbeddedTexts]:
+    served = _retained(engine, asked.index, asked.digest)
+    try:
+        if asked.role not in ("query", "passage"):
+            raise ProtocolError(f"role is {asked.role[:80]!r}, expected query or passage")
+        role: Any = asked.role
+        encoder = encoder_of(served)
+        made = await encoder.encode(asked.texts, role, deadline=time.monotonic() + asked.timeout_ms / 1e3)
+    finally:
+        served.release()
+    vectors = made.vectors.astype("<f4", copy=False).tobytes()
+    return Kind.EMBEDDED, remote.EmbeddedTexts(
+        vectors, made.tokens, made.truncated, encoder.spec.name, made.queue_s, made.encode_s
+    )
+
+
+async def _describe(engine: Engine, asked: remote.Describe) -> tuple[Kind, remote.Description]:
+    served = _retained(engine, asked.index, asked.digest)
+    try:
+        return Kind.DESCRIPTION, remote.Description(
+            manifest=msgspec.json.encode(_without_files(served.manifest)),
+            schema=served.stored.serialize().to_pybytes(),
+            encoder=msgspec.json.encode(served.encoder.spec) if served.encoder is not None else b"",
+            centroids=served.centroids.astype("<f4", copy=False).tobytes() if served.centroids is not None else None,
+        )
+    finally:
+        served.release()
+
+
+ANSWERS: Final[dict[Kind, Any]] = {
+    Kind.SEARCH: _search,
+    Kind.FIND: _find,
+    Kind.EMBED: _embed,
+    Kind.DESCRIBE: _describe,
+}
+
+
+def _retained(engine: Engine, index: str, digest: str) -> Served:
+    """The version, kept open until the caller releases it: let_go may close it in its thread at any time."""
+    while True:
+        served = engine.catalog.version(index, digest)
+        served.retain()
+        # What is still there after that was retained in time.
+        try:
+            if engine.catalog.version(index, digest) is served:
+                return served
+        except NotReady:
+            served.release()
+            raise
+        served.release()
+
+
+def _without_files(manifest: Manifest) -> Manifest:
+    replace = msgspec.structs.replace
+    encoder = manifest.encoder
+    return replace(
+        manifest,
+        shards=[replace(shard, files=[]) for shard in manifest.shards],
+        encoder=replace(encoder, files=[], canaries=[]) if encoder is not None else None,
+    )
