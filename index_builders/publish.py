@@ -219,7 +219,7 @@ def merge(parts: Sequence[Part], name: str, version: str) -> Manifest:
         shown = ", ".join(map(str, missing[:MAX_NAMED])) + (", ..." if len(missing) > MAX_NAMED else "")
         raise VersionIncomplete(
             f"version {version} has {len(parts)} of {first.shards} shards, missing: {shown}. Build what is missing: "
-            f"vecsvc build-index CORPUS --shard {missing[0]}/{first.shards} --version {version}"
+            f"vecsvc build-index CORPUS --name {name} --shard {missing[0]}/{first.shards} --version {version}"
         )
     rows = sum(part.shard.size for part in parts)
     if rows != first.corpus.rows:

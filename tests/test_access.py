@@ -367,7 +367,7 @@ def keys(keys_file: Path) -> dict[str, str]:
         prometheus={"scopes": ["metrics"]},
         gone={"scopes": ["admin"], "expires": dt.date(2020, 1, 1)},
         slow={"scopes": ["read"], "rate_per_s": 0.01, "burst": 3},
-        owing={"scopes": ["read"], "rate_per_s": 0.5, "burst": 2},
+        owing={"scopes": ["read"], "rate_per_s": 0.01, "burst": 101},
         wrong={"scopes": ["read"], "rate_per_s": 0.01, "burst": 3},
     )
 
@@ -501,10 +501,12 @@ def test_a_wrong_question_counts_once(guarded: Service, keys: dict[str, str]) ->
 
 def test_a_batch_counts_as_many_queries_as_it_has(guarded: Service, keys: dict[str, str]) -> None:
     headers = JSON | {"X-API-Key": keys["owing"]}
-    rows = json.dumps({"vectors": [[1.0] * service.DIM] * 101}).encode()
+    rows, too_many = (json.dumps({"vectors": [[1.0] * service.DIM] * n}).encode() for n in (100, 102))
+    never = guarded.ask("POST", "/search/batch", too_many, headers)
+    assert never.status == 422 and "102 queries or texts" in never.message and "101 at once" in never.message
     assert guarded.ask("POST", "/search/batch", rows, headers).status == 200
     refused = guarded.ask("POST", "/search/batch", rows, headers)
-    assert refused.status == 429 and refused.json()["error"]["retry_after_ms"] > 150_000
+    assert refused.status == 429 and refused.json()["error"]["retry_after_ms"] > 1000
 
 
 def test_who_was_let_in_is_logged_by_name_and_no_key_ever_is(keys_file: Path, keys: dict[str, str]) -> None:

@@ -123,7 +123,13 @@ def test_nothing_is_written_where_nothing_stays_within_the_loss(folder: Path, tm
 
 
 def test_a_crash_anywhere_leaves_no_encoder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for point in ("create model.onnx", "fsync model.onnx", "write encoder.json.tmp", "rename encoder.json", "rename out"):
+    for point in (
+        "create model.onnx",
+        "fsync model.onnx",
+        "write encoder.json.tmp",
+        "rename encoder.json",
+        "rename out",
+    ):
 
         def fail(at: str, point: str = point) -> None:
             if at == point:

@@ -428,7 +428,7 @@ def test_a_shard_without_a_node_fails_at_once_and_nobody_is_asked(run: Run) -> N
         settings = RouteSettings()
         (fake,) = (FakeNode("a", settings, answering(0.001)),)
         began = now()
-        with pytest.raises(ShardsMissing, match="shard 0: no node that holds it is connected"):
+        with pytest.raises(ShardsMissing, match="shard 0: no node that is connected has it of this version"):
             await ask([group(0, []), group(1, [fake])], budgets(settings))
         assert now() == began and fake.asked == 0
         fake.lose()

@@ -26,6 +26,7 @@ from vecsvc.errors import (
     UnknownIndex,
     UnknownModel,
     VecsvcError,
+    listed,
 )
 from vecsvc.manifest import CENTROIDS_FILE, Manifest, check_files, read_manifest
 from vecsvc.shard import Shard
@@ -87,6 +88,11 @@ class Served:
             self.numbers = _chosen(self.manifest, settings.shards, path)
             others = {f"shards/{n:03d}/" for n in range(len(self.manifest.shards)) if n not in self.numbers}
             files = [file for file in self.manifest.files() if not file.path.startswith(tuple(others))]
+            absent = [n for n in self.numbers if not (path / "shards" / f"{n:03d}").is_dir()]
+            if absent:
+                raise ArtifactDamaged(
+                    f"{path}: shards {listed(absent)} are not here; where only some were pulled, serve with --shards"
+                )
             check_files(path, files, hashes=settings.verify == "hash")
             self._open(path, settings)
         except BaseException:
@@ -406,12 +412,27 @@ class Catalog:
             log.exception("cannot serve", extra={"data": {"index": folder.name, "version": version}})
             raise ArtifactUnfit(why) from error
         self._failed.pop(folder.name, None)
+        if before is None:
+            self._open_before(folder, version)
         if before is not None:
             # First kept, then replaced: a front door must find it at any moment.
             before.asked_at = time.monotonic()
             self._previous = {**self._previous, folder.name: [*self._previous.get(folder.name, []), before]}
         self._served = {**self._served, folder.name: served}
         return True
+
+    def _open_before(self, folder: IndexFolder, version: str) -> None:
+        """At start a node opens the version before too: front doors may still be on it, and have no other node."""
+        versions = folder.versions() if self._keep_previous_s else []
+        older = versions[: versions.index(version)] if version in versions else []
+        if not older:
+            return
+        try:
+            served = Served(folder, older[-1], self._settings, self.encoders)
+        except (VecsvcError, MemoryError, OSError) as error:
+            log.info("not kept", extra={"data": {"index": folder.name, "version": older[-1], "why": str(error)}})
+            return
+        self._previous = {**self._previous, folder.name: [served]}
 
     def gauges(self, metrics: Metrics) -> None:
         """Set what is looked up when metrics are asked for."""

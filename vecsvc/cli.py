@@ -472,8 +472,9 @@ def _one(directory: Path) -> IndexFolder:
 @click.argument("target", metavar="STORE")
 @click.option("--version", default="", help="the version to push; the one that serves otherwise")
 @click.option("--shard", type=click.IntRange(0), help="only this shard, built by build-index --shard; needs --version")
+@click.option("--again", is_flag=True, help="send every file, also where one of its size is there: mends a damaged one")
 @json_option
-def push(directory: Path, target: str, version: str, shard: int | None, as_json: bool) -> None:
+def push(directory: Path, target: str, version: str, shard: int | None, again: bool, as_json: bool) -> None:
     """Copy an index in DIR into STORE, s3://bucket/prefix or a folder, and let it serve there.
 
     In STORE it lies as in DIR, under its name. With --shard nothing serves before vecsvc publish STORE.
@@ -483,7 +484,7 @@ def push(directory: Path, target: str, version: str, shard: int | None, as_json:
     if shard is not None and not version:
         raise ConfigError("--shard needs --version: it is what the shards of one index have in common")
     if shard is None:
-        moved = pushing.push(directory, target, version=version)
+        moved = pushing.push(directory, target, version=version, again=again)
     else:
         moved = pushing.push_part(directory, target, version, shard)
     click.echo(msgspec.json.encode(moved) if as_json else moved.told())

@@ -45,7 +45,10 @@ class HttpSettings:
     port: int = option(8080, "port of /search; 0 lets the system choose", low=0, high=65_535)
     admin_host: str = option("127.0.0.1", "address that the admin port listens on")
     admin_port: int = option(
-        8081, "port of /metrics, probes, reload and rollback; 0 lets the system choose", low=0, high=65_535
+        8081,
+        "port of /metrics and probes, in `serve` of reload and rollback too; 0 for any",
+        low=0,
+        high=65_535,
     )
     max_in_flight: int = option(
         64, "questions that are at work or wait for it; one more is refused with 429", low=1, high=100_000

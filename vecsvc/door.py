@@ -9,6 +9,7 @@ from aiohttp import HttpVersion11, hdrs, web
 
 from vecsvc.access import KEY_HEADER, Key, Keyring, Scope
 from vecsvc.admission import Admission, Load
+from vecsvc.errors import InvalidRequest
 
 Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -60,10 +61,18 @@ class Door:
             key.owe(-1)
 
     def owe(self, request: web.Request, queries: int) -> None:
-        """Tell how many queries or texts a request turned out to hold; one was counted when it came."""
+        """Tell how many queries or texts a request turned out to hold; one was counted when it came.
+
+        Raises InvalidRequest where they are more than the key may ever ask at once.
+        """
         key = request.get(_KEY)
-        if key is not None:
-            key.owe(queries - 1)
+        if key is None:
+            return
+        if key.rate_per_s is not None and queries > key.burst:
+            raise InvalidRequest(
+                f"{queries} queries or texts, and key {key.name!r} may ask {key.burst} at once: send fewer"
+            )
+        key.owe(queries - 1)
 
     def name(self, request: web.Request) -> str | None:
         """The name of the key that a request was let in with."""

@@ -170,6 +170,8 @@ class Call:
         for group in self.groups:
             # What is wrong with the question is so for every shard, and no part of an answer makes up for it.
             if group.error is not None and (not self._partial or isinstance(group.error, UserError)):
+                if isinstance(group.error, ShardsMissing):
+                    group.error = ShardsMissing(f"{group.error}; ask again, or with partial for what is there")
                 raise group.error
 
     # --------------------------------------------------------------------------------------------- choosing
@@ -373,5 +375,4 @@ def _shards(group: Group) -> str:
 
 
 def _missing(group: Group, why: str = "") -> ShardsMissing:
-    tried = why or "no node that holds it is connected"
-    return ShardsMissing(f"{_shards(group)}: {tried}; ask again, or with partial for what is there")
+    return ShardsMissing(f"{_shards(group)}: {why or 'no node that is connected has it of this version'}")

@@ -30,6 +30,8 @@ RECONNECT_S: Final = (0.05, 2.0)  # first and longest wait before a lost connect
 STEADY_S: Final = 1.0  # a connection that held so long is tried again after the first wait
 MAX_UNSENT_BYTES: Final = 64 << 20  # questions that a node has not read; past that others are asked
 
+_NO_NODE: Final = "is that its --shard-port, and do both sides or neither have shard_tls_cert, of one authority?"
+
 # Called once with an answer's kind and payload, or with the error that ended the wait for it.
 Reply = Callable[[Kind | None, bytes, NodeFailed | None], None]
 
@@ -310,10 +312,13 @@ class _Connection(asyncio.Protocol):
                     if reply is not None:  # None for what was cancelled
                         reply(kind, payload, None)
         except ProtocolError as error:
-            self.close(str(error))
+            hint = "" if self.greeted.done() else f"; {_NO_NODE}"
+            self.close(f"node {self._name}: {error}{hint}")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(NodeFailed(f"node {self._name} broke off: {exc or 'it closed the connection'}"))
+        why = str(exc or "it closed the connection")
+        hint = "" if self.greeted.done() else f" before it said what it holds; {_NO_NODE}"
+        self._end(NodeFailed(f"node {self._name} broke off: {why}{hint}"))
 
     def close(self, why: str) -> None:
         if self._transport is not None:

@@ -22,12 +22,12 @@ from vecsvc.transfer import Moved, index_store, move_all, total_bytes
 _PART: Final = re.compile(r"part-(\d{3})\.json")
 
 
-def push(directory: Path, target: str, *, version: str = "") -> Moved:
+def push(directory: Path, target: str, *, version: str = "", again: bool = False) -> Moved:
     """Copy a version of the index in `directory` into a store, where it serves from then on.
 
-    Without `version` it is the one that serves here. One that is there already is not sent again; a push that died
-    begins anew, for a store tells no hashes. Raises ConfigError, UnknownVersion, VersionExists, ArtifactDamaged or
-    StorageError.
+    Without `version` it is the one that serves here. Of one that is there already only files of another size are sent,
+    or with `again` all: a store tells no hashes, so a push that died begins anew, too. Raises ConfigError,
+    UnknownVersion, VersionExists, ArtifactDamaged or StorageError.
     """
     folders = index_folders(directory)
     if len(folders) > 1:
@@ -42,7 +42,10 @@ def push(directory: Path, target: str, *, version: str = "") -> Moved:
         manifest = read_manifest(path)
         data = (path / MANIFEST).read_bytes()
         there = index.read(f"{version}/{MANIFEST}", MAX_MANIFEST_BYTES)
-        files = manifest.files() if there is None else []
+        files = manifest.files()
+        if there is not None and not again:
+            sizes = index.at(version).sizes()
+            files = [file for file in files if sizes.get(file.path) != file.size_bytes]
         if there is not None and there != data:
             raise VersionExists(f"{index.label(version)} is another build of that name: push under another version")
         check_files(path, files, hashes=False)
@@ -72,6 +75,8 @@ def push_part(directory: Path, target: str, version: str, shard: int) -> Moved:
         f"vecsvc build-index CORPUS --shard {shard}/N --version {version}"
     )
     if lease is None:
+        if any((folder / version / MANIFEST).is_file() for folder in candidates):
+            raise ConfigError(f"version {version} is published in {directory}, shards and all: push it without --shard")
         raise missing
     try:
         part = read_part(found[0])
@@ -118,7 +123,7 @@ def check_sizes(place: Store, files: Iterable[FileEntry]) -> None:
     for file in files:
         if sizes.get(file.path) != file.size_bytes:
             have = "is missing" if file.path not in sizes else f"has {sizes[file.path]} bytes"
-            raise StorageError(f"{place.label(file.path)}: {have}, expected {file.size_bytes}; push it again")
+            raise StorageError(f"{place.label(file.path)}: {have}, expected {file.size_bytes}; push it with --again")
 
 
 def serve(index: Store, version: str) -> None:

@@ -204,6 +204,9 @@ class Search:
         found = {shard.number: label for shard in self.shards if (label := shard.ids.label(query.id)) is not None}
         if found:
             return found
+        if not self.served.whole:
+            held = listed(self.served.numbers)
+            raise ShardsMissing(f"id {query.id!r} is in none of the shards {held} that are held here: ask a front door")
         raise UnknownId(f"index {self.served.name!r} has no id {query.id!r}")
 
     def _columns(self, found: Sequence[Found | None], first: int, n: int) -> Columns:

@@ -124,11 +124,14 @@ class Router:
         self._discovery = Discovery(Path(settings.config))
         self._nodes: dict[Address, tuple[Node, asyncio.Task[None]]] = {}
         self.serving: dict[str, RoutedVersion] = {}
+        self._first_seen: float | None = None  # when a node was first seen to hold something
+        self._waiting: dict[str, list[int]] = {}  # digest of a version that waits -> shards that nobody serves
+        self._waiting_of: dict[str, str] = {}  # and its index
         self._since: dict[tuple[str, str, str], float] = {}  # version -> since when every shard of it can be served
         self._changed = asyncio.Event()
         self.ready = asyncio.Event()  # set once all questions could be answered
         self._problems: dict[str, str] = {"vecsvc": "no node was reached yet"}
-        self._answerable_since: float | None = None  # since when some shard of some index has a node
+        self._answerable = False  # whether some shard of some index has a node
         self.metrics = RouteMetrics(
             metrics.registry,
             lambda: [(n.state, n.ejections) for n in self.nodes()],
@@ -145,8 +148,8 @@ class Router:
         A shard that is gone is gone for all front doors: were they all to call themselves unready, nobody would be
         there to say what is missing, to answer in part, or to answer from other indexes.
         """
-        since = self._answerable_since
-        if since is not None and (self.ready.is_set() or time.monotonic() - since >= FIRST_WAIT_S):
+        waited = self._first_seen is not None and time.monotonic() - self._first_seen >= FIRST_WAIT_S
+        if self._answerable and (self.ready.is_set() or waited):
             return ""
         return self.told(self._problems) or "not every node was asked yet"
 
@@ -204,6 +207,8 @@ class Router:
         nodes = self.nodes()
         problems: dict[str, str] = {}
         offers = _offers(nodes)
+        if offers and self._first_seen is None:
+            self._first_seen = time.monotonic()
         for key in self._since.keys() - {(o.index, o.version, o.digest) for o in offers}:
             del self._since[key]
         for name in sorted({offer.index for offer in offers} | self.serving.keys())[:MAX_INDEXES]:
@@ -215,6 +220,7 @@ class Router:
                 except VecsvcError as error:
                     problems[name] = str(error)
             serving = self.serving.get(name)
+            self._tell_waiting(name, serving, mine)
             if serving is not None:
                 serving.regroup(nodes)
                 serving.keep(nodes)
@@ -233,12 +239,24 @@ class Router:
             level = logging.WARNING if problems else logging.INFO
             log.log(level, "not whole" if problems else "ready", extra={"data": {"why": self.told(problems)}})
         self._problems = problems
-        if not any(nodes for version in self.serving.values() for _, nodes in version.groups):
-            self._answerable_since = None
-        elif self._answerable_since is None:
-            self._answerable_since = time.monotonic()
+        self._answerable = any(nodes for version in self.serving.values() for _, nodes in version.groups)
         if not problems:
             self.ready.set()
+
+    def _tell_waiting(self, name: str, serving: RoutedVersion | None, offers: list[_Offer]) -> None:
+        """Say once of a version what keeps it from serving."""
+        told = {}
+        for offer in offers:
+            if offer.current and offer.missing and (serving is None or offer.digest != serving.digest):
+                told[offer.digest] = offer.missing
+                if self._waiting.get(offer.digest) != offer.missing:
+                    facts = {"index": name, "version": offer.version, "shards": listed(offer.missing)}
+                    log.info("a version waits for shards", extra={"data": facts})
+        for digest in [d for d, of in self._waiting_of.items() if of == name and d not in told]:
+            self._waiting.pop(digest, None)
+            del self._waiting_of[digest]
+        self._waiting |= told
+        self._waiting_of |= dict.fromkeys(told, name)
 
     @staticmethod
     def told(problems: dict[str, str]) -> str:
@@ -256,7 +274,7 @@ class Router:
             else:
                 self._since.setdefault(key, now)
         if not whole:
-            return None
+            return self._least_missing(offers, now) if serving is None else None
         # What its nodes call current comes before what they only keep; then the newest.
         best = max(whole, key=lambda offer: (offer.current_everywhere, offer.created, offer.version))
         if serving is None:
@@ -270,6 +288,13 @@ class Router:
             return None
         waited = now - self._since[best.index, best.version, best.digest]
         return best if best.on_all_nodes or waited >= self._settings.flip_wait_s else None
+
+    def _least_missing(self, offers: list[_Offer], now: float) -> _Offer | None:
+        """What a front door serves that starts while a shard is gone; None while that may still come."""
+        current = [offer for offer in offers if offer.current]
+        if not current or self._first_seen is None or now - self._first_seen < FIRST_WAIT_S:
+            return None
+        return max(current, key=lambda offer: (-len(offer.missing), offer.created, offer.version))
 
     async def _flip(self, offer: _Offer) -> None:
         description = await self._describe(offer)
@@ -309,6 +334,11 @@ class _Offer:
         self._shards.update(held.shards)
         if held.current:
             self._current.update(held.shards)
+
+    @property
+    def current(self) -> bool:
+        """Whether some node serves it as its current version."""
+        return bool(self._current)
 
     @property
     def missing(self) -> list[int]:
