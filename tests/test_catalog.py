@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -373,3 +374,36 @@ def test_vectors_of_a_retired_version_can_still_be_read_by_who_holds_them(
     catalog.refresh()
     assert folder.gc(0) == ["v1"]
     assert np.array_equal(vectors, make_vectors(40, 8, seed=1)), "a map outlives its file's name"
+
+
+def test_a_node_that_starts_in_the_middle_of_a_roll_out_has_the_version_before_for_front_doors(
+    out: Path, folder: IndexFolder
+) -> None:
+    folder.serve("v2")
+    node = Catalog(out, ServeSettings(shard_port=0, previous_version_s=0.2))
+    node.refresh()
+    assert [(served.version, current) for served, current in node.held()] == [("v2", True), ("v1", False)]
+    digest = node.held()[1][0].digest
+    assert node.version("demo", digest).version == "v1"
+    # Nobody asked for it so long, so it goes.
+    end = time.monotonic() + 10
+    while not node.let_go():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert [served.version for served, _ in node.held()] == ["v2"] and not held(folder, "v1")
+    node.close()
+
+
+def test_without_a_shard_port_and_where_the_version_before_is_damaged_there_is_only_the_current_one(
+    out: Path, folder: IndexFolder
+) -> None:
+    folder.serve("v2")
+    plain = Catalog(out, ServeSettings())
+    plain.refresh()
+    assert [served.version for served, _ in plain.held()] == ["v2"]
+    plain.close()
+    damage(folder, "v1")
+    node = Catalog(out, ServeSettings(shard_port=0))
+    node.refresh()
+    assert [served.version for served, _ in node.held()] == ["v2"] and not node.problem()
+    node.close()

@@ -232,7 +232,9 @@ def test_a_damaged_file_is_refused_by_name_and_what_serves_stays(
         pull(store, out)
     folder = IndexFolder(out / "demo")
     assert (folder.current(), folder.versions()) == ("v1", ["v1"]) and answers(out, QUERIES) == before
-    Store.open(f"{store}/demo/v2").put(path, (built / "demo/v2" / path).read_bytes())
+    # Of one size the store cannot tell it from the right one, so that takes a push of everything.
+    assert push(built, store).files == (0 if change is flip else 1)
+    push(built, store, again=True)
     pull(store, out)
     assert current_version(folder).version == "v2" and not strays(folder)
 
