@@ -18,9 +18,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python data/demo.py
 
-# A file of tests at a time on each core, and those that a busy machine would disturb afterwards.
+# On all cores, and those tests that a busy machine would disturb afterwards.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
 check: $(STAMP)

@@ -126,17 +126,31 @@ def test_a_question_by_id_leaves_the_row_out_whichever_shard_holds_it(both: tupl
             assert [hit["id"] for hit in found["results"]] == expected
 
 
+def nearly(one: Any, other: Any) -> bool:
+    """Equal but for the last digits of numbers: what a text shares a run of the encoder with moves those."""
+    if isinstance(one, float):
+        return isinstance(other, float) and abs(one - other) < 1e-5
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(nearly(one[n], other[n]) for n in one)
+    if isinstance(one, list):
+        return isinstance(other, list) and len(one) == len(other) and all(map(nearly, one, other))
+    return bool(one == other)
+
+
 def test_a_text_is_encoded_once_and_answered_as_by_one_process(both: tuple[Service, Service]) -> None:
+    def asked(path: str, question: Any) -> Any:
+        door, alone = (without_times(service.post(path, question).json()) for service in both)
+        assert nearly(door, alone), (door, alone)
+        return door
+
     for text in ("river cloud", "stone " * 400):
-        found = same(both, "/indexes/texts/search", {"text": text, "k": 5, "include": ["fields"]})
-        assert found["encoder"] == "tiny"
+        found = asked("/indexes/texts/search", {"text": text, "k": 5, "include": ["fields"]})
+        assert found["encoder"] == "tiny" and len(found["results"]) == 5
     assert found["coverage"]["degraded"]
-    same(both, "/indexes/texts/search/batch", {"texts": ["river", "fire bread", "music " * 300], "k": 3})
+    asked("/indexes/texts/search/batch", {"texts": ["river", "fire bread", "music " * 300], "k": 3})
     door, alone = (service.get("/indexes/texts/search?q=house+tree&k=4") for service in both)
-    assert without_times(door.json()) == without_times(alone.json())
-    embedded = {"input": ["river", "cloud"], "model": "texts"}
-    door, alone = (service.post("/v1/embeddings", embedded) for service in both)
-    assert door.json() == alone.json()
+    assert nearly(without_times(door.json()), without_times(alone.json()))
+    assert len(asked("/v1/embeddings", {"input": ["river", "cloud"], "model": "texts"})["data"]) == 2
 
 
 @pytest.mark.parametrize("k", [1, 10, 200])
