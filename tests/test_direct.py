@@ -218,6 +218,7 @@ def test_a_question_behind_a_slow_one_waits_for_its_turn(short: Service) -> None
     assert len(first["results"]) == 400 and len(second["results"]) == 5
 
 
+@pytest.mark.alone
 def test_a_body_may_come_behind_its_head(short: Service) -> None:
     """As http.client and others send it. Whether it came in time is up to the machine; the answer is the same."""
     before, head = len(ways(short)), len(WHOLE) - len(QUESTION)
