@@ -17,7 +17,7 @@ from index_builders import bulk_encode
 from index_builders.corpus import Corpus
 from vecsvc.config import BuildSettings
 from vecsvc.encoders.folder import encoder_files
-from vecsvc.errors import StorageError, VecsvcError
+from vecsvc.errors import StorageError, UserError, VecsvcError
 from vecsvc.manifest import FORMAT_VERSION, CorpusEntry, EncoderEntry, FileEntry, Phase, check_files
 from vecsvc.storage import STAGING, STATE, IndexFolder, Lease, delete_file, delete_folder, replace_file
 from vecsvc.types import IndexSpec, Metric
@@ -103,6 +103,19 @@ class Job:
         if self.staging.exists():
             delete_folder(self.staging)
         forget(self.state_path)
+
+
+@contextlib.contextmanager
+def begun(job: Job, *, fresh: bool) -> Iterator[None]:
+    """Around the steps of a build: a fresh one begins in an empty folder, one that is refused leaves nothing."""
+    if fresh:
+        empty(job.staging)
+        job.save()
+    try:
+        yield
+    except UserError:
+        job.discard()
+        raise
 
 
 def build_key(corpus: Corpus, settings: BuildSettings, params: Mapping[str, Any], encoder_folder: Path | None) -> str:

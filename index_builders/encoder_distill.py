@@ -260,10 +260,11 @@ def _measure(
             teacher_recall = _recall(expected, pairs, np.concatenate([expected[: len(test.texts)], pool]))
     finally:
         encoder.close()
+    learnt_texts, learnt_pairs = learnt.flat()
     return encoder.spec, Measured(
         teacher=teacher.spec.name,
-        texts=len(learnt.flat()[0]),
-        pairs=len(learnt.flat()[1]),
+        texts=len(learnt_texts),
+        pairs=len(learnt_pairs),
         held_out=len(test.texts),
         cosine=round(float(cosines.mean()), 4),
         cosine_min=round(float(cosines.min()), 4),

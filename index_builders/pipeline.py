@@ -17,8 +17,8 @@ from index_builders.build_manifest import check_recall, make_manifest
 from index_builders.build_state import (
     Job,
     State,
+    begun,
     build_key,
-    empty,
     forget,
     free_version,
     interrupted,
@@ -29,7 +29,7 @@ from index_builders.index_shards import index_shards
 from index_builders.ingest import ingest
 from vecsvc.config import BuildSettings
 from vecsvc.encoders import default_encoder, encoder_path
-from vecsvc.errors import ConfigError, CorpusError, UserError, VecsvcError, VersionExists
+from vecsvc.errors import ConfigError, CorpusError, VecsvcError, VersionExists
 from vecsvc.manifest import Manifest, check_files, read_manifest, write_manifest
 from vecsvc.storage import (
     MANIFEST,
@@ -95,14 +95,8 @@ def build_index(
             state=state or State(key),
             stream=stream,
         )
-        if state is None:
-            empty(staging)
-            job.save()
-        try:
+        with begun(job, fresh=state is None):
             return _run(job, folder, version, lease, require_recall)
-        except UserError:
-            job.discard()
-            raise
     finally:
         lease.release()
 

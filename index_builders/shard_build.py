@@ -14,12 +14,12 @@ from typing import Any, TextIO
 import msgspec
 
 from index_builders.build_manifest import provenance, shard_entries
-from index_builders.build_state import Job, State, build_key, empty, read_state, shared_settings, whole
+from index_builders.build_state import Job, State, begun, build_key, read_state, shared_settings, whole
 from index_builders.index_shards import index_shards
 from index_builders.ingest import ingest
 from index_builders.pipeline import prepare
 from vecsvc.config import BuildSettings
-from vecsvc.errors import ConfigError, UserError, VecsvcError, VersionExists
+from vecsvc.errors import ConfigError, VecsvcError, VersionExists
 from vecsvc.manifest import FORMAT_VERSION
 from vecsvc.parts import PART_FILE, Part, part_folder, read_part, write_part
 from vecsvc.storage import delete_file, take_folder
@@ -69,13 +69,8 @@ def build_shard(
         )
         if state is None:
             delete_file(place / PART_FILE)  # first, so that there is never a part without its files
-            empty(place)
-            job.save()
-        try:
+        with begun(job, fresh=state is None):
             return _run(job, folder.name, number)
-        except UserError:
-            job.discard()
-            raise
     finally:
         lease.release()
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
-import logging
 import socket
 from collections.abc import Iterator
 from typing import Any
 
-import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
+import s3
 
 import index_builders.corpus as corpus_module
 from index_builders.corpus import open_corpus
@@ -35,40 +34,25 @@ def parquet(ids: list[str], **options: Any) -> bytes:
 
 
 def put(endpoint: str, key: str, body: bytes) -> None:
-    client = boto3.client(
-        "s3", endpoint_url=endpoint, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1"
-    )
-    client.create_bucket(Bucket=BUCKET)
-    client.put_object(Bucket=BUCKET, Key=key, Body=body)
-    client.close()
+    with contextlib.closing(s3.client(endpoint)) as client:
+        client.create_bucket(Bucket=BUCKET)
+        client.put_object(Bucket=BUCKET, Key=key, Body=body)
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for key in KEYS:
-        put(f"http://{host}:{port}", key, parquet([f"{key}-{i}" for i in range(3)]))
-    put(f"http://{host}:{port}", "many/", b"")  # the marker that consoles leave for a folder
-    put(f"http://{host}:{port}", "many/notes.txt", b"no corpus")
-    put(f"http://{host}:{port}", "broken.parquet", parquet(["a"])[:-9])
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3.serving() as endpoint:
+        for key in KEYS:
+            put(endpoint, key, parquet([f"{key}-{i}" for i in range(3)]))
+        put(endpoint, "many/", b"")  # the marker that consoles leave for a folder
+        put(endpoint, "many/notes.txt", b"no corpus")
+        put(endpoint, "broken.parquet", parquet(["a"])[:-9])
+        yield endpoint
 
 
 @pytest.fixture(autouse=True)
 def environment(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> pytest.MonkeyPatch:
-    """The AWS_* environment of a user of this server, and of nothing else on this machine."""
-    for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    s3.set_environment(endpoint, monkeypatch, tmp_path)
     return monkeypatch
 
 
@@ -219,14 +203,11 @@ def test_an_endpoint_that_stays_silent_fails_within_seconds(environment: pytest.
 
 
 def test_a_server_that_goes_away_while_it_is_read_is_told(environment: pytest.MonkeyPatch) -> None:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    put(f"http://{host}:{port}", "gone/a.parquet", parquet(["a"]))
-    put(f"http://{host}:{port}", "gone/b.parquet", parquet(["b"]))
-    reading = open_corpus(f"s3://{BUCKET}/gone", metric="l2").read_batches(1)
-    next(reading)
-    server.stop()
+    with s3.serving() as endpoint:
+        environment.setenv("AWS_ENDPOINT_URL", endpoint)
+        put(endpoint, "gone/a.parquet", parquet(["a"]))
+        put(endpoint, "gone/b.parquet", parquet(["b"]))
+        reading = open_corpus(f"s3://{BUCKET}/gone", metric="l2").read_batches(1)
+        next(reading)
     with pytest.raises(CorpusUnreadable, match="s3://corpora/gone"):
         list(reading)

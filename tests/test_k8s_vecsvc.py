@@ -6,7 +6,6 @@ import ast
 import contextlib
 import functools
 import json
-import logging
 import os
 import re
 import shutil
@@ -16,11 +15,11 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3
 from click.testing import CliRunner
 from corpora import make_vectors
 from kustomize import Document, containers, render
@@ -41,7 +40,6 @@ from manifests import (
     spec_of,
     workloads,
 )
-from moto.server import ThreadedMotoServer
 
 from vecsvc.cli import cli
 from vecsvc.config import ServeSettings, read_settings
@@ -177,26 +175,23 @@ def test_what_the_pods_of_sharded_run_answers_over_all_shards(tmp_path: Path) ->
     assert sorted(hit["id"] for hit in found["results"]) == list(range(50))
 
 
-def test_what_the_jobs_run_brings_a_version_into_the_store_and_sidecars_fetch_their_shard(tmp_path: Path) -> None:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    store = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    store.start()
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    with s3.serving() as endpoint:
+        yield endpoint
+
+
+def test_what_the_jobs_run_brings_a_version_into_the_store_and_sidecars_fetch_their_shard(
+    endpoint: str, tmp_path: Path
+) -> None:
     (tmp_path / "credentials").write_text("[default]\naws_access_key_id = k\naws_secret_access_key = s\n")
-    host, port = store.get_host_and_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | {
         "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"),
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ENDPOINT_URL": endpoint,
         "AWS_REGION": "us-east-1",
     }
-    client = boto3.client(
-        "s3",
-        endpoint_url=environment["AWS_ENDPOINT_URL"],
-        aws_access_key_id="k",
-        aws_secret_access_key="s",
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket="vecsvc")
-    client.close()
+    with contextlib.closing(s3.client(endpoint)) as client:
+        client.create_bucket(Bucket="vecsvc")
     shutil.copytree(K8S, tmp_path / "k8s")
     subprocess.run([sys.executable, str(tmp_path / "k8s" / "shards.py"), "2"], check=True)
     pq.write_table(pa.table({"id": np.arange(50), "vector": list(make_vectors(50, 8))}), tmp_path / "corpus.parquet")
@@ -215,14 +210,11 @@ def test_what_the_jobs_run_brings_a_version_into_the_store_and_sidecars_fetch_th
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
 
-    try:
-        for shard in ("0", "1"):
-            for container in containers(job):
-                run(container, f"build-{shard}", SHARD=shard)
-        run(next(containers(named(rendered()["publish"], "Job", "vecsvc-publish"))), "publish")
-        run(next(containers(of_kind(rendered()["sharded"], "StatefulSet")[1])), "pulled", SHARD="1")
-    finally:
-        store.stop()
+    for shard in ("0", "1"):
+        for container in containers(job):
+            run(container, f"build-{shard}", SHARD=shard)
+    run(next(containers(named(rendered()["publish"], "Job", "vecsvc-publish"))), "publish")
+    run(next(containers(of_kind(rendered()["sharded"], "StatefulSet")[1])), "pulled", SHARD="1")
     version = tmp_path / "pulled" / known["INDEX"] / known["VERSION"]
     assert (version.parent / "CURRENT").read_text().strip() == known["VERSION"]
     assert [folder.name for folder in (version / "shards").iterdir()] == ["001"]

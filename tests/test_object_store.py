@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import shutil
 import signal
 import subprocess
@@ -16,16 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
+import s3
 from corpora import answers, build, check_version, current_version, make_vectors, strays, write_corpus
-from moto.server import ThreadedMotoServer
 from tiny_bert import write_tiny_bert
 
 from index_builders.publish import publish_at
 from index_builders.shard_build import build_shard
 from vecsvc import stores, transfer
-from vecsvc.config import BuildSettings
+from vecsvc.config import BuildSettings, shard_numbers
 from vecsvc.errors import (
     ArtifactDamaged,
     ArtifactUnfit,
@@ -36,7 +34,7 @@ from vecsvc.errors import (
     VersionIncomplete,
 )
 from vecsvc.manifest import read_manifest
-from vecsvc.pull import pull, shard_numbers, watch
+from vecsvc.pull import pull, watch
 from vecsvc.push import push, push_part
 from vecsvc.storage import IndexFolder, Lease
 from vecsvc.stores import Store
@@ -48,35 +46,17 @@ SETTINGS: dict[str, Any] = {"kind": "exact", "certificate_queries": 4, "shards":
 pytestmark = pytest.mark.timeout(60)
 
 
-def client(endpoint: str) -> Any:
-    return boto3.client(
-        "s3", endpoint_url=endpoint, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1"
-    )
-
-
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with contextlib.closing(client(f"http://{host}:{port}")) as s3:
-        s3.create_bucket(Bucket=BUCKET)
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3.serving() as endpoint:
+        with contextlib.closing(s3.client(endpoint)) as client:
+            client.create_bucket(Bucket=BUCKET)
+        yield endpoint
 
 
 @pytest.fixture(autouse=True)
 def environment(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """The AWS_* environment of a user of this server, and of nothing else on this machine."""
-    for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    s3.set_environment(endpoint, monkeypatch, tmp_path)
     return monkeypatch
 
 

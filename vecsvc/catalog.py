@@ -6,15 +6,15 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from vecsvc import indexes
-from vecsvc.config import ServeSettings, numbers
+from vecsvc.config import ServeSettings, shard_numbers
 from vecsvc.encoder_pool import EncoderPool, PooledEncoder
 from vecsvc.encoders import DEFAULT, encoder_path
 from vecsvc.encoders.base import EncoderSpec, check_canaries
@@ -35,6 +35,8 @@ from vecsvc.telemetry import Metrics
 from vecsvc.types import SearchSettings, ServedIndex, Vectors
 
 log: Final = logging.getLogger("vecsvc.catalog")
+
+S = TypeVar("S")
 
 ENCODER_FOLDER: Final = "encoder"
 MAX_PLANS: Final = 512  # settings remembered; past that all are forgotten and learnt anew
@@ -223,7 +225,6 @@ class Served:
         return True
 
     def _close(self) -> None:
-        self.closed = True
         for shard in self.shards:
             shard.close()
         if self.encoder is not None:
@@ -232,8 +233,35 @@ class Served:
         self._lease.release()
 
 
-def by_model(model: str | None, having: dict[str, EncoderSpec]) -> str:
-    """The index whose encoder `model` means, of those that have one. Raises UnknownModel."""
+def by_name(name: str | None, serving: Mapping[str, S], problems: Mapping[str, str], problem: Callable[[], str]) -> S:
+    """What serves under that name; None means the only one. Raises UnknownIndex, or NotReady with the problem."""
+    if name is None:
+        if len(serving) == 1:
+            return next(iter(serving.values()))
+        if serving:
+            names = ", ".join(f"/indexes/{n}/search" for n in sorted(serving))
+            raise UnknownIndex(f"several indexes are served, name one: {names}")
+        raise NotReady(f"no index is ready: {problem()}")
+    if name in serving:
+        return serving[name]
+    if name in problems:
+        raise NotReady(f"index {name!r} is not ready: {problems[name]}")
+    raise UnknownIndex(f"no index {name[:80]!r}; served are: {', '.join(sorted(serving)) or 'none'}")
+
+
+def by_model(
+    model: str | None,
+    encoders: Mapping[str, EncoderSpec | None],
+    problems: Mapping[str, str],
+    problem: Callable[[], str],
+) -> str:
+    """The index whose encoder `model` means; `encoders` are those of all indexes that serve, by their sorted names.
+
+    Raises UnknownModel, or NotReady with the problem.
+    """
+    if not encoders or (model is not None and model not in encoders and model in problems):
+        raise NotReady(f"no encoder is ready: {problem()}")
+    having = {name: spec for name, spec in encoders.items() if spec is not None}
     if not having:
         raise UnknownModel("no index that is served has an encoder: build one with --encoder")
     found = [name for name in having if model == name]
@@ -252,7 +280,8 @@ def by_model(model: str | None, having: dict[str, EncoderSpec]) -> str:
 def _chosen(manifest: Manifest, wanted: str, path: Path) -> list[int]:
     """The numbers of the shards to open."""
     total = len(manifest.shards)
-    found = numbers("shards", wanted) if wanted else list(range(total))
+    chosen = shard_numbers(wanted)
+    found = sorted(chosen) if chosen is not None else list(range(total))
     if found[-1] >= total:
         raise ArtifactUnfit(f"{path}: has shards 0 to {total - 1}, --shards asks for {found[-1]}")
     return found
@@ -286,20 +315,7 @@ class Catalog:
 
     def get(self, name: str | None) -> Served:
         """The version of `name` that serves; None means the only index. Raises UnknownIndex or NotReady."""
-        served = self._served
-        if name is None:
-            if len(served) == 1:
-                return next(iter(served.values()))
-            if served:
-                raise UnknownIndex(
-                    f"several indexes are served, name one: {', '.join(f'/indexes/{n}/search' for n in self.names())}"
-                )
-            raise NotReady(f"no index is ready: {self.problem()}")
-        if name in served:
-            return served[name]
-        if name in self.problems:
-            raise NotReady(f"index {name!r} is not ready: {self.problems[name]}")
-        raise UnknownIndex(f"no index {name[:80]!r}; served are: {', '.join(self.names()) or 'none'}")
+        return by_name(name, self._served, self.problems, self.problem)
 
     def version(self, name: str, digest: str) -> Served:
         """The version of an index whose manifest has that digest, be it the one that serves or one before.
@@ -342,12 +358,10 @@ class Catalog:
         one encoder is served. Raises UnknownModel, naming what there is, or NotReady.
         """
         served = self._served
-        if not served or (model is not None and model not in served and model in self.problems):
-            raise NotReady(f"no encoder is ready: {self.problem()}")
         # Looked at once each: a version that retires meanwhile lets go of its encoder.
         encoders = {name: one.encoder for name, one in sorted(served.items())}
-        having = {name: encoder.spec for name, encoder in encoders.items() if encoder is not None}
-        return served[by_model(model, having)]
+        specs = {name: encoder.spec if encoder is not None else None for name, encoder in encoders.items()}
+        return served[by_model(model, specs, self.problems, self.problem)]
 
     def problem(self) -> str:
         """Why the service is not ready; empty where it is."""
@@ -362,6 +376,7 @@ class Catalog:
         """
         with self._refreshing:
             changed: list[tuple[str, str]] = []
+            known = self._served.keys()
             problems: dict[str, str] = {}
             try:
                 folders = index_folders(self._directory)
@@ -376,6 +391,10 @@ class Catalog:
             for name in self._served.keys() - {folder.name for folder in folders}:
                 problems[name] = "its folder is gone; the version that was open still serves"
             self.problems, self._looked = problems, True
+            # What serves is ready by now, and need not wait for what is only kept.
+            for folder in folders:
+                if folder.name in self._served.keys() - known:
+                    self._open_before(folder, self._served[folder.name].version)
         self.let_go()
         return changed
 
@@ -412,8 +431,6 @@ class Catalog:
             log.exception("cannot serve", extra={"data": {"index": folder.name, "version": version}})
             raise ArtifactUnfit(why) from error
         self._failed.pop(folder.name, None)
-        if before is None:
-            self._open_before(folder, version)
         if before is not None:
             # First kept, then replaced: a front door must find it at any moment.
             before.asked_at = time.monotonic()

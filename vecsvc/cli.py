@@ -16,7 +16,7 @@ import msgspec
 from vecsvc import __version__
 from vecsvc.cli_encoder import encoder, json_option
 from vecsvc.cli_keys import keys
-from vecsvc.config import BuildSettings, RouteSettings, ServeSettings, field_types, read_settings
+from vecsvc.config import BuildSettings, RouteSettings, ServeSettings, field_types, read_settings, shard_numbers
 from vecsvc.errors import ArtifactDamaged, ConfigError, UserError, VecsvcError
 from vecsvc.storage import IndexFolder, index_folders
 
@@ -504,7 +504,7 @@ def pull(source: str, directory: Path, shards: str, watch: float | None, keep: i
     """
     from vecsvc import pull as pulling
 
-    numbers = pulling.shard_numbers(shards)
+    numbers = shard_numbers(shards)
     if watch is None:
         moved = pulling.pull(source, directory, shards=numbers)
         click.echo(msgspec.json.encode(moved) if as_json else "\n".join(one.told() for one in moved))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from vecsvc.types import MAX_SHARDS
 
 T = TypeVar("T")
 ENV_PREFIX: Final = "VECSVC_"
-MAX_NUMBER: Final = 10_000  # of things that are counted in a list such as 0,2-3
 
 
 def option(
@@ -247,18 +247,20 @@ class BuildSettings:
     batch_rows: int = option(8192, "rows read at a time", low=1, high=1_000_000)
 
 
-def numbers(name: str, text: str) -> list[int]:
-    """`0,2-4` as [0, 2, 3, 4]: ascending, each once. Raises ConfigError."""
-    found: set[int] = set()
+def shard_numbers(text: str) -> frozenset[int] | None:
+    """What `0,2-3` names; None for the empty text, which means all. Raises ConfigError."""
+    if not text:
+        return None
+    numbers: set[int] = set()
     for part in text.split(","):
-        low, dash, high = part.strip().partition("-")
-        if not (low.isdecimal() and (high.isdecimal() if dash else True)) or len(part) > 16:
-            raise ConfigError(f"{name} takes numbers and ranges such as 0,2-3, got {text[:80]!r}")
-        first, last = int(low), int(high) if dash else int(low)
-        if not first <= last < MAX_NUMBER:
-            raise ConfigError(f"{name}: {part.strip()} is no range of numbers below {MAX_NUMBER}")
-        found.update(range(first, last + 1))
-    return sorted(found)
+        named = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part.strip())
+        first, last = (int(named[1]), int(named[2] or named[1])) if named else (1, 0)
+        if not first <= last < MAX_SHARDS:
+            raise ConfigError(
+                f"--shards takes numbers and ranges like 0,2-3, up to {MAX_SHARDS - 1}; got {text[:80]!r}"
+            )
+        numbers.update(range(first, last + 1))
+    return frozenset(numbers)
 
 
 @functools.cache

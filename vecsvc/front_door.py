@@ -13,7 +13,7 @@ import numpy as np
 
 from vecsvc import indexes, remote
 from vecsvc.admission import Admission
-from vecsvc.catalog import Served, by_model
+from vecsvc.catalog import Served, by_model, by_name
 from vecsvc.config import RouteSettings
 from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.engine import Engine
@@ -25,7 +25,6 @@ from vecsvc.errors import (
     ProtocolError,
     ShardsMissing,
     UnknownId,
-    UnknownIndex,
     UnknownParameter,
 )
 from vecsvc.fan_out import Group
@@ -38,7 +37,6 @@ from vecsvc.remote import Ask, EmbeddedTexts, FoundRow, Kind, Part
 from vecsvc.router import RoutedVersion, Router
 from vecsvc.telemetry import Metrics
 from vecsvc.types import (
-    INCLUDES,
     BatchAnswer,
     ColumnsAnswer,
     Embedded,
@@ -72,29 +70,16 @@ class RoutedCatalog:
 
     def get(self, name: str | None) -> RoutedVersion:
         """As `Catalog.get`. Raises UnknownIndex or NotReady."""
-        serving = self._router.serving
-        if name is None:
-            if len(serving) == 1:
-                return next(iter(serving.values()))
-            if serving:
-                names = ", ".join(f"/indexes/{n}/search" for n in self.names())
-                raise UnknownIndex(f"several indexes are served, name one: {names}")
-            raise NotReady(f"no index is ready: {self.problem()}")
-        if name in serving:
-            return serving[name]
-        if name in self._router.problems:
-            raise NotReady(f"index {name!r} is not ready: {self._router.problems[name]}")
-        if not serving:
-            raise NotReady(f"no index is ready: {self.problem()}")
-        raise UnknownIndex(f"no index {name[:80]!r}; served are: {', '.join(self.names()) or 'none'}")
+        serving, problems = self._router.serving, self._router.problems
+        if not serving and name not in problems:
+            raise NotReady(f"no index is ready: {self.problem()}")  # nobody knows yet which there are
+        return by_name(name, serving, problems, self.problem)
 
     def with_encoder(self, model: str | None) -> RoutedVersion:
         """As `Catalog.with_encoder`. Raises UnknownModel or NotReady."""
         serving = self._router.serving
-        if not serving or (model is not None and model not in serving and model in self._router.problems):
-            raise NotReady(f"no encoder is ready: {self.problem()}")
-        specs = {name: one.encoder.spec for name, one in sorted(serving.items()) if one.encoder is not None}
-        return serving[by_model(model, specs)]
+        specs = {name: one.encoder.spec if one.encoder is not None else None for name, one in sorted(serving.items())}
+        return serving[by_model(model, specs, self._router.problems, self.problem)]
 
     def problem(self) -> str:
         return self._router.problem()
@@ -313,35 +298,14 @@ class FrontDoor:
         return Embedded(_floats(made.vectors).reshape(len(texts), -1), made.tokens, made.truncated, made.encoder)
 
 
-def _encode_checked(ask: bytes) -> bytes:
+def _encode(version: RoutedVersion, vectors: Vectors, settings: SearchSettings, k: int, of: int) -> bytes:
     """Raises InvalidRequest where no node would read so long a question."""
+    ask = remote.encode_ask(Ask.made(version.name, version.digest, vectors, settings, k=k, of=of))
     if len(ask) > remote.MAX_REQUEST_BYTES - SPARE_BYTES:
         raise InvalidRequest(
             f"the question has {len(ask)} bytes, nodes take {remote.MAX_REQUEST_BYTES}: send fewer queries at once"
         )
     return ask
-
-
-def _encode(version: RoutedVersion, vectors: Vectors, settings: SearchSettings, k: int, of: int) -> bytes:
-    return _encode_checked(
-        remote.encode_ask(
-            Ask(
-                index=version.name,
-                digest=version.digest,
-                dim=vectors.shape[1],
-                vectors=vectors.astype("<f4", copy=False).tobytes(),
-                k=k,
-                conditions=remote.write_conditions(settings.conditions),
-                params=list(settings.params),
-                exact=settings.exact,
-                max_visited=settings.max_visited,
-                rerank_depth=settings.rerank_depth,
-                of=of,
-                partial=settings.partial,
-                include=[name for name in INCLUDES if name in settings.include],
-            )
-        )
-    )
 
 
 def _framed(shards: tuple[int, ...], ask: bytes) -> Callable[[int, float], bytes]:

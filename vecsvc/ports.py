@@ -28,15 +28,11 @@ def http_tls(settings: HttpSettings) -> tuple[ssl.SSLContext | None, ssl.SSLCont
 
 def shard_tls(settings: ServeSettings) -> ssl.SSLContext | None:
     """TLS of the shard port: front doors show a certificate of the same authority."""
-    if not settings.shard_tls_cert:
-        if settings.shard_tls_key or settings.shard_tls_ca:
-            raise ConfigError("shard_tls_key and shard_tls_ca are of no use without shard_tls_cert")
+    if not _mutual(settings):
         if not is_loopback(settings.shard_host):
             remedy = "shard_tls_cert, or a network policy"
             log.warning("whoever reaches the shard port may ask", extra={"data": {"remedy": remedy}})
         return None
-    if not settings.shard_tls_ca:
-        raise ConfigError("shard_tls_ca is missing: the authority that signed the certificates of front doors")
     return server_tls(settings.shard_tls_cert, settings.shard_tls_key, settings.shard_tls_ca)
 
 
@@ -49,10 +45,19 @@ def warn_if_open(settings: HttpSettings) -> None:
 
 def nodes_tls(settings: RouteSettings) -> ssl.SSLContext | None:
     """TLS to the nodes. Whoever the authority signed is one: certificates name a service, not each of its pods."""
+    if not _mutual(settings):
+        return None
+    return client_tls(settings.shard_tls_cert, settings.shard_tls_key, settings.shard_tls_ca, check_hostname=False)
+
+
+def _mutual(settings: HttpSettings) -> bool:
+    """Whether front doors and nodes show each other certificates. Raises ConfigError where half of it is set."""
     if not settings.shard_tls_cert:
         if settings.shard_tls_key or settings.shard_tls_ca:
             raise ConfigError("shard_tls_key and shard_tls_ca are of no use without shard_tls_cert")
-        return None
+        return False
     if not settings.shard_tls_ca:
-        raise ConfigError("shard_tls_ca is missing: the authority that signed the certificates of nodes")
-    return client_tls(settings.shard_tls_cert, settings.shard_tls_key, settings.shard_tls_ca, check_hostname=False)
+        raise ConfigError(
+            "shard_tls_ca is missing: the authority that signed the certificates of front doors and nodes"
+        )
+    return True

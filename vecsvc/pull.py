@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,23 +28,6 @@ from vecsvc.storage import (
 )
 from vecsvc.stores import Store
 from vecsvc.transfer import Moved, move_all, total_bytes
-from vecsvc.types import MAX_SHARDS
-
-
-def shard_numbers(text: str) -> frozenset[int] | None:
-    """What `0,2-3` names; None for the empty text, which means all."""
-    if not text:
-        return None
-    numbers: set[int] = set()
-    for part in text.split(","):
-        named = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part.strip())
-        first, last = (int(named[1]), int(named[2] or named[1])) if named else (1, 0)
-        if not first <= last < MAX_SHARDS:
-            raise ConfigError(
-                f"--shards takes numbers and ranges like 0,2-3, up to {MAX_SHARDS - 1}; got {text[:80]!r}"
-            )
-        numbers.update(range(first, last + 1))
-    return frozenset(numbers)
 
 
 def pull(

@@ -16,7 +16,7 @@ from vecsvc.batcher import Batcher, BatchSettings, RunFacts
 from vecsvc.encoder_workers import start_worker
 from vecsvc.encoders.base import CANARY_TEXTS, Encoder, EncoderSpec, Role
 from vecsvc.errors import DeadlineExceeded
-from vecsvc.lanes import LaneName
+from vecsvc.lanes import LaneName, cost
 from vecsvc.telemetry import Metrics
 from vecsvc.tokenizer import Tokens, check_text
 from vecsvc.types import Vectors
@@ -60,11 +60,11 @@ class QueryEncoder:
         for _ in range(2):
             started = time.perf_counter()
             encoder.run(tokens)
-        times.learn(len(tokens), len(tokens) * max(len(one) or 1 for one in tokens), time.perf_counter() - started)
+        times.learn(len(tokens), len(tokens) * max(map(cost, tokens)), time.perf_counter() - started)
         for one in tokens * WARM_UP_RUNS:
             started = time.perf_counter()
             encoder.run([one])
-            times.learn(1, len(one) or 1, time.perf_counter() - started)
+            times.learn(1, cost(one), time.perf_counter() - started)
         return encoder.encode(CANARY_TEXTS)
 
     def encode_now(self, texts: Sequence[str]) -> Vectors:

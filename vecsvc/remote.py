@@ -20,7 +20,7 @@ import numpy as np
 from vecsvc import errors
 from vecsvc.errors import InternalError, ProtocolError, ServiceError, VecsvcError
 from vecsvc.filters import OPERATORS
-from vecsvc.types import MAX_SHARDS, Condition, Id, Include, SearchSettings, ShardExplain, Vectors
+from vecsvc.types import INCLUDES, MAX_SHARDS, Condition, Id, Include, SearchSettings, ShardExplain, Vectors
 
 T = TypeVar("T")
 
@@ -97,6 +97,25 @@ class Ask(_Message, frozen=True):
     of: Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]  # queries of the whole question, of which these may be a part
     partial: bool  # what was found by the deadline is better than nothing
     include: list[Include]
+
+    @classmethod
+    def made(cls, index: str, digest: str, vectors: Vectors, settings: SearchSettings, *, k: int, of: int) -> Ask:
+        """What `rows` and `settings` give back; `k` may be more than that of the settings."""
+        return cls(
+            index=index,
+            digest=digest,
+            dim=vectors.shape[1],
+            vectors=vectors.astype("<f4", copy=False).tobytes(),
+            k=k,
+            conditions=write_conditions(settings.conditions),
+            params=list(settings.params),
+            exact=settings.exact,
+            max_visited=settings.max_visited,
+            rerank_depth=settings.rerank_depth,
+            of=of,
+            partial=settings.partial,
+            include=[name for name in INCLUDES if name in settings.include],
+        )
 
     def rows(self) -> Vectors:
         return np.frombuffer(self.vectors, "<f4").reshape(-1, self.dim)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.utils import floatToGoString
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from vecsvc.telemetry import Count, Family, Spread
+from vecsvc.telemetry import Count, Family, Spread, collected
 
 
 class RouteMetrics:
@@ -39,16 +37,7 @@ class RouteMetrics:
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        for counter in (self.hedges, self.retries, self.partial, self.flips):
-            counted = CounterMetricFamily(counter.name, counter.help, labels=counter.labels)
-            for labels, count in list(counter.children.items()):
-                counted.add_metric(labels, count.value)
-            yield counted
-        timed = HistogramMetricFamily(self.shard.name, self.shard.help, labels=self.shard.labels)
-        for labels, spread in list(self.shard.children.items()):
-            bounds = [*map(floatToGoString, spread.bounds), "+Inf"]
-            timed.add_metric(labels, list(zip(bounds, accumulate(spread.counts), strict=True)), spread.total)
-        yield timed
+        yield from collected((self.hedges, self.retries, self.partial, self.flips), (self.shard,))
         states = list(self._states())
         nodes = GaugeMetricFamily("vecsvc_nodes", "Nodes by state: up, ejected, draining, down", labels=["state"])
         for state, n in Counter(

@@ -125,8 +125,8 @@ class Router:
         self._nodes: dict[Address, tuple[Node, asyncio.Task[None]]] = {}
         self.serving: dict[str, RoutedVersion] = {}
         self._first_seen: float | None = None  # when a node was first seen to hold something
-        self._waiting: dict[str, list[int]] = {}  # digest of a version that waits -> shards that nobody serves
-        self._waiting_of: dict[str, str] = {}  # and its index
+        # Of each index, the digests of versions that wait, and the shards that nobody serves.
+        self._waiting: dict[str, dict[str, list[int]]] = {}
         self._since: dict[tuple[str, str, str], float] = {}  # version -> since when every shard of it can be served
         self._changed = asyncio.Event()
         self.ready = asyncio.Event()  # set once all questions could be answered
@@ -245,18 +245,15 @@ class Router:
 
     def _tell_waiting(self, name: str, serving: RoutedVersion | None, offers: list[_Offer]) -> None:
         """Say once of a version what keeps it from serving."""
-        told = {}
+        before, waiting = self._waiting.pop(name, {}), {}
         for offer in offers:
             if offer.current and offer.missing and (serving is None or offer.digest != serving.digest):
-                told[offer.digest] = offer.missing
-                if self._waiting.get(offer.digest) != offer.missing:
+                waiting[offer.digest] = offer.missing
+                if before.get(offer.digest) != offer.missing:
                     facts = {"index": name, "version": offer.version, "shards": listed(offer.missing)}
                     log.info("a version waits for shards", extra={"data": facts})
-        for digest in [d for d, of in self._waiting_of.items() if of == name and d not in told]:
-            self._waiting.pop(digest, None)
-            del self._waiting_of[digest]
-        self._waiting |= told
-        self._waiting_of |= dict.fromkeys(told, name)
+        if waiting:
+            self._waiting[name] = waiting
 
     @staticmethod
     def told(problems: dict[str, str]) -> str:

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
@@ -81,6 +81,22 @@ class Family(Generic[C]):
         return found
 
 
+def collected(counters: Iterable[Family[Count]], histograms: Iterable[Family[Spread]]) -> Iterator[Metric]:
+    """What was counted, in prometheus_client's words."""
+    for counter in counters:
+        counted = CounterMetricFamily(counter.name, counter.help, labels=counter.labels)
+        for labels, count in list(counter.children.items()):
+            counted.add_metric(labels, count.value)
+        yield counted
+    for histogram in histograms:
+        spread_out = HistogramMetricFamily(histogram.name, histogram.help, labels=histogram.labels)
+        for labels, spread in list(histogram.children.items()):
+            bounds = [*map(floatToGoString, spread.bounds), "+Inf"]
+            buckets = list(zip(bounds, accumulate(spread.counts), strict=True))
+            spread_out.add_metric(labels, buckets, spread.total)
+        yield spread_out
+
+
 Labels: TypeAlias = tuple[str, ...]
 
 
@@ -145,18 +161,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus_client asks a collector for."""
-        for counter in self._counters():
-            counted = CounterMetricFamily(counter.name, counter.help, labels=counter.labels)
-            for labels, count in list(counter.children.items()):
-                counted.add_metric(labels, count.value)
-            yield counted
-        for histogram in self._histograms():
-            spread_out = HistogramMetricFamily(histogram.name, histogram.help, labels=histogram.labels)
-            for labels, spread in list(histogram.children.items()):
-                bounds = [*map(floatToGoString, spread.bounds), "+Inf"]
-                buckets = list(zip(bounds, accumulate(spread.counts), strict=True))
-                spread_out.add_metric(labels, buckets, spread.total)
-            yield spread_out
+        yield from collected(self._counters(), self._histograms())
 
     def counted(self) -> Counted:
         """All that was counted so far, and the gauges as they were set last."""
