@@ -229,6 +229,8 @@ def test_every_node_is_restarted_one_after_the_other_and_no_question_fails(whole
             for member in whole.members:
                 member.stop()
                 member.start()
+                # As Kubernetes does: one that opens its index still, or compiles kernels, is not asked yet.
+                member.wait_ready()
                 wait_until(lambda: nodes(whole.door)["up"] == 4, lambda: nodes(whole.door))
         load.wait(20)
     load.check()

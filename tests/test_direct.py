@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import json
+import random
 import re
 import signal
 import socket
@@ -277,6 +279,78 @@ def test_where_every_request_is_logged_all_go_the_long_way() -> None:
         assert "short" not in ways(running)
         assert running.ask("POST", "/search", QUESTION, {**JSON, "X-Request-Id": "told"}).status == 200
         assert [line for line in running.log() if line.get("request_id") == "told"]
+
+
+BATCH = json.dumps({"vectors": [VECTOR] * 20, "k": 2}).encode()
+CHUNKED = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+MESSAGES: dict[str, bytes] = {
+    "question": WHOLE,
+    "raw": (HEAD % len(RAW)).replace(b"/search", b"/search?k=4").replace(b"/json", b"/octet-stream") + RAW,
+    "id": HEAD % 14 + b'{"id": "p-20"}',
+    "no JSON": HEAD % 5 + b"POST ",
+    "wrong": HEAD % 15 + b'{"vector": [1]}',
+    "get": b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n",
+    "get with a body": b"GET /livez HTTP/1.1\r\nHost: x\r\nContent-Length: 12\r\n\r\nPOST /search ",
+    "batch": (HEAD % len(BATCH)).replace(b"/search", b"/search/batch") + BATCH,
+    "chunked": CHUNKED + b"%x\r\n%b\r\n0\r\n\r\n" % (len(QUESTION), QUESTION),
+    "other method": WHOLE.replace(b"POST", b"PUT", 1),
+}
+MESSAGES["get with a body"] = MESSAGES["get with a body"][:-1]  # 12 bytes, as it says
+
+
+def replies(running: Service, pieces: list[tuple[bytes, float]], n: int) -> list[tuple[int, Any]]:
+    """Status and body of n answers to bytes that are sent in pieces, each after a pause."""
+    found: list[tuple[int, Any]] = []
+    with running.socket() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece, pause_s in pieces:
+            time.sleep(pause_s)
+            sock.sendall(piece)
+        received = b""
+        while len(found) < n:
+            head, end, rest = received.partition(b"\r\n\r\n")
+            length = int(re.search(rb"(?i)content-length: (\d+)", head)[1]) if end else 0  # type: ignore[index]
+            if end and len(rest) >= length:
+                body = json.loads(rest[:length])
+                body.pop("took_ms", None)
+                found.append((int(head[9:12]), body))
+                received = rest[length:]
+                continue
+            part = sock.recv(1 << 16)
+            assert part, (found, received)
+            received += part
+        assert not received
+    return found
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_messages_in_any_order_and_in_any_pieces_are_answered_as_on_the_long_way(
+    short: Service, long: Service, seed: int
+) -> None:
+    chance = random.Random(seed)
+    names = [chance.choice([*MESSAGES, "question", "question", "raw"]) for _ in range(12)]
+    data = b"".join(MESSAGES[name] for name in names)
+    # Half of the connections are polite, one message a piece; the others break anywhere.
+    cuts = {len(b"".join(MESSAGES[name] for name in names[:i])) for i in range(1, len(names))}
+    if seed % 2:
+        cuts = {chance.randrange(1, len(data)) for _ in range(8)} | set(chance.sample(sorted(cuts), 4))
+    ends = [0, *sorted(cuts), len(data)]
+    pieces = [(data[a:b], chance.choice((0.0, 0.001, 0.012))) for a, b in itertools.pairwise(ends)]
+    first, second = (replies(running, pieces, len(names)) for running in (short, long))
+    assert first == second, names
+    assert [status for status, _ in first].count(200) >= 1
+
+
+def test_after_a_long_message_questions_go_the_short_way_again(short: Service) -> None:
+    body = json.dumps({"vectors": [VECTOR] * 500, "k": 2, "include": []}).encode()
+    batch = (HEAD % len(body)).replace(b"/search", b"/search/batch") + body
+    pieces = [(batch[:1000], 0.0), (batch[1000:20_000], 0.02), (batch[20_000:], 0.02), (WHOLE, 0.05), (WHOLE, 0.05)]
+    before = ways(short).count("short")
+    assert [status for status, _ in replies(short, pieces, 3)] == [200, 200, 200]
+    assert ways(short).count("short") == before + 2
+    before = ways(short).count("short")
+    assert [s for s, _ in replies(short, [(MESSAGES["chunked"], 0.0), (WHOLE, 0.05)], 2)] == [200, 200]
+    assert ways(short).count("short") == before, "where a chunked body ends is known to aiohttp's parser alone"
 
 
 # ------------------------------------------------------------------------------------------------------- columns

@@ -16,7 +16,7 @@ import service
 from service import DIM, Corpus, corpora
 
 from vecsvc import exact_search, filters, schemas
-from vecsvc.catalog import Catalog, Served
+from vecsvc.catalog import Catalog, Plan, Served
 from vecsvc.config import ServeSettings
 from vecsvc.engine import PARTIAL_GRACE_S, Engine
 from vecsvc.errors import (
@@ -114,13 +114,40 @@ def test_a_question_that_turns_out_long_goes_to_a_thread_again() -> None:
     async def ask(engine: Engine, spy: Spy) -> None:
         for _ in range(3):
             await engine.search(None, vector(), SearchSettings())
-        spy.sleep_s = 0.2
-        for _ in range(3):
+        spy.sleep_s = 0.4
+        for _ in range(4):
             await engine.search(None, vector(), SearchSettings())
-        assert spy.threads[2:] == ["event loop", "event loop", "thread", "thread"]
+        assert spy.threads[2:] == ["event loop", "event loop", "event loop", "event loop", "thread"]
 
     with opened(service.index("products"), inline_ms=15) as engine:
         run(ask(engine, Spy(engine)))
+
+
+def test_one_question_that_is_held_up_does_not_send_its_like_to_a_thread() -> None:
+    async def ask(engine: Engine, spy: Spy) -> None:
+        for pause in (0.0, 0.0, 0.0, 0.4, 0.0, 0.4, 0.0):
+            spy.sleep_s = pause
+            await engine.search(None, vector(), SearchSettings())
+        assert spy.threads == ["thread"] + 6 * ["event loop"]
+
+    with opened(service.index("products"), inline_ms=30) as engine:
+        run(ask(engine, Spy(engine)))
+
+
+def test_questions_near_the_limit_keep_their_way() -> None:
+    plan = Plan(None)
+    assert not plan.is_short(0.001)
+    plan.learn(0.0009)
+    assert plan.is_short(0.001)
+    for _ in range(50):
+        plan.learn(0.0018)
+    assert plan.is_short(0.001)
+    for _ in range(50):
+        plan.learn(0.0022)
+    assert not plan.is_short(0.001)
+    for _ in range(50):
+        plan.learn(0.0012)
+    assert not plan.is_short(0.001)
 
 
 def test_long_searches_never_run_in_the_event_loop() -> None:

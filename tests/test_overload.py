@@ -205,6 +205,50 @@ def test_errors_of_every_shape_say_when_to_come_again(gates: Gates) -> None:
     assert "retry_after_ms" not in gates.running.post("/embed", {"inputs": []}).json()
 
 
+def test_a_refusal_by_the_head_alone_is_the_long_ways_to_the_letter(gates: Gates) -> None:
+    paths = ("/search", "/indexes/texts/search", "/search/batch", "/embed", "/indexes/texts/embed", "/v1/embeddings")
+    with gates.full("single", "bulk"):
+        for path in paths:
+            # A header that means something keeps the second from the short way.
+            short, long = (
+                gates.running.ask("POST", path, b" " * (LARGE_BYTES + 1), {**JSON, "X-Request-Id": "mine", **more})
+                for more in ({}, {"Content-Encoding": "identity"})
+            )
+            assert short.status == long.status == 429
+            assert short.body == long.body
+            assert {**short.headers, "date": ""} == {**long.headers, "date": ""}
+            assert short.headers["x-request-id"] == "mine"
+
+
+def test_the_rest_of_a_refused_body_is_dropped_in_whatever_pieces_it_comes(gates: Gates) -> None:
+    body = b"POST /search HTTP/1.1\r\n\r\n" * 4000
+    with gates.full("bulk"), gates.running.socket() as sock:
+        for cut in (0, 1, 30_000, len(body) - 1):
+            asked = head(
+                "POST", "/search/batch", Content_Type=JSON_TYPE, Content_Length=len(body), Connection="keep-alive"
+            )
+            sock.sendall(asked + body[:cut])
+            assert sock.recv(1 << 16).startswith(b"HTTP/1.1 429")
+            for start in range(cut, len(body), 17_000):
+                sock.sendall(body[start : start + 17_000])
+                time.sleep(0.002)
+        sock.sendall(head("GET", "/livez"))
+        assert parse(service.read_all(sock)).status == 200
+
+
+def test_refusals_are_counted_and_told_of_as_all_requests_are(gates: Gates) -> None:
+    labels = {"operation": "/search", "status": "429"}
+    before = gates.running.metric("vecsvc_requests_total", **labels)
+    with gates.full("single"):
+        for number in range(30):
+            assert (
+                gates.running.ask("POST", "/search", b"{}", {**JSON, "X-Request-Id": f"flood-{number}"}).status == 429
+            )
+    assert gates.running.metric("vecsvc_requests_total", **labels) == before + 30
+    told = [line for line in gates.running.log() if str(line.get("request_id")).startswith("flood-")]
+    assert 1 <= len(told) < 30 and told[0]["status"] == 429 and "max_in_flight" in told[0]["why"]
+
+
 # ----------------------------------------------------------------------------------------- budgets are separate
 
 

@@ -116,18 +116,17 @@ class Keyring:
 
     def admit(self, presented: str | None, scope: Scope) -> Key:
         """The key that somebody presents. Raises Unauthorized or Forbidden."""
+        return self.admit_marked(mark_of(presented), scope)
+
+    def admit_marked(self, mark: bytes | None, scope: Scope) -> Key:
+        """The key with that digest, see `mark_of`."""
         if self._watch.changed():
             self._reread()
-        if not presented:
+        if mark is None:
             raise Unauthorized("a key is needed: send Authorization: Bearer KEY, or X-API-Key: KEY")
-        found = None
-        if len(presented) <= MAX_KEY_CHARS:
-            digest = digest_of(presented)
-            found = self._keys.get(digest)
-            # How long the look-up takes tells of the hash at most, from which no key can be made.
-            if found is not None and not hmac.compare_digest(found.digest, digest):
-                found = None
-        if found is None:
+        found = self._keys.get(mark)
+        # How long the look-up takes tells of the hash at most, from which no key can be made.
+        if found is None or not hmac.compare_digest(found.digest, mark):
             raise Unauthorized("the key is not known here")
         if found.expires is not None and self._now() >= found.expires.timestamp():
             raise Unauthorized(f"key {found.name!r} has expired at {found.expires.isoformat()}")
@@ -153,6 +152,13 @@ class Keyring:
 
     def _tell(self, what: str) -> None:
         log.info(what, extra={"data": {"file": str(self._path), "keys": sorted(k.name for k in self._keys.values())}})
+
+
+def mark_of(presented: str | None) -> bytes | None:
+    """What is kept of a key that somebody presents: its digest, b"" of what is too long to be one; None of none."""
+    if not presented:
+        return None
+    return digest_of(presented) if len(presented) <= MAX_KEY_CHARS else b""
 
 
 def digest_of(key: str) -> bytes:

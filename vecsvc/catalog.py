@@ -40,20 +40,40 @@ S = TypeVar("S")
 
 ENCODER_FOLDER: Final = "encoder"
 MAX_PLANS: Final = 512  # settings remembered; past that all are forgotten and learnt anew
+SLOW_IN_A_ROW: Final = 3  # so many slow questions are no accident
 MAX_PREVIOUS: Final = 2  # versions before the one that serves, of an index, which front doors may still ask
 
 
 class Plan:
     """The kind's search settings, and the measured seconds of one question; None until one was measured."""
 
-    __slots__ = ("params", "seconds")
+    __slots__ = ("_short", "_slow", "params", "plain", "seconds")
 
     def __init__(self, params: Any) -> None:
         self.params = params
         self.seconds: float | None = None
+        self.plain: bool | None = None  # see quick.is_plain; None until somebody asked
+        self._short = False
+        self._slow = 0  # questions in a row that took more than twice what is usual
 
     def learn(self, seconds: float) -> None:
-        self.seconds = seconds if self.seconds is None else 0.9 * self.seconds + 0.1 * seconds
+        """What one question took. One or two that were held up count as twice what is usual, a third in full."""
+        known = self.seconds
+        if known is None:
+            self.seconds = seconds
+            return
+        self._slow = self._slow + 1 if seconds > 2.0 * known else 0
+        if 0 < self._slow < SLOW_IN_A_ROW:
+            seconds = 2.0 * known
+        self.seconds = 0.9 * known + 0.1 * seconds
+
+    def is_short(self, limit_s: float) -> bool:
+        """Whether such questions take at most so long; those that did stay short up to twice as long.
+
+        So what lies near the limit does not change its way with every other question.
+        """
+        self._short = self.seconds is not None and self.seconds <= (2.0 * limit_s if self._short else limit_s)
+        return self._short
 
 
 class Served:

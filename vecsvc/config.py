@@ -102,6 +102,7 @@ class HttpSettings:
     log_lines_per_s: int = option(
         100, "lines a second about failed requests; further ones are counted in one line", low=1, high=1_000_000
     )
+    kernels: str = option("", "folder that keeps compiled kernels; empty for ~/.cache/vecsvc/kernels")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +161,6 @@ class ServeSettings(HttpSettings):
         "some kinds always read",
         choices=("auto", "ram", "mapped"),
     )
-    kernels: str = option("", "folder that keeps compiled kernels; empty for ~/.cache/vecsvc/kernels")
     verify: str = option(
         "hash", "how files are checked before they are loaded; sizes always are", choices=("hash", "size")
     )

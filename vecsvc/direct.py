@@ -1,10 +1,12 @@
 """The short way of a question by its vector: from the bytes of a connection to the bytes of the answer, in one step.
 
-Most of what an HTTP question costs is not the search: a task, a route to look up, a request and a response object, and
-the way back through all of them. A question that came whole, by a vector, and whose like was measured to take less than
-`inline_ms`, needs none of it. aiohttp's parser has read it, as any other; what it asks is answered here and written at
-once. Whatever is out of the ordinary (an error, a limit, a filter, a header that means something) is left to the long
-way, which begins anew with the same message, so that rules are written once.
+Most of what an HTTP question costs is not the search: a parser's objects, a task, a route to look up, a request and a
+response, and the way back through all of them. A question that came whole, by a vector, and whose like was measured to
+take less than `inline_ms`, needs none of it: its head is known by its bytes (heads.py), its vector goes from the body's
+text straight into float32, and the answer is written in the callback that brought the bytes. A question that there is
+no place for is refused in the same callback, before its body is looked at. Whatever is out of the ordinary (another
+error, a filter, a header that means something) is left to the long way, which begins anew with the same bytes, so that
+rules are written once.
 
 This file, and no other, leans on what aiohttp keeps to itself. Where a version of it keeps other things, `usable` says
 so, and all go the long way.
@@ -18,37 +20,34 @@ from collections.abc import Callable
 from email.utils import formatdate
 from typing import Any, Final
 
-from aiohttp import HttpVersion11, StreamReader, hdrs, web
+from aiohttp import StreamReader, hdrs, web
 from aiohttp.http import SERVER_SOFTWARE
-from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.http_parser import RawRequestMessage
 
 from vecsvc import schemas
 from vecsvc.config import HttpSettings
-from vecsvc.door import Door
+from vecsvc.door import DRAIN_BYTES, Door
 from vecsvc.engine import Engine
+from vecsvc.errors import Overloaded
+from vecsvc.heads import MAX_HEAD_BYTES, STARTS, Head, Heads
 from vecsvc.reaper import Reaper
 from vecsvc.telemetry import Metrics
 from vecsvc.types import Query, SearchSettings, VectorQuery
 
-HOLD_S: Final = 0.01  # so long may a body come behind its head; then its message goes the long way
+HOLD_S: Final = 0.01  # so long may the rest of a message be under way; then it goes the long way
 MAX_HELD_BYTES: Final = 65_536  # longer bodies go the long way at once, where they are counted
-MAX_REMEMBERED: Final = 512  # queries of URLs whose settings are known; past that all are forgotten and read anew
+LOST: Final = -1  # where one message ends and the next begins is known to aiohttp's parser alone
 
 _HANDLER: Final = (
-    *("_parser", "_messages", "_waiter", "_paused", "_upgraded", "_payload_parser", "_close", "_force_close"),
-    *("_request_count", "_keepalive_timeout", "_next_keepalive_close_time", "_reading_paused"),
+    *("_messages", "_waiter", "_paused", "_upgraded", "_payload_parser", "_close", "_force_close"),
+    *("_request_count", "_keepalive_timeout", "_next_keepalive_close_time", "_buffer_paused"),
 )
-_MESSAGE: Final = ("method", "path", "version", "headers", "should_close", "upgrade", "chunked", "compression", "url")
-_JSON: Final = frozenset((schemas.JSON, f"{schemas.JSON}; charset=utf-8", f"{schemas.JSON};charset=utf-8"))
 
 
 def usable() -> bool:
     """Whether this aiohttp keeps what is needed here under the names that are known here."""
-    return (
-        all(hasattr(web.RequestHandler, name) for name in _HANDLER)
-        and {"_buffer", "_size", "_protocol", "total_bytes"} <= set(getattr(StreamReader, "__slots__", ()))
-        and all(hasattr(RawRequestMessage, name) for name in _MESSAGE)
+    slots = {name for base in web.RequestHandler.__mro__ for name in getattr(base, "__slots__", ())}
+    return slots.issuperset(_HANDLER) and {"_buffer", "_size", "_protocol", "total_bytes"} <= set(
+        getattr(StreamReader, "__slots__", ())
     )
 
 
@@ -73,212 +72,200 @@ class Direct:
         settings: HttpSettings,
         metrics: Metrics,
         door: Door,
+        max_line_bytes: int,
         *,
         request_id: Callable[[str | None], str],
         open: Callable[[], bool],
+        refused: Callable[[Head, Overloaded], tuple[dict[str, str], bytes]],
     ) -> None:
-        """`open` says for each message whether it may go the short way now."""
+        """`open` says for each message whether it may go the short way now.
+
+        `refused` tells that a message found no place, and gives the headers and the body of the answer.
+        """
+        self.heads = Heads(settings, max_line_bytes)
         self._engine, self._settings, self._request_id, self._open = engine, settings, request_id, open
-        self._metrics, self._door = metrics, door
-        self._remembered: dict[str, SearchSettings] = {}
+        self._metrics, self._door, self._refused = metrics, door, refused
         self._parsed: tuple[bytes, Query, SearchSettings] | None = None
-        self._second, self._fixed = 0, b""
+        self._second, self._date = 0, b""
 
-    def may(self, message: RawRequestMessage) -> bool:
-        """Whether its head lets a message go the short way."""
-        path, headers = message.path, message.headers
-        return (
-            path.startswith(("/search", "/indexes/"))
-            and message.method == hdrs.METH_POST
-            and message.version == HttpVersion11
-            and not (message.should_close or message.chunked or message.upgrade)
-            and message.compression is None
-            and hdrs.EXPECT not in headers
-            and hdrs.CONTENT_ENCODING not in headers
-            and self._open()
-        )
+    def refusal(self, head: Head) -> bytes | None:
+        """The answer to a message that there is no place for; None where there is one, or it is not that simple."""
+        try:
+            self._engine.admission.check(head.load, head.length)
+        except Overloaded as error:
+            if not self._open() or head.length > DRAIN_BYTES:
+                return None
+            try:
+                self._door.knock(head.key, "read")
+            except Exception:
+                return None
+            headers, body = self._refused(head, error)
+            return self._message("429 Too Many Requests", "".join(f"{n}: {v}\r\n" for n, v in headers.items()), body)
+        return None
 
-    def answer(self, message: RawRequestMessage, body: bytes) -> bytes | None:
+    def answer(self, head: Head, data: bytes) -> bytes | None:
         """The answer's bytes, head and body; None where the long way has to be gone."""
         started = time.perf_counter()
-        target, mark, url_query = message.path.partition("?")
-        name, operation = None, target
-        if target != "/search":
-            if not (target.startswith("/indexes/") and target.endswith("/search")):
-                return None
-            # What has a percent sign or a slash in it is no index, and is refused the long way.
-            name, operation = target[9:-7], "/indexes/{name}/search"
-        if not self.may(message) or len(body) > self._settings.max_query_bytes:
+        settings = head.settings
+        if head.load != "single" or not self._open() or head.length > self._settings.max_query_bytes:
             return None
-        if self._engine.admission.single.full:
-            return None  # it will be refused, and what it asks need not be known for that
-        headers = message.headers
-        kind = headers.get(hdrs.CONTENT_TYPE)
+        body = data[head.size :]
         try:
-            key = self._door.knock(headers, "read")
+            key = self._door.knock(head.key, "read")
             query: Query
-            if kind in _JSON and not mark:
+            if settings is None:
                 query, settings = schemas.parse_search(body, self._settings)
                 if type(query) is not VectorQuery:
+                    self._parsed = body, query, settings
                     return None
-            elif kind == schemas.BINARY:
-                settings = self._of_url(url_query, message)
-                dim = self._engine.catalog.get(name).manifest.spec.dim
-                if len(body) != 4 * dim:
+            else:
+                dim = self._engine.catalog.get(head.name).manifest.spec.dim
+                if head.length != 4 * dim:
                     return None
                 query = VectorQuery(schemas.rows_of(body, dim))
-            else:
-                return None
             self._door.take(key)
         except Exception:
             return None
         try:
-            answer = self._engine.search_now(name, query, settings)
+            answer = self._engine.search_now(head.name, query, settings)
         except Exception:
             self._door.give_back(key)
             return None
         if answer is None:
             self._door.give_back(key)
-            if kind in _JSON:
-                self._parsed = body, query, settings
+            self._parsed = body, query, settings
             return None
-        data = schemas.encode(answer)
-        head = b"HTTP/1.1 200 OK\r\n%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n" % (
-            self._headers(),
-            self._request_id(headers.get("X-Request-Id")).encode(),
-            len(data),
-        )
-        self._metrics.requests(operation, "200").inc()
-        self._metrics.latency(operation).observe(time.perf_counter() - started)
-        return head + data
+        written = self._message("200 OK", _ANSWER_HEADERS, schemas.encode(answer), self._request_id(head.request_id))
+        self._metrics.requests(head.operation, "200").inc()
+        self._metrics.latency(head.operation).observe(time.perf_counter() - started)
+        return written
 
     def parsed(self, body: bytes) -> tuple[Query, SearchSettings] | None:
         """What this very body was found to ask, where it was just left to the long way; only once."""
         known, self._parsed = self._parsed, None
-        return known[1:] if known is not None and known[0] is body else None
+        return known[1:] if known is not None and known[0] == body else None
 
-    def _of_url(self, url_query: str, message: RawRequestMessage) -> SearchSettings:
-        """The settings in a URL. Clients write the same ones again and again."""
-        known = self._remembered.get(url_query)
-        if known is None:
-            known = schemas.url_settings(schemas.single(message.url.query), self._settings)
-            if len(self._remembered) >= MAX_REMEMBERED:
-                self._remembered.clear()
-            self._remembered[url_query] = known
-        return known
-
-    def _headers(self) -> bytes:
-        """Those that change once a second."""
+    def _message(self, status: str, headers: str, body: bytes, request_id: str = "") -> bytes:
         now = int(time.time())
         if now != self._second:
-            date = formatdate(now, usegmt=True)
             self._second = now
-            self._fixed = (
-                f"{hdrs.CONTENT_TYPE}: {schemas.JSON}; charset=utf-8\r\n"
-                f"{hdrs.DATE}: {date}\r\n{hdrs.SERVER}: {SERVER_SOFTWARE}\r\n"
-            ).encode()
-        return self._fixed
+            self._date = f"{hdrs.DATE}: {formatdate(now, usegmt=True)}\r\n{hdrs.SERVER}: {SERVER_SOFTWARE}\r\n".encode()
+        if request_id:
+            headers = f"{headers}X-Request-Id: {request_id}\r\n"
+        return b"HTTP/1.1 %b\r\n%bContent-Length: %d\r\n%b\r\n%b" % (
+            status.encode(),
+            headers.encode(),
+            len(body),
+            self._date,
+            body,
+        )
+
+
+_ANSWER_HEADERS: Final = f"{hdrs.CONTENT_TYPE}: {schemas.JSON}; charset=utf-8\r\n"
 
 
 class DirectHandler(web.RequestHandler):
-    """aiohttp's connection, but a message that `direct` answers at once never becomes a request."""
+    """aiohttp's connection, but a message that `direct` answers at once never reaches its parser."""
 
-    __slots__ = ("_direct", "_held", "_reaper", "_release")
+    __slots__ = ("_direct", "_drop", "_held", "_left", "_reaper", "_release")
 
     def __init__(self, server: web.Server | None, *, direct: Direct | None, reaper: Reaper, **options: Any) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **options)  # type: ignore[arg-type]
         self._direct, self._reaper = direct, reaper
-        self._held: tuple[RawRequestMessage, StreamReader] | None = None  # the body of a message that is on its way
+        self._held = b""  # a message whose rest is on its way
         self._release: asyncio.TimerHandle | None = None
+        self._drop = 0  # bytes to come of a body that nobody will read
+        self._left = 0  # bytes to come of a message that goes the long way, or LOST
 
     def data_received(self, data: bytes) -> None:
-        waiter, transport, parser = self._waiter, self.transport, self._parser
-        if (
-            self._direct is None
-            or waiter is None  # a request is worked on, and its answer comes first
+        direct = self._direct
+        if direct is None or not data:
+            super().data_received(data)
+            return
+        if self._drop:
+            dropped, self._drop = self._drop, max(0, self._drop - len(data))
+            data = data[dropped:]
+            if not data:
+                return
+        if self._left:
+            self._left = max(self._left - len(data), LOST) if self._left > 0 else LOST
+            super().data_received(data)
+            return
+        if self._held:
+            data, self._held = self._held + data, b""
+        head = direct.heads.of(data) if data.startswith(STARTS) else None
+        if head is None:
+            if self._idle() and len(data) < MAX_HEAD_BYTES and data.startswith(STARTS):
+                self._hold(data)
+            else:
+                self._the_long_way(data, None)
+            return
+        missing = head.size + head.length - len(data)
+        if head.operation and missing >= 0 and self._idle():
+            answer = direct.refusal(head)
+            if answer is not None:
+                self._drop = missing
+            elif missing == 0:
+                answer = direct.answer(head, data)
+            elif head.length <= MAX_HELD_BYTES:
+                # Many clients send head and body by themselves, the one right behind the other.
+                self._hold(data)
+                return
+            if answer is not None:
+                self._free()
+                self._request_count += 1
+                self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+                self._reaper.answered(self)
+                assert self.transport is not None
+                self.transport.write(answer)
+                return
+        self._the_long_way(data, head)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._held = b""  # its rest will not come
+        self._free()
+        super().connection_lost(exc)
+
+    def _idle(self) -> bool:
+        """Whether nothing is worked on, and an answer may be written now."""
+        waiter, transport = self._waiter, self.transport
+        return not (
+            waiter is None  # a request is worked on, and its answer comes first
             or waiter.done()
             or self._messages
             or self._paused  # the client does not read
+            or self._buffer_paused
             or self._upgraded
             or self._payload_parser is not None
             or self._close
             or self._force_close
             or transport is None
             or transport.is_closing()
-            or parser is None
-        ):
-            self._let_go()
-            super().data_received(data)
-            return
-        try:
-            messages, upgraded, tail = parser.feed_data(data)
-        except HttpProcessingError as error:
-            self._let_go()
-            self._the_long_way(data, error, ([], False, b""))
-            return
-        held = self._take()
-        if held is not None:
-            messages = [held, *messages]
-        if len(messages) == 1 and not upgraded:
-            message, payload = messages[0]
-            body = arrived(payload)
-            if body is not None:
-                answer = self._direct.answer(message, body)
-                if answer is not None:
-                    parser.message_consumed()
-                    self._request_count += 1
-                    self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
-                    self._reaper.answered(self)
-                    transport.write(answer)
-                    return
-            elif held is None and not payload.is_eof() and self._direct.may(message) and _short(message):
-                # Many clients send head and body by themselves, the one right behind the other.
-                self._held = message, payload
-                self._release = self._loop.call_later(HOLD_S, self._let_go)
-                return
-        self._the_long_way(data, None, (messages, upgraded, tail))
+        )
 
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._take()
-        super().connection_lost(exc)
+    def _hold(self, data: bytes) -> None:
+        self._held = data
+        if self._release is None:  # the time is that of all its parts
+            self._release = self._loop.call_later(HOLD_S, self._let_go)
 
-    def _take(self) -> tuple[RawRequestMessage, StreamReader] | None:
-        """What is held, which is held no longer."""
-        held, self._held = self._held, None
+    def _free(self) -> None:
         if self._release is not None:
             self._release.cancel()
             self._release = None
-        return held
 
     def _let_go(self) -> None:
-        """Send what is held the long way, where a body may take its time."""
-        held = self._take()
-        if held is not None:
-            self._the_long_way(b"", None, ([held], False, b""))
+        """Send what is held the long way, where the rest may take its time."""
+        self._free()
+        if self._held:
+            assert self._direct is not None
+            data, self._held = self._held, b""
+            self._the_long_way(data, self._direct.heads.of(data))
 
-    def _the_long_way(self, data: bytes, error: HttpProcessingError | None, found: tuple[Any, bool, bytes]) -> None:
-        parser = self._parser
-        self._parser = _Again(error, found)  # type: ignore[assignment]
-        try:
-            super().data_received(data)
-        finally:
-            self._parser = parser
-
-
-def _short(message: RawRequestMessage) -> bool:
-    length = message.headers.get(hdrs.CONTENT_LENGTH, "")
-    return length.isdecimal() and len(length) < 9 and int(length) <= MAX_HELD_BYTES
-
-
-class _Again:
-    """Stands for the parser where it has parsed already."""
-
-    __slots__ = ("_error", "_found")
-
-    def __init__(self, error: HttpProcessingError | None, found: tuple[Any, bool, bytes]) -> None:
-        self._error, self._found = error, found
-
-    def feed_data(self, data: bytes) -> tuple[Any, bool, bytes]:
-        if self._error is not None:
-            raise self._error
-        return self._found
+    def _the_long_way(self, data: bytes, head: Head | None) -> None:
+        """To aiohttp's parser, which is where a message begins; and know where this one ends."""
+        self._free()
+        if head is not None and head.length >= 0:
+            self._left = max(head.size + head.length - len(data), LOST)
+        else:
+            self._left = LOST
+        super().data_received(data)

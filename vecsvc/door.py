@@ -46,9 +46,9 @@ class Door:
             self._admission.check(route.load, request.content_length if request.body_exists else 0)
         self.take(key)
 
-    def knock(self, headers: Mapping[str, str], scope: Scope) -> Key | None:
-        """The key that a head brings, with the scope that is asked. Raises Unauthorized or Forbidden."""
-        return self._keyring.admit(presented(headers), scope) if self._keyring is not None else None
+    def knock(self, mark: bytes | None, scope: Scope) -> Key | None:
+        """The key with that digest, with the scope that is asked. Raises Unauthorized or Forbidden."""
+        return self._keyring.admit_marked(mark, scope) if self._keyring is not None else None
 
     def take(self, key: Key | None) -> None:
         """Count one query of a key; RateLimited where it has none left."""

@@ -15,7 +15,8 @@ from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.errors import DeadlineExceeded
 from vecsvc.gather import Gather
 from vecsvc.question import A, Search
-from vecsvc.question_checks import Clock, count, encoder_of
+from vecsvc.question_checks import Clock, count, encoder_of, plan_of
+from vecsvc.quick import is_plain, quick_search
 from vecsvc.shard import Found, Shard
 from vecsvc.telemetry import Metrics
 from vecsvc.together import run_together
@@ -71,18 +72,30 @@ class Engine:
         """
         if self.admission.single.full:
             return None
-        clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
+        started, deadline = time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3
         served = self.retained(name)
         try:
-            search = Search(served, query, settings, clock, 1)
-            seconds = search.plan.seconds
-            if seconds is None or seconds > self._inline_s or not search.measurable:
+            plan = plan_of(served, settings)
+            if not plan.is_short(self._inline_s):
                 return None
-            answer = search.run(SearchAnswer)
-            search.plan.learn(clock.search + clock.rerank)
+            if plan.plain is None:
+                plan.plain = is_plain(served, query, settings)
+            if plan.plain:
+                found = quick_search(served, plan, query, settings, started, deadline)
+                if found is None:
+                    return None
+                answer, seconds = found
+            else:
+                clock = Clock(started, deadline)
+                search = Search(served, query, settings, clock, 1)
+                if not search.measurable:
+                    return None
+                answer = search.run(SearchAnswer)
+                seconds = clock.search + clock.rerank
+            plan.learn(seconds)
         finally:
             served.release()
-        self._count(served, answer.stats, clock)
+        self._count(served, answer.stats, seconds)
         return answer
 
     async def _answer(self, name: str | None, query: Query, settings: SearchSettings, kind: type[A]) -> A:
@@ -97,10 +110,10 @@ class Engine:
             search = Search(served, query, settings, clock, self._threads_for(budget))
             if isinstance(query, TextQuery):
                 await search.encode(query.texts)
-            measurable, seconds = search.measurable, search.plan.seconds
+            measurable = search.measurable
             # A hop to a thread and back costs more than a search of a graph; a long search in the event loop
             # costs everybody. So a question goes to a thread until its like was measured to be short.
-            if measurable and seconds is not None and seconds <= self._inline_s:
+            if measurable and search.plan.is_short(self._inline_s):
                 answer = search.run(kind)
             elif kind is SearchAnswer and search.shares_work:
                 answer = await self._gathered(work, search)
@@ -111,11 +124,11 @@ class Engine:
                 search.plan.learn(clock.search + clock.rerank)
         finally:
             work.leave()
-        self._count(served, answer.stats, clock)
+        self._count(served, answer.stats, clock.search)
         return answer
 
-    def _count(self, served: Served, stats: Stats, clock: Clock) -> None:
-        self._metrics.search(served.name, stats.strategy).observe(clock.search)
+    def _count(self, served: Served, stats: Stats, seconds: float) -> None:
+        self._metrics.search(served.name, stats.strategy).observe(seconds)
         if stats.shortfall:
             self._metrics.shortfall(served.name).inc(stats.shortfall)
 
@@ -134,8 +147,7 @@ class Engine:
         work = _Work(budget, served)
         try:
             search = Search(served, query, settings, clock, self._threads_for(budget), shards)
-            seconds = search.plan.seconds
-            if search.measurable and seconds is not None and seconds <= self._inline_s:
+            if search.measurable and search.plan.is_short(self._inline_s):
                 found = search.find()
             else:
                 # A front door that takes parts keeps so much of its time back for what the deadline cuts short.

@@ -22,7 +22,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 _path = ["portable"]
 
@@ -123,22 +123,36 @@ def _sum_i32(builder: Any, vector: Any) -> Any:
     return builder.call(_external(builder, f"llvm.vector.reduce.add.v{lanes}i32", I32, [vector.type]), [vector])
 
 
-def _dot_bytes(builder: Any, total: Any, unsigned: Any, signed: Any, small: bool) -> Any:
-    """total (v16i32 or v8i32) + the products of 64 or 32 pairs of bytes; `small` promises `unsigned` below 16."""
+def _small_pairs(builder: Any, unsigned: Any, signed: Any) -> Any:
+    """Sums (v16i16) of two products each of 32 pairs of bytes, `unsigned` below 16: eight of them fit into int16."""
+    halves = ir.VectorType(I16, 16)
+    multiply = _external(builder, "llvm.x86.avx2.pmadd.ub.sw", halves, [unsigned.type, signed.type])
+    return builder.call(multiply, [unsigned, signed])
+
+
+def _add_pairs(builder: Any, total: Any, pairs: Any) -> Any:
+    """total (v8i32) + neighbours of pairs (v16i16)."""
+    halves = ir.VectorType(I16, 16)
+    multiply = _external(builder, "llvm.x86.avx2.pmadd.wd", total.type, [halves, halves])
+    return builder.add(total, builder.call(multiply, [pairs, _splat(I16, 16, 1)]))
+
+
+def _dot_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
+    """total (v16i32 or v8i32) + the products of 64 or 32 pairs of bytes."""
     lanes = unsigned.type.count
     if _path[0] == "avx512-vnni":
         fused = _external(builder, "llvm.x86.avx512.vpdpbusd.512", total.type, [total.type, unsigned.type, signed.type])
         return builder.call(fused, [total, unsigned, signed])
-    if _path[0] == "avx2" and small:
-        # The 16-bit sums of two products stay below 15 * 127 * 2, so that saturation does not come into it.
+    if _path[0] == "avx2":
+        # As 16 bits: the products of whole bytes would saturate, as sums of two.
         halves = ir.VectorType(I16, 16)
-        pairs = builder.call(
-            _external(builder, "llvm.x86.avx2.pmadd.ub.sw", halves, [unsigned.type, signed.type]), [unsigned, signed]
-        )
-        fours = builder.call(
-            _external(builder, "llvm.x86.avx2.pmadd.wd", total.type, [halves, halves]), [pairs, _splat(I16, 16, 1)]
-        )
-        return builder.add(total, fours)
+        multiply = _external(builder, "llvm.x86.avx2.pmadd.wd", total.type, [halves, halves])
+        for start in range(0, lanes, 16):
+            places = ir.Constant(ir.VectorType(I32, 16), [ir.Constant(I32, start + i) for i in range(16)])
+            a = builder.zext(builder.shuffle_vector(unsigned, unsigned, places), halves)
+            b = builder.sext(builder.shuffle_vector(signed, signed, places), halves)
+            total = builder.add(total, builder.call(multiply, [a, b]))
+        return total
     wide = ir.VectorType(I32, lanes)
     products = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
     step = total.type.count
@@ -166,13 +180,20 @@ def nibble_dot(typing: Any, codes: Any, query: Any, chunks: Any) -> Any:
             line = builder.add(codes, builder.shl(at, ir.Constant(I64, 6)))
             side = builder.add(query, builder.shl(at, ir.Constant(I64, 7)))
             low, high = totals
+            pairs = None
             for offset in range(0, 64, width):
                 packed = _load(builder, _plus(builder, line, offset), I8, width)
                 first = _load(builder, _plus(builder, side, offset), I8, width)
                 second = _load(builder, _plus(builder, side, 64 + offset), I8, width)
-                low = _dot_bytes(builder, low, builder.and_(packed, mask), first, small=True)
-                high = _dot_bytes(builder, high, builder.lshr(packed, four), second, small=True)
-            return [low, high]
+                lower, upper = builder.and_(packed, mask), builder.lshr(packed, four)
+                if _path[0] != "avx2":
+                    low = _dot_bytes(builder, low, lower, first)
+                    high = _dot_bytes(builder, high, upper, second)
+                    continue
+                for nibbles, values in ((lower, first), (upper, second)):
+                    more = _small_pairs(builder, nibbles, values)
+                    pairs = more if pairs is None else builder.add(pairs, more)
+            return [low if pairs is None else _add_pairs(builder, low, pairs), high]
 
         zero = _splat(I32, lanes, 0)
         low, high = _loop(builder, chunks, [zero, zero], body)
@@ -196,7 +217,7 @@ def byte_dot(typing: Any, left: Any, right: Any, lines: Any) -> Any:
             for step in range(0, 64, width):
                 a = _load(builder, _plus(builder, builder.add(left, offset), step), I8, width)
                 b = _load(builder, _plus(builder, builder.add(right, offset), step), I8, width)
-                total = _dot_bytes(builder, total, builder.xor(a, flip), b, small=False)
+                total = _dot_bytes(builder, total, builder.xor(a, flip), b)
             return [total]
 
         return _sum_i32(builder, _loop(builder, lines, [_splat(I32, lanes, 0)], body)[0])
@@ -323,7 +344,9 @@ get_u8, put_u8 = _access(I8, types.uint8)
 get_i8, put_i8 = _access(I8, types.int8)
 get_i32, put_i32 = _access(I32, types.int32)
 get_i64, put_i64 = _access(I64, types.int64)
+get_u64, _ = _access(I64, types.uint64)
 get_f32, put_f32 = _access(F32, types.float32)
+get_f64, put_f64 = _access(F64, types.float64)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -44,6 +44,7 @@ PATHS: Final = ("avx512-vnni", "avx2", "portable")
 _SOURCES: Final = (
     "vecsvc.machine_code",
     "vecsvc.kernels",
+    "vecsvc.json_kernels",
     "vecsvc.indexes.nng_layout",
     "vecsvc.indexes.nng_kernels",
     "vecsvc.indexes.tp_tree_layout",

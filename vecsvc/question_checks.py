@@ -49,7 +49,7 @@ class Clock:
 
     def took_ms(self) -> TookMs:
         total = time.perf_counter() - self.started
-        return TookMs(_ms(total), _ms(self.queue), _ms(self.encode), _ms(self.search), _ms(self.rerank))
+        return TookMs(*map(milliseconds, (total, self.queue, self.encode, self.search, self.rerank)))
 
 
 def count(query: Query) -> int:
@@ -75,7 +75,7 @@ def cut_note(cut: list[int], texts: int, max_tokens: int) -> str:
     return f"cut at {max_tokens} tokens: texts {listed(cut)}"
 
 
-def _ms(seconds: float) -> float:
+def milliseconds(seconds: float) -> float:
     """To the microsecond, in a tenth of the time of round()."""
     return int(seconds * 1e6) / 1e3
 

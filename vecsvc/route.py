@@ -6,11 +6,12 @@ import asyncio
 import gc
 import logging
 import time
+from pathlib import Path
 from typing import Final
 
 import uvloop
 
-from vecsvc import __version__
+from vecsvc import __version__, json_vectors, machine_code
 from vecsvc.config import RouteSettings
 from vecsvc.front_door import FrontDoor
 from vecsvc.ports import http_tls, nodes_tls, warn_if_open
@@ -25,6 +26,8 @@ log: Final = logging.getLogger("vecsvc.server")
 def route(settings: RouteSettings) -> None:
     """Serve what the nodes hold until SIGTERM or SIGINT. Raises ConfigError where a port or the file cannot be had."""
     configure_logging()
+    machine_code.keep_in(Path(settings.kernels) if settings.kernels else None)
+    machine_code.announce = lambda what: log.info("compiling", extra={"data": {"what": what}})
     allow_files(settings)
     uvloop.run(_run(settings))
 
@@ -36,6 +39,7 @@ async def _run(settings: RouteSettings) -> None:
     door = FrontDoor(router, settings, metrics)
     service = Service(door, settings, metrics)
     tls, admin_tls = http_tls(settings)
+    await door.in_thread(json_vectors.kernel)  # no question is to wait until it is compiled
     runner, listeners = await listen(service, service.app(), settings.host, settings.port, tls)
     admin, admin_listeners = await listen(
         service, service.admin_app(), settings.admin_host, settings.admin_port, admin_tls, public=False

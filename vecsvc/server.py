@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 from aiohttp import hdrs, web
 
-from vecsvc import openapi, schemas, schemas_embed
+from vecsvc import json_vectors, openapi, schemas, schemas_embed
 from vecsvc.access import Keyring
 from vecsvc.admission import LARGE_BYTES
 from vecsvc.catalog import Catalog
@@ -47,6 +47,7 @@ from vecsvc.errors import (
     VecsvcError,
 )
 from vecsvc.front_door import Backend
+from vecsvc.heads import Head
 from vecsvc.question_checks import count
 from vecsvc.reaper import Reaper
 from vecsvc.server_embed import EmbedRoutes
@@ -117,7 +118,14 @@ class Service:
         self.direct: Direct | None = None
         if isinstance(engine, Engine) and usable():
             self.direct = Direct(
-                engine, settings, self.metrics, self.door, request_id=self._named, open=self._short_way_is_open
+                engine,
+                settings,
+                self.metrics,
+                self.door,
+                MAX_LINE_BYTES,
+                request_id=self._named,
+                open=self._short_way_is_open,
+                refused=self._refused,
             )
 
     # -------------------------------------------------------------------------------------- applications
@@ -232,6 +240,17 @@ class Service:
             return given
         return f"{self._id_prefix}-{next(self._counter):x}"
 
+    def _refused(self, head: Head, error: Overloaded) -> tuple[dict[str, str], bytes]:
+        """What the border does with a message for which there is no place, and its answer's headers and body."""
+        self.metrics.requests(head.operation, "429").inc()
+        self.metrics.latency(head.operation).observe(0.0)
+        why, request_id = str(error), self._named(head.request_id)
+        if self._log_errors and self.may_log(self._refusal_lines):
+            data = {"request_id": request_id, "method": "POST", "path": head.path[:200], "status": 429, "why": why}
+            log.info("request", extra={"data": {**data, "ms": 0.0}})
+        headers, body = _error_parts(429, error.code, why, head.path, error.retry_after_s)
+        return {**headers, "X-Request-Id": request_id}, body
+
     def _short_way_is_open(self) -> bool:
         """Whether a question may go the short way, past the border, where nobody is told of it."""
         return not (self.draining or self._log_all)
@@ -291,6 +310,8 @@ class Service:
         self._buffered += declared
         try:
             await invite(request)
+            if request.transport is None:
+                raise ConnectionResetError("the client went away before its body was read")
             return await request.read()
         except web.HTTPRequestEntityTooLarge as error:
             raise BodyTooLarge(f"the body is larger than allowed, the limit here is {limit}") from error
@@ -419,7 +440,12 @@ class Service:
     async def refresh(self, *, again: bool = False) -> list[tuple[str, str]]:
         catalog = self.catalog
         assert isinstance(catalog, Catalog), "a front door looks at its nodes, not at folders"
-        look = asyncio.ensure_future(self._as_admin(lambda: catalog.refresh(again=again)))
+
+        def refresh() -> list[tuple[str, str]]:
+            json_vectors.kernel()  # no question is to wait until it is compiled
+            return catalog.refresh(again=again)
+
+        look = asyncio.ensure_future(self._as_admin(refresh))
         self._loading.add(look)
         look.add_done_callback(self._loading.discard)
         changed = await asyncio.shield(look)  # whoever waited may go, the thread stays at work
@@ -476,6 +502,13 @@ def _json(body: bytes) -> web.Response:
 
 
 def _error(status: int, code: str, message: str, path: str = "", retry_after_s: float | None = None) -> web.Response:
+    headers, body = _error_parts(status, code, message, path, retry_after_s)
+    return web.Response(status=status, body=body, headers=headers)
+
+
+def _error_parts(
+    status: int, code: str, message: str, path: str, retry_after_s: float | None
+) -> tuple[dict[str, str], bytes]:
     """An error in the shape that the callers of `path` expect; what passes says when to come again."""
     headers: dict[str, str] = {hdrs.CONTENT_TYPE: _JSON}
     retry_after_ms: int | None = None
@@ -486,8 +519,7 @@ def _error(status: int, code: str, message: str, path: str = "", retry_after_s: 
         headers[RETRY_AFTER_MS] = str(retry_after_ms)
     elif status == 401:
         headers[hdrs.WWW_AUTHENTICATE] = CHALLENGE
-    body = schemas_embed.error_body(path, status, code, message, retry_after_ms)
-    return web.Response(status=status, body=body, headers=headers)
+    return headers, schemas_embed.error_body(path, status, code, message, retry_after_ms)
 
 
 def _retry_after_s(error: VecsvcError) -> float | None:

@@ -1,0 +1,166 @@
+"""Numbers out of JSON text, straight into float32: compiled by machine_code, never imported to serve.
+
+A decimal of up to 18 digits is an integer times a power of ten. As float64, that is off by at most three units of its
+last place; rounded once more, to float32, it is the value that the correctly rounded float64 gives, unless it lies
+so near the middle between two float32 that those few units decide. Such a number is left to the decoder, and so is
+whatever is out of the ordinary: the text is known to be JSON, and is not judged here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vecsvc.kernels import data_of, get_f64, get_i64, get_u8, get_u64, inlined, put_f32, put_f64
+
+PLUS, COMMA, MINUS, POINT, ZERO, OPEN, CLOSE, SMALL_E = 43, 44, 45, 46, 48, 91, 93, 101
+MAX_DIGITS = 18  # so many fit into an int64
+POWERS = 22  # powers of ten up to this one are float64 exactly
+EXACT = 1 << 53  # integers up to here are float64 exactly
+LOW_BITS = (1 << 29) - 1  # those that float32 has no room for
+MIDDLE = 1 << 28
+NEAR = 8  # units of the last place of a float64
+HIGH, ZEROS, SIXES = np.uint64(0xF0F0F0F0F0F0F0F0), np.uint64(0x3030303030303030), np.uint64(0x0606060606060606)
+PAIRS, LEFT, RIGHT = np.uint64(0x000000FF000000FF), np.uint64(1_000_000 << 32 | 100), np.uint64(10_000 << 32 | 1)
+TEN, BYTE, TWO_BYTES, FOUR_BYTES = np.uint64(10), np.uint64(8), np.uint64(16), np.uint64(32)
+LEAST, MOST = 1.1754943508222875e-38, 3.4028234663852886e38  # the normal float32
+
+
+@inlined
+def after_space(at, end):
+    """Where the next character stands that is no white space."""
+    while at < end and get_u8(at, 0) <= 32:
+        at += 1
+    return at
+
+
+@inlined
+def eight(at):
+    """The value of eight digits, -1 where they are not eight: all at once, as bytes of one integer."""
+    word = get_u64(at, 0)
+    if (word & HIGH) != ZEROS or ((word + SIXES) & HIGH) != ZEROS:
+        return np.int64(-1)
+    word -= ZEROS
+    word = word * TEN + (word >> BYTE)  # every other byte holds two digits
+    pairs = (word & PAIRS) * LEFT + ((word >> TWO_BYTES) & PAIRS) * RIGHT
+    return np.int64(pairs >> FOUR_BYTES)
+
+
+@inlined
+def digits(at, end, value):
+    """(the address behind the digits at `at`, `value` with them behind it; -1 where they are too many)"""
+    while at + 8 <= end and value < 10 ** (MAX_DIGITS - 8):
+        more = eight(at)
+        if more < 0:
+            break
+        value = 100_000_000 * value + more
+        at += 8
+    while at < end:
+        digit = np.int64(get_u8(at, 0)) - ZERO
+        if not 0 <= digit <= 9:
+            break
+        if value >= 10 ** (MAX_DIGITS - 1):
+            return at, np.int64(-1)
+        value = 10 * value + digit
+        at += 1
+    return at, value
+
+
+@inlined
+def number(at, end, out, powers, scratch):
+    """Write the number that begins at `at` to `out`; the address behind it, 0 where it is left to the decoder."""
+    negative = get_u8(at, 0) == MINUS
+    at, value = digits(at + negative, end, np.int64(0))
+    exponent = 0
+    if at < end and get_u8(at, 0) == POINT and value >= 0:
+        point = at + 1
+        at, value = digits(point, end, value)
+        exponent = point - at
+    if value < 0:
+        return 0
+    if at < end and (get_u8(at, 0) | 32) == SMALL_E:
+        at += 1
+        down = at < end and get_u8(at, 0) == MINUS
+        at, given = digits(at + (at < end and (down or get_u8(at, 0) == PLUS)), end, np.int64(0))
+        if not 0 <= given < 1000:
+            return 0
+        exponent += -given if down else given
+    if value == 0:
+        put_f32(out, 0, np.float32(-0.0 if negative else 0.0))
+        return at
+    if exponent < -2 * POWERS or exponent > POWERS:
+        return 0
+    found = float(value)
+    if exponent < -POWERS:
+        found = found / get_f64(powers, POWERS) / get_f64(powers, -exponent - POWERS)
+    elif exponent < 0:
+        found /= get_f64(powers, -exponent)
+    else:
+        found *= get_f64(powers, exponent)
+    if not LEAST <= found <= MOST:
+        return 0
+    if value > EXACT or exponent < -POWERS:
+        put_f64(scratch, 0, found)
+        if abs((get_i64(scratch, 0) & LOW_BITS) - MIDDLE) <= NEAR:
+            return 0
+    put_f32(out, 0, np.float32(-found if negative else found))
+    return at
+
+
+def json_rows(text, length, out, powers):
+    """Write the numbers of a JSON array, or of an array of arrays of the same length, to `out`.
+
+    `text` and `out` are the addresses of arrays (see data_of): `length` bytes, and float32 with room for every second
+    of them and three more. `powers` is where 10^0 to 10^22 are as float64.
+    Returns how many numbers there are, and above 32 bits how many inner arrays, 0 where there are none. -1 where the
+    text holds anything else.
+    """
+    text, out = data_of(text), data_of(out)
+    end = text + length
+    scratch = out + 4 * (length // 2 + 1)
+    at = after_space(text, end)
+    if at >= end or get_u8(at, 0) != OPEN:
+        return -1
+    at = after_space(at + 1, end)
+    nested = at < end and get_u8(at, 0) == OPEN
+    rows, total, width = 0, 0, -1
+    while True:
+        if nested:
+            if at >= end or get_u8(at, 0) != OPEN:
+                return -1
+            at = after_space(at + 1, end)
+        before = total
+        while True:
+            if at >= end:
+                return -1
+            if get_u8(at, 0) != MINUS and not ZERO <= get_u8(at, 0) <= ZERO + 9:
+                return -1
+            at = number(at, end, out + 4 * total, powers, scratch)
+            if at == 0:
+                return -1
+            total += 1
+            at = after_space(at, end)
+            if at >= end:
+                return -1
+            sign = get_u8(at, 0)
+            at = after_space(at + 1, end)
+            if sign == CLOSE:
+                break
+            if sign != COMMA:
+                return -1
+        if not nested:
+            break
+        if width >= 0 and total - before != width:
+            return -1
+        width = total - before
+        rows += 1
+        if at >= end:
+            return -1
+        sign = get_u8(at, 0)
+        at = after_space(at + 1, end)
+        if sign == CLOSE:
+            break
+        if sign != COMMA:
+            return -1
+    if at < end:
+        return -1
+    return rows << 32 | total

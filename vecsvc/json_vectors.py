@@ -1,0 +1,47 @@
+"""Vectors out of JSON text, without a Python object for each number."""
+
+from __future__ import annotations
+
+import functools
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from vecsvc import machine_code
+from vecsvc.types import Vectors
+
+_POWERS: Final = np.array([float(f"1e{i}") for i in range(23)])
+_POWERS_AT: Final = int(_POWERS.ctypes.data)
+_MORE: Final = 4  # places that the kernel needs beyond one for every second byte
+
+
+def vector(text: msgspec.Raw) -> Vectors | None:
+    """The numbers of a JSON array as float32, one row (1, n).
+
+    `text` is valid JSON. Each value is what `numpy.float32(float(digits))` is. None where the text is anything else,
+    or some number needs more care than it gets here; then `msgspec.json` has to look at it.
+    """
+    found, rows = _read(text)
+    return None if found is None or rows else found.reshape(1, -1)
+
+
+def vectors(text: msgspec.Raw) -> Vectors | None:
+    """The numbers of a JSON array of m arrays of n numbers (m, n), as `vector` has them."""
+    found, rows = _read(text)
+    return None if found is None or not rows else found.reshape(rows, -1)
+
+
+def _read(text: msgspec.Raw) -> tuple[Vectors | None, int]:
+    """All numbers, and how many inner arrays they are from."""
+    data = np.frombuffer(text, np.uint8)
+    size = len(data)
+    out = np.empty(size // 2 + _MORE, np.float32)
+    found = kernel()(id(data), size, id(out), _POWERS_AT)
+    return (None, 0) if found < 1 else (out[: found & 0xFFFFFFFF], found >> 32)
+
+
+@functools.cache
+def kernel() -> machine_code.Kernel:
+    """What reads the text; compiled where it is not kept."""
+    return machine_code.load("vecsvc.json_kernels", "json_rows", 4)
