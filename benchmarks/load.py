@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+MAX_BURST = 32  # requests that are sent before answers are looked at
 MAX_WIRES = 900  # connections of one open loop, below a server's own limit; an arrival beyond waits for one
 
 # Says what is wrong with the body of a good answer; None where nothing is.
@@ -25,6 +27,10 @@ def post(path: str, body: bytes, kind: str = "application/json", *more: str) -> 
     return "\r\n".join([*head, "", ""]).encode() + body
 
 
+# Called once with what came: (status, head, body), or the error that ended the wait for it.
+Done = Callable[[tuple[int, bytes, bytes] | Exception], None]
+
+
 class Wire(asyncio.Protocol):
     """One keep-alive connection, one request at a time."""
 
@@ -34,24 +40,38 @@ class Wire(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._buffer = b""
         self._needed = 0
-        self._answer: asyncio.Future[tuple[int, bytes, bytes]] | None = None
+        self._done: Done | None = None
 
     @classmethod
     async def to(cls, port: int) -> Wire:
         _, wire = await asyncio.get_running_loop().create_connection(cls, "127.0.0.1", port)
         return wire
 
+    def begin(self, data: bytes, done: Done) -> None:
+        """Send a request; `done` is called when its answer is whole, without a task or a future in between."""
+        assert self._transport is not None and self._done is None and not self.closed
+        self._done = done
+        self._transport.write(data)
+
     async def ask(self, data: bytes) -> tuple[int, bytes, bytes]:
         """(status, head, body). Raises ConnectionError."""
-        assert self._transport is not None and self._answer is None
         if self.closed:
             raise ConnectionResetError("the kept connection was closed")
-        self._answer = asyncio.get_running_loop().create_future()
-        self._transport.write(data)
+        answer: asyncio.Future[tuple[int, bytes, bytes]] = asyncio.get_running_loop().create_future()
+
+        def done(came: tuple[int, bytes, bytes] | Exception) -> None:
+            if answer.done():
+                return
+            if isinstance(came, Exception):
+                answer.set_exception(came)
+            else:
+                answer.set_result(came)
+
+        self.begin(data, done)
         try:
-            return await self._answer
+            return await answer
         finally:
-            self._answer, self.used = None, True
+            self._done, self.used = None, True
 
     def close(self) -> None:
         self.closed = True
@@ -62,27 +82,32 @@ class Wire(asyncio.Protocol):
         self._transport = transport  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        if len(self._buffer) < self._needed:
+        buffer = self._buffer = self._buffer + data if self._buffer else data
+        if len(buffer) < self._needed:
             return
-        head, found, body = self._buffer.partition(b"\r\n\r\n")
-        if not found:
+        end = buffer.find(b"\r\n\r\n")
+        if end < 0:
             return
-        at = head.lower().find(b"content-length: ")
+        head = buffer[:end]
+        at = head.find(b"Content-Length: ")
+        at = at if at >= 0 else head.lower().find(b"content-length: ")
         length = int(head[at + 16 :].split(b"\r\n", 1)[0])
-        self._needed = len(head) + 4 + length
-        if len(body) < length:
+        self._needed = end + 4 + length
+        if len(buffer) < self._needed:
             return
         self._buffer, self._needed = b"", 0
         if b"onnection: close" in head:
             self.closed = True
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result((int(head[9:12]), head, body))
+        self._tell((int(head[9:12]), head, buffer[end + 4 :]))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(ConnectionResetError(f"broken off: {exc or 'closed'}"))
+        self._tell(ConnectionResetError(f"broken off: {exc or 'closed'}"))
+
+    def _tell(self, came: tuple[int, bytes, bytes] | Exception) -> None:
+        done, self._done, self.used = self._done, None, True
+        if done is not None:
+            done(came)
 
 
 @dataclass
@@ -152,19 +177,27 @@ def _why(body: bytes) -> str:
         return repr(body[:100])
 
 
-async def _one(wire: Wire, number: int, data: bytes, check: Check | None) -> tuple[str, str]:
+def _outcome(came: tuple[int, bytes, bytes] | Exception, number: int, check: Check | None) -> tuple[str, str]:
     """(outcome, why) of one request."""
-    try:
-        status, _, body = await wire.ask(data)
-    except (OSError, asyncio.CancelledError) as error:
-        wire.close()
-        if isinstance(error, asyncio.CancelledError):
-            raise
-        return "broken", str(error)
+    if isinstance(came, Exception):
+        return "broken", str(came)
+    status, _, body = came
     if status != 200:
         return str(status), _why(body)
     wrong = check(number, body) if check is not None else None
     return ("wrong", wrong) if wrong else ("200", "")
+
+
+async def _one(wire: Wire, number: int, data: bytes, check: Check | None) -> tuple[str, str]:
+    """(outcome, why) of one request."""
+    try:
+        came: tuple[int, bytes, bytes] | Exception = await wire.ask(data)
+    except (OSError, asyncio.CancelledError) as error:
+        wire.close()
+        if isinstance(error, asyncio.CancelledError):
+            raise
+        came = error
+    return _outcome(came, number, check)
 
 
 async def closed_loop(
@@ -240,49 +273,84 @@ async def open_loop(
     """
     chance = np.random.default_rng(seed)
     due = np.cumsum(chance.exponential(1.0 / rate, int(rate * seconds * 1.2) + 10))
-    due = due[due < seconds]
+    times = due[due < seconds].tolist()
     tally = Tally()
     idle: list[Wire] = kept if kept is not None else []
-    slots = asyncio.Semaphore(MAX_WIRES)
-    under_way: set[asyncio.Task[None]] = set()
+    waiting: deque[int] = deque()  # numbers of those that are due, while every connection is taken
+    wires = len(idle)
+    left = len(times)
+    over = asyncio.Event()
+    connecting: set[asyncio.Task[None]] = set()
     began = time.perf_counter()
 
-    async def one(number: int, when: float) -> None:
-        async with slots:
-            wire: Wire | None = None
-            while idle and (wire is None or wire.closed):
-                wire = idle.pop()
-            sent = time.perf_counter()
-            try:
-                if wire is None or wire.closed:
-                    wire = await Wire.to(ports[number % len(ports)])
-            except OSError as error:
-                tally.add("refused", time.perf_counter() - began - when, when, str(error))
-                return
-            which = number % len(requests)
-            try:
-                async with asyncio.timeout(patience_s):
-                    outcome, why = await _one(wire, which, requests[which], check)
-            except TimeoutError:
-                outcome, why = "no answer", f"within {patience_s:g} s"
-            now = time.perf_counter()
-            tally.add(outcome, now - began - when, when, why, now - sent)
+    def finish(number: int, outcome: str, why: str, sent: float | None = None) -> None:
+        nonlocal left
+        now = time.perf_counter()
+        tally.add(outcome, now - began - times[number], times[number], why, now - sent if sent is not None else None)
+        left -= 1
+        if not left:
+            over.set()
+
+    def send(number: int, wire: Wire) -> None:
+        which, sent = number % len(requests), time.perf_counter()
+
+        def done(came: tuple[int, bytes, bytes] | Exception) -> None:
+            nonlocal wires
+            finish(number, *_outcome(came, which, check), sent)
             if wire.closed:
+                wires -= 1
                 wire.close()
+                if waiting:
+                    launch(waiting.popleft())
+            elif waiting:
+                send(waiting.popleft(), wire)
             else:
                 idle.append(wire)
 
-    for number, when in enumerate(due.tolist()):
-        wait = when - (time.perf_counter() - began)
-        if wait > 0:
-            await asyncio.sleep(wait)
-        elif number % 64 == 0:
-            await asyncio.sleep(0)  # late already; answers must be taken all the same
-        task = asyncio.ensure_future(one(number, when))
-        under_way.add(task)
-        task.add_done_callback(under_way.discard)
-    if under_way:
-        await asyncio.wait(under_way)
+        wire.begin(requests[which], done)
+
+    async def connect(number: int) -> None:
+        nonlocal wires
+        try:
+            wire = await Wire.to(ports[number % len(ports)])
+        except OSError as error:
+            wires -= 1
+            finish(number, "refused", str(error))
+        else:
+            send(number, wire)
+
+    def launch(number: int) -> None:
+        nonlocal wires
+        while idle:
+            wire = idle.pop()
+            if not wire.closed:
+                send(number, wire)
+                return
+            wires -= 1
+        if wires >= MAX_WIRES:
+            waiting.append(number)
+            return
+        wires += 1
+        task = asyncio.ensure_future(connect(number))
+        connecting.add(task)
+        task.add_done_callback(connecting.discard)
+
+    number = 0
+    while number < len(times):
+        now = time.perf_counter() - began
+        burst = 0
+        while number < len(times) and times[number] <= now and burst < MAX_BURST:
+            launch(number)
+            number += 1
+            burst += 1
+        # Answers must be taken all the same where it is late already.
+        await asyncio.sleep(max(0.0, times[number] - now) if number < len(times) else 0.0)
+    if left:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await over.wait()
+    for _ in range(left):
+        tally.add("no answer", patience_s, seconds, f"within {patience_s:g} s")
     if kept is None:
         for wire in idle:
             wire.close()

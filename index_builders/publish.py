@@ -153,6 +153,7 @@ def _make_version(folder: IndexFolder, manifest: Manifest, parts: dict[int, Path
         for file in manifest.shared_files():
             _link(first / file.path, staging / file.path)
         write_manifest(staging, manifest)
+        read_manifest(staging)  # what cannot be read back is not published
         folder.publish(staging, manifest.version)
         lease.share()
         folder.serve(manifest.version)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
@@ -55,6 +56,7 @@ def build_shard(
     held = f"shard {number} of version {settings.version} is being built or published by another process: let it end"
     lease = take_folder(place, held)
     try:
+        _refuse_another_split(place, settings)
         state = read_state(state_path, key) if resume else None
         job = Job(
             corpus=corpus,
@@ -73,6 +75,19 @@ def build_shard(
             return _run(job, folder.name, number)
     finally:
         lease.release()
+
+
+def _refuse_another_split(place: Path, settings: BuildSettings) -> None:
+    """A finished shard of another number of shards is somebody's work: it is not replaced without a word."""
+    try:
+        part = read_part(place)
+    except VecsvcError:
+        return  # what is damaged is built anew
+    if part is not None and part.shards != settings.shards:
+        raise VersionExists(
+            f"{place} holds shard {part.number} of {part.shards}, and --shard says {settings.shard}: choose another "
+            "--version, or delete that folder"
+        )
 
 
 def _one_of(settings: BuildSettings) -> tuple[int, BuildSettings]:

@@ -1,7 +1,4 @@
-"""A cluster on this machine: real nodes behind proxies that can be told to fail, front doors, and load that is checked.
-
-Nodes are forked from a process that has imported everything already, so that a test can restart many of them.
-"""
+"""A cluster on this machine: real nodes behind proxies that can be told to fail, front doors, load that is checked."""
 
 from __future__ import annotations
 
@@ -9,10 +6,7 @@ import contextlib
 import dataclasses
 import http.client
 import json
-import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,51 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from forked import Forked
 from service import JSON, Corpus, Service, ask, assert_clean
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from fault_proxy import Proxies
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["vecsvc.cli", "vecsvc.process", "vecsvc.route", "vecsvc.indexes.exact", "aiohttp"])
-
-
-def _vecsvc(arguments: list[str], log: str) -> None:
-    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
-    sys.argv = ["vecsvc", *arguments]
-    from vecsvc.cli import main
-
-    main()
-
-
-class Forked:
-    """A `vecsvc` command in a process of its own, with those methods of Popen that `Service` uses."""
-
-    def __init__(self, arguments: list[str], log: str) -> None:
-        self._process = _context.Process(target=_vecsvc, args=(arguments, log), daemon=True)
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("vecsvc", timeout or 0.0)
-        return self._process.exitcode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
 
 def start(*arguments: str, **settings: Any) -> Service:
@@ -75,7 +30,7 @@ def start(*arguments: str, **settings: Any) -> Service:
     os.close(descriptor)
     settings = {"port": 0, "admin_port": 0, **settings}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    service = Service(Forked([*arguments, *flags], log), Path(log))  # type: ignore[arg-type]
+    service = Service(Forked([*arguments, *flags], {2: log}), Path(log))
     listening = service.wait_for("listening")
     service.port, service.admin_port = listening["port"], listening["admin_port"]
     return service

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from forked import Forked
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_bert import write_tiny_bert
@@ -196,7 +197,7 @@ class Reply:
 
 @dataclasses.dataclass
 class Service:
-    process: subprocess.Popen[bytes]
+    process: Forked
     log_file: Path
     port: int = 0
     admin_port: int = 0
@@ -316,9 +317,12 @@ def read_all(sock: socket.socket) -> bytes:
 
 def command(directory: Path, prelude: str = "", /, **settings: Any) -> list[str]:
     """`vecsvc serve` as a command; `prelude` is Python that runs before it, to make something slow or broken."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     program = f"{prelude}\nfrom vecsvc.cli import main; main()"
-    return [sys.executable, "-c", program, "serve", str(directory), *flags]
+    return [sys.executable, "-c", program, "serve", str(directory), *flags(settings)]
+
+
+def flags(settings: Mapping[str, Any]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
 
 
 @contextlib.contextmanager
@@ -326,7 +330,7 @@ def started(directory: Path, prelude: str = "", /, **settings: Any) -> Iterator[
     """A service that listens, on ports of the system's choice, and may be loading still."""
     settings = {"port": 0, "admin_port": 0, **settings}
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
-        process = subprocess.Popen(command(directory, prelude, **settings), stderr=log)
+        process = Forked(["serve", str(directory), *flags(settings)], {2: log.name}, prelude=prelude)
         service = Service(process, Path(log.name))
         try:
             listening = service.wait_for("listening")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from forked import run
 
 from vecsvc import cli
 from vecsvc.config import BuildSettings, ServeSettings
-
-VECSVC = [sys.executable, "-c", "from vecsvc.cli import main; main()"]
-
-
-def run(
-    *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*VECSVC, *arguments], capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}, timeout=60
-    )
 
 
 @pytest.fixture

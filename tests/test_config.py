@@ -31,10 +31,10 @@ def test_an_explicit_zero_is_not_taken_for_a_missing_value() -> None:
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"VECSVC_PORT": "tcp://10.0.0.1:80"}, "port must be an integer, got 'tcp://10.0.0.1:80'"),
-        ({"VECSVC_PORT": "70000"}, "port must be between 0 and 65535, got '70000'"),
-        ({"VECSVC_DEVICE": "tpu"}, "device must be one of cpu, cuda, got 'tpu'"),
-        ({"VECSVC_TIMEOUT_MS": "nan"}, "timeout_ms must be finite, got 'nan'"),
+        ({"VECSVC_PORT": "tcp://10.0.0.1:80"}, "VECSVC_PORT must be an integer, got 'tcp://10.0.0.1:80'"),
+        ({"VECSVC_PORT": "70000"}, "VECSVC_PORT must be between 0 and 65535, got '70000'"),
+        ({"VECSVC_DEVICE": "tpu"}, "VECSVC_DEVICE must be one of cpu, cuda, got 'tpu'"),
+        ({"VECSVC_TIMEOUT_MS": "nan"}, "VECSVC_TIMEOUT_MS must be finite, got 'nan'"),
         ({"VECSVC_MAXK": "3"}, "VECSVC_MAXK names no setting"),
     ],
 )
@@ -54,8 +54,8 @@ def test_settings_of_another_command_are_no_typo() -> None:
         ("[serve]\nprot = 1\n", "[serve] has no setting 'prot'; it knows: "),
         ("[server]\nport = 1\n", "[server] is no table; known are [serve], [route], [build]"),
         ("port = 1\n", "[port] is no table"),
-        ("[serve]\nport = 1.5\n", "port must be an integer, got 1.5"),
-        ("[serve]\nport = true\n", "port must be an integer, got True"),
+        ("[serve]\nport = 1.5\n", "vecsvc.toml: [serve] port must be an integer, got 1.5"),
+        ("[serve]\nport = true\n", "vecsvc.toml: [serve] port must be an integer, got True"),
         ("[serve\n", "vecsvc.toml: "),
         ("serve = 3\n", "serve must be a table"),
     ],

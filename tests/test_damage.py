@@ -8,13 +8,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import faiss
+import forked
 import numpy as np
 import onnxruntime
 import pyarrow as pa
@@ -472,8 +472,7 @@ def flip(file: Path) -> None:
 
 
 def vecsvc(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from vecsvc.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return forked.run(*arguments)
 
 
 def publish_damaged(corpus: Path, out: Path, version: str, file: str) -> None:

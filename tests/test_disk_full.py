@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from corpora import (
     GRAPH,
@@ -148,10 +148,7 @@ def test_on_the_command_line_a_full_disk_is_one_line_and_exit_code_1(
     old, new, _ = corpora
     out = disk.path / "out"
 
-    def vecsvc(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from vecsvc.cli import main; main()", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
+    vecsvc = forked.run
     flags = ["--out", str(out), "--name", "demo", "--shards", "2", "--certificate-queries", "8", "--fields", "text"]
     build(old, out, version="old", kind=GRAPH, name="demo")
     before, empty = answers(out, QUERIES), disk.used()

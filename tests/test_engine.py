@@ -30,9 +30,20 @@ from vecsvc.errors import (
     UnknownIndex,
 )
 from vecsvc.indexes import nng
+from vecsvc.question import Search
+from vecsvc.question_checks import Clock
 from vecsvc.storage import IndexFolder, Lease
 from vecsvc.telemetry import Metrics
-from vecsvc.types import IdQuery, Query, SearchAnswer, SearchSettings, TextQuery, VectorQuery
+from vecsvc.types import (
+    BatchAnswer,
+    ColumnsAnswer,
+    IdQuery,
+    Query,
+    SearchAnswer,
+    SearchSettings,
+    TextQuery,
+    VectorQuery,
+)
 
 QUERIES = service.vectors(6, seed=50)
 
@@ -731,3 +742,56 @@ def test_stored_fields_come_back_in_the_order_of_the_corpus(tmp_path: Path) -> N
         answer = run(engine.search(None, vector(), SearchSettings(k=20, include=frozenset(["fields"]))))
     for hit in answer.results:
         assert hit.fields == fields[hit.id] and list(hit.fields) == ["zebra", "apple", "mango"]
+
+
+# ------------------------------------------------------------------------------------ what a deadline leaves
+
+
+def cut_after(spy: Spy, search: Search, slices: int) -> None:
+    """The deadline passes while so many slices of a batch are searched."""
+    searching, asked = spy.search, [0]
+
+    def counting(*arguments: Any, **named: Any) -> Any:
+        asked[0] += 1
+        if asked[0] == slices:
+            search.clock.deadline = 0.0
+        return searching(*arguments, **{**named, "limit": None})
+
+    spy.search = counting  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", [BatchAnswer, ColumnsAnswer])
+def test_a_batch_that_takes_parts_keeps_what_was_found_before_the_deadline(kind: type[Any]) -> None:
+    with opened(service.index("products")) as engine:
+        spy = Spy(engine)
+        served = engine.catalog.get(None)
+        queries = VectorQuery(service.vectors(200, seed=52))
+
+        def search(partial: bool) -> Search:
+            made = Search(served, queries, SearchSettings(k=3, partial=partial), Clock(0.0, time.monotonic() + 60), 1)
+            cut_after(spy, made, 2)
+            return made
+
+        answer = search(True).run(kind)
+        found = answer.results if kind is BatchAnswer else [[h] for h in answer.results.distances]
+        if kind is BatchAnswer:
+            assert [len(hits) for hits in found] == 128 * [3] + 72 * [0]
+        else:
+            assert len(found) == 128 * 3 and int(answer.results.query.max()) == 127
+        assert answer.coverage.degraded == ["the search was cut short"]
+        assert answer.stats.shortfall == 72 * 3
+        with pytest.raises(DeadlineExceeded, match="the deadline passed after 128 of 200 queries"):
+            search(False).run(kind)
+        [part] = search(True).find()
+        assert part.labels.shape == (200, 3) and part.stopped
+        assert (part.labels[:128] >= 0).all() and (part.labels[128:] == -1).all()
+        assert np.isinf(part.distances[128:]).all()
+
+
+def test_what_a_question_costs_is_known_by_the_shards_that_it_asks() -> None:
+    with opened(service.index("sharded")) as engine:
+        served = engine.catalog.get(None)
+        settings = SearchSettings()
+        assert served.plan(settings) is served.plan(settings)
+        served.plan(settings, 1).learn(0.001)
+        assert served.plan(settings).seconds is None and served.plan(settings, 2).seconds is None

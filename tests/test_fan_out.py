@@ -17,6 +17,7 @@ from vecsvc.config import RouteSettings
 from vecsvc.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    NodeFailed,
     Overloaded,
     ProtocolError,
     ShardsMissing,
@@ -281,6 +282,32 @@ def test_a_second_replica_is_asked_after_the_95th_percentile_and_the_loser_is_ca
         assert now() - began == pytest.approx(0.012)
         assert len(slow.cancelled) == 1 and hedged(shared) == hedged(shared, "hedge_won") == 1
         assert slow.node.in_flight == fast.node.in_flight == slow.waiting == fast.waiting == 0
+
+    run(check_it())
+
+
+def test_a_second_replica_is_asked_where_the_first_could_not_even_be_sent_the_question(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check_it() -> None:
+        settings = RouteSettings()
+        shared = budgets(settings)
+        slow, fast = pair(settings, answering(0.5), answering(0.002))
+        full = FakeNode("c", settings, silent)
+        for fake in (slow, fast, full):
+            await learn(fake, 0.010)
+
+        def ask_it(*_: Any) -> int:
+            raise NodeFailed("it has not read what it was asked before")
+
+        monkeypatch.setattr(full.node, "ask", ask_it)
+        monkeypatch.setattr(fan_out.random, "sample", lambda nodes, n: [full.node, full.node])
+        monkeypatch.setattr(fan_out.random, "choice", lambda pair: slow.node if slow.node in pair else pair[0])
+        began = now()
+        one = group(0, [full, slow, fast])
+        await ask([one], shared)
+        assert one.answer is not None and slow.asked == fast.asked == 1
+        assert now() - began == pytest.approx(0.012)
 
     run(check_it())
 

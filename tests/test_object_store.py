@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import s3
 from corpora import answers, build, check_version, current_version, make_vectors, strays, write_corpus
@@ -522,8 +523,7 @@ def test_verify_and_inspect_know_a_version_that_was_pulled_in_part(built: Path, 
     pull(store, out, shards=frozenset({1}))
 
     def said(*words: str) -> tuple[int, str]:
-        command = [sys.executable, "-c", "from vecsvc.cli import main; main()", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+        done = forked.run(*words)
         return done.returncode, done.stdout + done.stderr
 
     code, text = said("verify", str(out))

@@ -252,6 +252,9 @@ def test_parts_of_another_corpus_or_number_of_shards_are_refused(corpus: Path, o
     one(write_corpus(corpus.with_name("other.parquet"), n=150, seed=8), out, 2)
     with pytest.raises(ArtifactUnfit, match="shards 0 and 2 are not of one build: the corpus' sha256"):
         publish(out, "v1")
+    with pytest.raises(VersionExists, match="holds shard 2 of 3, and --shard says 2/4: choose another --version"):
+        one(corpus, out, 2, shard="2/4")
+    shutil.rmtree(part_folder(out / "demo", "v1", 2))
     one(corpus, out, 2, shard="2/4")
     with pytest.raises(ArtifactUnfit, match="shards 0 and 2 are not of one build: the number of shards is 3 and 4"):
         publish(out, "v1")

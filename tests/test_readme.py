@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forked import Forked, run
 from tiny_bert import write_tiny_bert
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +89,7 @@ def commands(folder: Path) -> Iterator[dict[str, str]]:
 @pytest.mark.timeout(300)
 def test_every_command_of_the_readme_works_as_it_stands(folder: Path, commands: dict[str, str]) -> None:
     assert sum(command.startswith("vecsvc ") for command in COMMANDS) >= 15
-    servers: list[subprocess.Popen[bytes]] = []
+    servers: list[Forked] = []
     ports = {"8080": commands["VECSVC_PORT"], "8081": commands["VECSVC_ADMIN_PORT"]}
     try:
         for command in COMMANDS:
@@ -97,7 +98,7 @@ def test_every_command_of_the_readme_works_as_it_stands(folder: Path, commands: 
             line = line.replace("localhost:", "127.0.0.1:")
             words = with_encoder(shlex.split(line))
             if words[:2] in (["vecsvc", "serve"], ["vecsvc", "route"]) and "--help" not in words:
-                servers.append(subprocess.Popen(words, cwd=folder, env=commands, stderr=subprocess.DEVNULL))
+                servers.append(Forked(words[1:], {2: os.devnull}, cwd=folder, env=commands))
                 admin = words[words.index("--admin-port") + 1] if "--admin-port" in words else ports["8081"]
                 wait_until_ready(admin, servers[-1])
                 continue
@@ -105,7 +106,10 @@ def test_every_command_of_the_readme_works_as_it_stands(folder: Path, commands: 
                 words.insert(1, "--fail-with-body")
             if ">" in words:
                 words = ["sh", "-c", line]
-            done = subprocess.run(words, cwd=folder, env=commands, capture_output=True, text=True, timeout=60)
+            if words[0] == "vecsvc":
+                done = run(*words[1:], cwd=folder, env=commands)
+            else:
+                done = subprocess.run(words, cwd=folder, env=commands, capture_output=True, text=True, timeout=60)
             assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
             if words[0] == "curl" and "/search" in line:
                 hits = json.loads(done.stdout)["results"]
@@ -120,7 +124,7 @@ def test_every_command_of_the_readme_works_as_it_stands(folder: Path, commands: 
         assert [server.wait(timeout=30) for server in servers] == [0] * len(servers)
 
 
-def wait_until_ready(port: str, server: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(port: str, server: Forked) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and server.poll() is None:
         try:

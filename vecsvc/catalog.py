@@ -188,8 +188,10 @@ class Served:
             names = ", ".join(map(str, self.numbers))
             raise NotReady(f"shard {error} of {self.name!r} is not held here, only {names}") from error
 
-    def plan(self, settings: SearchSettings) -> Plan:
-        """What these settings mean for this version, and what a question with them costs.
+    def plan(self, settings: SearchSettings, shards: int | None = None) -> Plan:
+        """What these settings mean for this version, and what a question with them costs so many of its shards.
+
+        `shards` is None for all that are held here.
 
         Raises UnknownParameter or InvalidParameter.
         """
@@ -204,6 +206,7 @@ class Served:
             settings.probe_shards,
             settings.rerank_depth,
             settings.include,
+            shards,
         )
         found = self._plans.get(key)
         if found is None:

@@ -270,11 +270,18 @@ def field_types(cls: type) -> dict[str, type]:
     return {name: next((t for t in get_args(h) if t is not type(None)), h) for name, h in hints.items()}
 
 
-def make(cls: type[T], values: Mapping[str, Any], *, what: str, error: type[VecsvcError] = InvalidParameter) -> T:
+def make(
+    cls: type[T],
+    values: Mapping[str, Any],
+    *,
+    what: str,
+    error: type[VecsvcError] = InvalidParameter,
+    places: Mapping[str, str] | None = None,
+) -> T:
     """Build the frozen dataclass `cls` from `values`, each checked for name, type and bounds.
 
-    Texts are converted, so that a flag and an environment variable need no care of their own.
-    Raises UnknownParameter or `error`, naming the value and what would be right.
+    Texts are converted, so that a flag and an environment variable need no care of their own. `places` says where
+    values come from, by name. Raises UnknownParameter or `error`, naming the place, the value and what would be right.
     """
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     checked: dict[str, Any] = {}
@@ -284,25 +291,26 @@ def make(cls: type[T], values: Mapping[str, Any], *, what: str, error: type[Vecs
             raise UnknownParameter(f"unknown parameter {name[:80]!r}; {what} knows: {names}")
         if value is None and known[name].default is None:
             continue  # said to be absent, as it is anyway
-        checked[name] = _check(name, value, field_types(cls)[name], known[name].metadata, what, error)  # type: ignore[arg-type]
+        place = (places or {}).get(name, f"{what}: {name}")
+        checked[name] = _check(place, value, field_types(cls)[name], known[name].metadata, error)  # type: ignore[arg-type]
     return cls(**checked)
 
 
-def _check(name: str, value: Any, kind: type, meta: Mapping[str, Any], what: str, error: type[VecsvcError]) -> Any:
+def _check(place: str, value: Any, kind: type, meta: Mapping[str, Any], error: type[VecsvcError]) -> Any:
     original = value
     if isinstance(value, str) and kind is not str:
         value = _from_text(value, kind)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
-        raise error(f"{what}: {name} must be {_article(kind)}, got {original!r}")
+        raise error(f"{place} must be {_article(kind)}, got {original!r}")
     low, high, choices = meta.get("low"), meta.get("high"), meta.get("choices")
     if isinstance(value, float) and not math.isfinite(value):
-        raise error(f"{what}: {name} must be finite, got {original!r}")
+        raise error(f"{place} must be finite, got {original!r}")
     if (low is not None and value < low) or (high is not None and value > high):
-        raise error(f"{what}: {name} must be {_bounds(low, high)}, got {original!r}")
+        raise error(f"{place} must be {_bounds(low, high)}, got {original!r}")
     if choices and value not in choices:
-        raise error(f"{what}: {name} must be one of {', '.join(choices)}, got {original!r}")
+        raise error(f"{place} must be one of {', '.join(choices)}, got {original!r}")
     return value
 
 
@@ -334,20 +342,24 @@ def read_settings(
     because a misspelt limit that silently does nothing is worse than a refusal.
     """
     values: dict[str, Any] = {}
+    places: dict[str, str] = {}
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if file is not None:
         values.update(_read_table(file, table, names))
+        places.update((name, f"{file}: [{table}] {name}") for name in values)
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX):
             continue
         name = variable.removeprefix(ENV_PREFIX).lower()
         if name in names:
-            values[name] = text
+            values[name], places[name] = text, variable
         elif name not in _ALL_NAMES:
             raise ConfigError(f"environment variable {variable} names no setting; unset it or mend its name")
-    values.update({name: value for name, value in flags.items() if value is not None})
+    for name, value in flags.items():
+        if value is not None:
+            values[name], places[name] = value, f"--{name.replace('_', '-')}"
     try:
-        return make(cls, values, what=f"[{table}]", error=ConfigError)
+        return make(cls, values, what=f"[{table}]", error=ConfigError, places=places)
     except UnknownParameter as error:
         raise ConfigError(str(error)) from error
 

@@ -184,14 +184,15 @@ class Call:
         if node is None:
             group.error = _missing(group)
             return
-        if not self._send(group, node, "first"):
-            return
-        if len(group.nodes) > 1:
-            known = [n.latency(self._key).p95 for n in group.nodes if n.latency(self._key).count >= KNOWN_AFTER]
-            # Not after the p95 of this replica alone: where it is the slow one, the other's is the better measure.
-            delay = max(budgets.hedge_min_s, min(known) if known else SLOW_START_S)
-            group.hedge_at = time.monotonic() + delay
+        if self._send(group, node, "first") and len(group.nodes) > 1:
+            self._hedge_later(group)
             self._probe(group, node)
+
+    def _hedge_later(self, group: Group) -> None:
+        known = [n.latency(self._key).p95 for n in group.nodes if n.latency(self._key).count >= KNOWN_AFTER]
+        # Not after the p95 of the replica that is asked: where it is the slow one, the other's is the better measure.
+        delay = max(self._budgets.hedge_min_s, min(known) if known else SLOW_START_S)
+        group.hedge_at = time.monotonic() + delay
 
     def _choose(self, group: Group) -> Node | None:
         """The node to ask next; None where there is none that was not tried."""
@@ -292,6 +293,11 @@ class Call:
                     break
                 self._budgets.metrics.retries().inc()
                 if self._send(group, node, "retry"):
+                    if len(group.tried) < len(group.nodes):
+                        self._hedge_later(group)
+                        if self._timer is not None:
+                            self._timer.cancel()
+                            self._set_timer()
                     return
         for probe in group.attempts:
             probe.kind = "retry"  # what was only a copy is all that is left

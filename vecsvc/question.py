@@ -66,7 +66,7 @@ class Search:
         self.wanted: set[int] = set()  # shards that some query probes; empty where all are asked
         self.together = False  # it shared its run with others, whose time is no measure of its own
         self.waits_since = 0.0  # time.perf_counter() when it was sent to a thread
-        self.plan = plan_of(served, settings)
+        self.plan = plan_of(served, settings, len(shards) if shards is not None else None)
         if shards is None and not served.whole and not settings.partial:
             held = ", ".join(map(str, served.numbers))
             raise ShardsMissing(
@@ -99,12 +99,13 @@ class Search:
         """What each shard finds for the vectors of the question, all of them."""
         assert self.vectors is not None
         before = time.perf_counter()
-        slices = []
+        slices: list[list[Found]] = []
         for start in range(0, len(self.vectors), SLICE):
-            if time.monotonic() >= self.clock.deadline:
-                raise DeadlineExceeded(f"the deadline passed after {start} of {len(self.vectors)} queries")
             queries = self.vectors[start : start + SLICE]
-            slices.append([self._ask(shard, queries, {}) for shard in self.shards])
+            if self._is_too_late(start, len(self.vectors)):
+                slices.append([_nothing(part, len(queries)) for part in slices[0]])
+            else:
+                slices.append([self._ask(shard, queries, {}) for shard in self.shards])
         found = slices[0]
         if len(slices) > 1:
             found = [_joined(parts) for parts in zip(*slices, strict=True)]
@@ -149,8 +150,10 @@ class Search:
         lists: list[list[Hit]] = []
         columns: list[Columns] = []
         for start in range(0, len(queries), SLICE):
-            if start and time.monotonic() >= self.clock.deadline:
-                raise DeadlineExceeded(f"the deadline passed after {start} of {len(queries)} queries")
+            if start and self._is_too_late(start, len(queries)):
+                found = [part if part is None else msgspec.structs.replace(part, stopped=True) for part in found]
+                lists += [[] for _ in range(start, len(queries))]
+                break
             some = queries[start : start + SLICE]
             part = self.recall(some, own)
             if kind is ColumnsAnswer:
@@ -162,6 +165,14 @@ class Search:
             joined = _joined_columns(columns)
             return found, joined, len(joined.distances)
         return found, lists, sum(map(len, lists))
+
+    def _is_too_late(self, done: int, of: int) -> bool:
+        """Whether queries after the first `done` stay unanswered. Raises DeadlineExceeded where parts are not taken."""
+        if time.monotonic() < self.clock.deadline:
+            return False
+        if not done or not self.settings.partial:
+            raise DeadlineExceeded(f"the deadline passed after {done} of {of} queries")
+        return True
 
     def recall(self, queries: Vectors, own: dict[int, int]) -> list[Found | None]:
         """What each shard finds for a slice of the queries; None where none of them asks it."""
@@ -348,6 +359,21 @@ def _joined(parts: tuple[Found, ...]) -> Found:
         functools.reduce(_total, parts),
         labels=np.concatenate([part.labels for part in parts]),
         distances=np.concatenate([part.distances for part in parts]),
+    )
+
+
+def _nothing(like: Found, n: int) -> Found:
+    """n queries that there was no time for."""
+    k = like.labels.shape[1]
+    return msgspec.structs.replace(
+        like,
+        labels=np.full((n, k), -1, dtype=np.int64),
+        distances=np.full((n, k), np.inf, dtype=np.float32),
+        visited=min(like.visited, 0),
+        hops=min(like.hops, 0),
+        stopped=True,
+        took_s=0.0,
+        rerank_s=0.0,
     )
 
 

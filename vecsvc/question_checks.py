@@ -80,9 +80,10 @@ def milliseconds(seconds: float) -> float:
     return int(seconds * 1e6) / 1e3
 
 
-def plan_of(served: Served, settings: SearchSettings) -> Plan:
+def plan_of(served: Served, settings: SearchSettings, shards: int | None = None) -> Plan:
+    """As `Served.plan`. Raises InvalidRequest where the kind does not know these settings."""
     try:
-        return served.plan(settings)
+        return served.plan(settings, shards)
     except (UnknownParameter, InvalidParameter) as error:
         raise wrong_params(error) from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import ssl
 import time
@@ -128,6 +129,9 @@ class Router:
         # Of each index, the digests of versions that wait, and the shards that nobody serves.
         self._waiting: dict[str, dict[str, list[int]]] = {}
         self._since: dict[tuple[str, str, str], float] = {}  # version -> since when every shard of it can be served
+        self._flips: dict[str, asyncio.Task[None]] = {}  # of each index, the description that is under way
+        self._refusals: dict[str, str] = {}  # of each index, why the last one failed
+        self._gone_since: dict[str, float] = {}  # since when all nodes are there, and none has the index
         self._changed = asyncio.Event()
         self.ready = asyncio.Event()  # set once all questions could be answered
         self._problems: dict[str, str] = {"vecsvc": "no node was reached yet"}
@@ -187,7 +191,7 @@ class Router:
                     log.exception("a bug of ours")  # what is known stays, and the next look may go better
                 await asyncio.sleep(self._settings.discover_s)
         finally:
-            for _, task in self._nodes.values():
+            for task in [*(task for _, task in self._nodes.values()), *self._flips.values()]:
                 task.cancel()
 
     async def _settle_forever(self) -> None:
@@ -198,11 +202,11 @@ class Router:
                     await self._changed.wait()
             self._changed.clear()
             try:
-                await self._settle()
+                self._settle()
             except Exception:
                 log.exception("a bug of ours")
 
-    async def _settle(self) -> None:
+    def _settle(self) -> None:
         """Choose what serves from what the nodes hold now."""
         nodes = self.nodes()
         problems: dict[str, str] = {}
@@ -214,11 +218,16 @@ class Router:
         for name in sorted({offer.index for offer in offers} | self.serving.keys())[:MAX_INDEXES]:
             mine = [offer for offer in offers if offer.index == name]
             wanted = self._choose(name, mine)
-            if wanted is not None:
-                try:
-                    await self._flip(wanted)
-                except VecsvcError as error:
-                    problems[name] = str(error)
+            if wanted is None:
+                self._refusals.pop(name, None)
+            elif name not in self._flips:
+                # By itself: a node that does not describe what it holds delays its own index, and no other.
+                self._flips[name] = task = asyncio.get_running_loop().create_task(self._flip(wanted))
+                task.add_done_callback(functools.partial(self._flipped, name))
+            if name in self._refusals:
+                problems[name] = self._refusals[name]
+            if self._is_gone(name, mine):
+                continue
             serving = self.serving.get(name)
             self._tell_waiting(name, serving, mine)
             if serving is not None:
@@ -227,7 +236,7 @@ class Router:
                 missing = serving.missing()
                 if missing:
                     problems[name] = f"no node for shards {listed(missing)} of {serving.total}"
-            elif name not in problems:
+            elif name not in problems and mine:
                 least = min((offer.missing for offer in mine), key=len)
                 problems[name] = f"no node for shards {listed(least)}" if least else "no version serves yet"
         if not self.serving and not problems:
@@ -242,6 +251,36 @@ class Router:
         self._answerable = any(nodes for version in self.serving.values() for _, nodes in version.groups)
         if not problems:
             self.ready.set()
+
+    def _flipped(self, name: str, task: asyncio.Task[None]) -> None:
+        """What became of a flip. One that failed is tried again at the next look, and not at once."""
+        self._flips.pop(name, None)
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            self._refusals.pop(name, None)
+            self._changed.set()
+        elif isinstance(error, VecsvcError):
+            self._refusals[name] = str(error)
+        else:
+            log.error("a bug of ours", exc_info=error)
+
+    def _is_gone(self, name: str, offers: list[_Offer]) -> bool:
+        """Forget an index that no node has, though all of them are there: it was deleted, and is asked for in vain.
+
+        A node that starts holds nothing for a moment, so that is waited for.
+        """
+        nodes = self.nodes()
+        if offers or not nodes or not all(node.usable() for node in nodes):
+            self._gone_since.pop(name, None)
+            return False
+        since = self._gone_since.setdefault(name, time.monotonic())
+        if time.monotonic() - since < FIRST_WAIT_S:
+            return False
+        del self._gone_since[name]
+        if name in self.serving:
+            self.serving = {other: version for other, version in self.serving.items() if other != name}
+            log.info("index gone", extra={"data": {"index": name}})
+        return True
 
     def _tell_waiting(self, name: str, serving: RoutedVersion | None, offers: list[_Offer]) -> None:
         """Say once of a version what keeps it from serving."""

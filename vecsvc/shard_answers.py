@@ -106,7 +106,13 @@ async def _find(engine: Engine, asked: remote.Find) -> tuple[Kind, remote.FoundR
 
 
 async def _embed(engine: Engine, asked: remote.Embed) -> tuple[Kind, remote.EmbeddedTexts]:
-    served = _retained(engine, asked.index, asked.digest)
+    budget = engine.admission.of(len(asked.texts))
+    entered = budget.enter()
+    try:
+        served = _retained(engine, asked.index, asked.digest)
+    except BaseException:
+        budget.leave(entered)
+        raise
     try:
         if asked.role not in ("query", "passage"):
             raise ProtocolError(f"role is {asked.role[:80]!r}, expected query or passage")
@@ -114,6 +120,7 @@ async def _embed(engine: Engine, asked: remote.Embed) -> tuple[Kind, remote.Embe
         encoder = encoder_of(served)
         made = await encoder.encode(asked.texts, role, deadline=time.monotonic() + asked.timeout_ms / 1e3)
     finally:
+        budget.leave(entered)
         served.release()
     vectors = made.vectors.astype("<f4", copy=False).tobytes()
     return Kind.EMBEDDED, remote.EmbeddedTexts(
