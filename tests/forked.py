@@ -85,5 +85,7 @@ def run(
             code = process.wait(timeout_s)
         finally:
             process.kill()
-        texts = [Path(path).read_text() if Path(path).exists() else "" for path in files.values()]
+            texts = [Path(path).read_text() if Path(path).exists() else "" for path in files.values()]
+            if process.returncode is None:
+                sys.stderr.write("".join(texts))  # what it said before its time was up
     return subprocess.CompletedProcess(list(arguments), code, *texts)

@@ -10,9 +10,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import service
+from corpora import build, write_corpus
 from service import DIM, Corpus, corpora
 
 from vecsvc import exact_search, filters, schemas
@@ -742,6 +744,57 @@ def test_stored_fields_come_back_in_the_order_of_the_corpus(tmp_path: Path) -> N
         answer = run(engine.search(None, vector(), SearchSettings(k=20, include=frozenset(["fields"]))))
     for hit in answer.results:
         assert hit.fields == fields[hit.id] and list(hit.fields) == ["zebra", "apple", "mango"]
+
+
+# ------------------------------------------------------------------------------------------- the short way
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("kind", ["exact", "hnsw", "nng", "kd_tree", "tp_tree", "faiss"])
+def test_what_is_refused_is_refused_at_once_too(tmp_path: Path, kind: str, metric: str) -> None:
+    """Whether or not its like was measured to be short, a vector is right or wrong."""
+    pytest.importorskip({"hnsw": "hnswlib", "faiss": "faiss"}.get(kind, "numpy"))
+    if kind == "kd_tree" and metric == "ip":
+        pytest.skip("kd_tree knows no ip")
+    corpus = write_corpus(tmp_path / "c.parquet", n=300, dim=8)
+    build(corpus, tmp_path / "out", name="c", kind=kind, metric=metric)
+    with opened(tmp_path / "out", inline_ms=100) as engine:
+        settings = SearchSettings(k=3)
+        good = VectorQuery(service.vectors(1, seed=53)[:, :8].copy())
+
+        async def ask() -> None:
+            for _ in range(2):
+                await engine.search(None, good, settings)
+            answer = engine.search_now(None, good, settings)
+            assert answer is not None and answer.results == (await engine.search(None, good, settings)).results
+            for value in (1e16, 1e17, 3e38, np.inf, np.nan):
+                bad = VectorQuery(np.array([[0, value, 0, 0, 0, 0, 0, 1]], np.float32))
+                with pytest.raises(InvalidVector):
+                    await engine.search(None, bad, settings)
+                with pytest.raises(InvalidVector):
+                    engine.search_now(None, bad, settings)
+
+        asyncio.run(ask())
+
+
+def test_what_cannot_be_whole_is_searched_for_once(tmp_path: Path) -> None:
+    build(write_corpus(tmp_path / "c.parquet", n=20, dim=8), tmp_path / "out", name="c", kind="exact")
+    with opened(tmp_path / "out", inline_ms=100) as engine:
+        spy = Spy(engine)
+        good = VectorQuery(service.vectors(1, seed=53)[:, :8].copy())
+
+        async def ask() -> None:
+            for settings in (SearchSettings(k=30), SearchSettings(k=3, max_visited=5)):
+                for _ in range(2):
+                    await engine.search(None, good, settings)
+                before = len(spy.threads)
+                answer = engine.search_now(None, good, settings)
+                assert answer is not None and answer == msgspec.structs.replace(
+                    await engine.search(None, good, settings), took_ms=answer.took_ms
+                )
+                assert len(spy.threads) == before + 2
+
+        asyncio.run(ask())
 
 
 # ------------------------------------------------------------------------------------ what a deadline leaves

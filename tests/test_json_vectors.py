@@ -24,7 +24,7 @@ Read = Callable[[str], np.ndarray | None]
 def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything here holds on each path that this processor has."""
     kernel = machine_code.load("vecsvc.json_kernels", "json_rows", 4, request.param)
-    monkeypatch.setattr(json_vectors, "kernel", lambda: kernel)
+    monkeypatch.setattr(json_vectors, "_loaded", [kernel])
 
 
 def vector(text: str) -> np.ndarray | None:
@@ -145,3 +145,13 @@ def test_a_question_is_the_same_whoever_reads_its_vector() -> None:
         query, _ = schemas.parse_batch(f'{{"vectors": [{text}, {text}]}}'.encode(), LIMITS)
         assert isinstance(query, VectorQuery) and query.vectors.shape == (2, 2)
         assert same(query.vectors[:1], text) and same(query.vectors[1:], text)
+
+
+def test_until_the_kernel_is_there_the_decoder_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = b'{"vector": [0.1, 2], "k": 3}'
+    before, _ = schemas.parse_search(body, LIMITS)
+    monkeypatch.setattr(json_vectors, "_loaded", [])
+    assert vector("[0.1, 2]") is None
+    after, _ = schemas.parse_search(body, LIMITS)
+    assert isinstance(before, VectorQuery) and isinstance(after, VectorQuery)
+    assert before.vectors.tobytes() == after.vectors.tobytes()

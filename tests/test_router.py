@@ -82,6 +82,12 @@ def test_an_index_that_no_node_has_is_forgotten_once_they_had_time_to_open_it(
         made.hold(held("kept"))
         router._settle()
         assert set(router.serving) == {"kept", "gone"}
+        made.nodes[0].holdings = Holdings(PROTOCOL, [held("kept")], False, "opening gone")
+        clock[0] += router_module.FIRST_WAIT_S  # one that opens its indexes still, may have it soon
+        router._settle()
+        made.hold(held("kept"))
+        router._settle()
+        assert set(router.serving) == {"kept", "gone"}
         clock[0] += router_module.FIRST_WAIT_S
         router._settle()
         assert set(router.serving) == {"kept"} and not router.problems
@@ -151,5 +157,32 @@ def test_a_front_door_that_starts_while_a_shard_is_gone_serves_what_there_is_aft
         assert set(router._flips) == {"half", "whole"}
         for task in router._flips.values():
             task.cancel()
+
+    run(check)
+
+
+def test_a_version_that_went_while_it_was_asked_for_does_not_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        made = Made(tmp_path, 1)
+        router = made.router
+
+        class Empty(Stub):
+            def missing(self) -> list[int]:
+                return [0]
+
+        async def describe(offer: Any) -> None:
+            made.hold(held("it", "v1"))
+
+        monkeypatch.setattr(router, "_describe", describe)
+        monkeypatch.setattr(router_module, "RoutedVersion", lambda of, description: Empty(of))
+        made.hold(held("it", "v2"))
+        router._settle()
+        await asyncio.sleep(0.01)
+        assert not router.serving and "'v2' of 'it' went while it was asked for" in router._refusals["it"]
+        made.hold()
+        router._settle()
+        assert not router._refusals, "nobody speaks of an index that is not there"
 
     run(check)

@@ -39,7 +39,14 @@ LOST: Final = -1  # where one message ends and the next begins is known to aioht
 
 _HANDLER: Final = (
     *("_messages", "_waiter", "_paused", "_upgraded", "_payload_parser", "_close", "_force_close"),
-    *("_request_count", "_keepalive_timeout", "_next_keepalive_close_time", "_buffer_paused"),
+    *(
+        "_request_count",
+        "_keepalive_timeout",
+        "_next_keepalive_close_time",
+        "_buffer_paused",
+        "_reading_paused",
+        "_loop",
+    ),
 )
 
 
@@ -112,22 +119,19 @@ class Direct:
         body = data[head.size :]
         try:
             key = self._door.knock(head.key, "read")
-            query: Query
-            if settings is None:
-                query, settings = schemas.parse_search(body, self._settings)
-                if type(query) is not VectorQuery:
-                    self._parsed = body, query, settings
-                    return None
-            else:
-                dim = self._engine.catalog.get(head.name).manifest.spec.dim
-                if head.length != 4 * dim:
-                    return None
-                query = VectorQuery(schemas.rows_of(body, dim))
             self._door.take(key)
         except Exception:
             return None
         try:
-            answer = self._engine.search_now(head.name, query, settings)
+            query: Query
+            if settings is None:
+                query, settings = schemas.parse_search(body, self._settings)
+            else:
+                dim = self._engine.catalog.get(head.name).manifest.spec.dim
+                query = VectorQuery(schemas.rows_of(body, dim))
+            answer = None
+            if type(query) is VectorQuery and len(query.vectors) == 1:
+                answer = self._engine.search_now(head.name, query, settings)
         except Exception:
             self._door.give_back(key)
             return None
@@ -229,10 +233,10 @@ class DirectHandler(web.RequestHandler):
     def _idle(self) -> bool:
         """Whether nothing is worked on, and an answer may be written now."""
         waiter, transport = self._waiter, self.transport
-        return not (
-            waiter is None  # a request is worked on, and its answer comes first
-            or waiter.done()
-            or self._messages
+        # Without a waiter a request is worked on, whose answer comes first, or the connection's task has not begun.
+        free = self._request_count == 0 if waiter is None else not waiter.done()
+        return free and not (
+            self._messages
             or self._paused  # the client does not read
             or self._buffer_paused
             or self._upgraded

@@ -68,7 +68,8 @@ class Engine:
     def search_now(self, name: str | None, query: VectorQuery, settings: SearchSettings) -> SearchAnswer | None:
         """Answer one question by its vector before anything else happens in the event loop.
 
-        None where that may take longer than `inline_ms`, or nobody knows how long, or too many wait already.
+        None where that may take longer than `inline_ms`, or nobody knows how long, or too many wait already, or where
+        what was found is not the whole answer.
         """
         if self.admission.single.full:
             return None

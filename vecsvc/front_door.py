@@ -13,7 +13,7 @@ import numpy as np
 
 from vecsvc import indexes, remote
 from vecsvc.admission import Admission
-from vecsvc.catalog import Served, by_model, by_name
+from vecsvc.catalog import MAX_PLANS, Served, by_model, by_name
 from vecsvc.config import RouteSettings
 from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.engine import Engine
@@ -328,8 +328,11 @@ def _check(version: RoutedVersion, query: Query, settings: SearchSettings) -> No
         check_vectors(query.vectors, manifest)
     elif isinstance(query, TextQuery):
         encoder_of(version)
-    if settings.params:
+    if settings.params and settings.params not in version.accepted:
         try:
             indexes.search_params(manifest.spec.kind, **{**manifest.search, **dict(settings.params)})
         except (UnknownParameter, InvalidParameter) as error:
             raise wrong_params(error) from error
+        if len(version.accepted) >= MAX_PLANS:
+            version.accepted.clear()
+        version.accepted.add(settings.params)

@@ -13,7 +13,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import HttpRequestParser, RawRequestMessage
 
 from vecsvc import schemas, schemas_embed
-from vecsvc.access import mark_of
+from vecsvc.access import KEY_HEADER, mark_of
 from vecsvc.admission import Load
 from vecsvc.config import HttpSettings
 from vecsvc.door import presented
@@ -64,18 +64,20 @@ class Heads:
         digest = hashlib.blake2b(raw, digest_size=16).digest()
         found = self._with_key.get(digest)
         if found is None:
-            found = self._read(raw)
-            if found is not None:
-                if len(self._plain) + len(self._with_key) >= MAX_REMEMBERED:
-                    self._plain.clear()
-                    self._with_key.clear()
-                if found.key is None:
-                    self._plain[raw] = found
-                else:
-                    self._with_key[digest] = found
+            message = self._parsed(raw)
+            if message is None:
+                return None
+            found = self._read(message, len(raw))
+            if len(self._plain) + len(self._with_key) >= MAX_REMEMBERED:
+                self._plain.clear()
+                self._with_key.clear()
+            if hdrs.AUTHORIZATION in message.headers or KEY_HEADER in message.headers:
+                self._with_key[digest] = found
+            else:
+                self._plain[raw] = found
         return found
 
-    def _read(self, raw: bytes) -> Head | None:
+    def _parsed(self, raw: bytes) -> RawRequestMessage | None:
         """By a parser of its own: whatever this one thinks of the bytes, the connection's has not seen them yet."""
         loop = asyncio.get_running_loop()
         parser = HttpRequestParser(
@@ -92,10 +94,13 @@ class Heads:
         if len(messages) != 1 or upgraded or tail:
             return None
         message: RawRequestMessage = messages[0][0]
+        return message
+
+    def _read(self, message: RawRequestMessage, size: int) -> Head:
         headers = message.headers
         given = headers.get(hdrs.CONTENT_LENGTH, "0")
         if message.chunked or message.upgrade or not (given.isascii() and given.isdecimal() and len(given) < 16):
-            return Head(len(raw), -1)
+            return Head(size, -1)
         length = int(given)
         operation, name, load = _route(message.path)
         if (
@@ -107,7 +112,7 @@ class Heads:
             or hdrs.EXPECT in headers
             or hdrs.CONTENT_ENCODING in headers
         ):
-            return Head(len(raw), length)
+            return Head(size, length)
         path, mark, _ = message.path.partition("?")
         settings = None
         kind = headers.get(hdrs.CONTENT_TYPE)
@@ -115,11 +120,11 @@ class Heads:
             try:
                 settings = schemas.url_settings(schemas.single(message.url.query), self._settings)
             except InvalidRequest:
-                return Head(len(raw), length)
+                return Head(size, length)
         elif kind not in _JSON or mark:
-            return Head(len(raw), length)
+            return Head(size, length)
         request_id, key = headers.get("X-Request-Id"), presented(headers)
-        return Head(len(raw), length, operation, name, load, path, settings, request_id, mark_of(key))
+        return Head(size, length, operation, name, load, path, settings, request_id, mark_of(key))
 
 
 def _route(target: str) -> tuple[str, str | None, Load]:
@@ -129,7 +134,7 @@ def _route(target: str) -> tuple[str, str | None, Load]:
         return rest, None, "many"
     name, at = None, ""
     if rest.startswith("/indexes/"):
-        # What has a percent sign in it is no index, and is refused the long way.
+        # What is spelled with percent signs is found by nobody here, and is decoded on the long way.
         name, slash, rest = rest[len("/indexes/") :].partition("/")
         rest, at = slash + rest, "/indexes/{name}"
     if rest == "/search":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Final
 
 import msgspec
@@ -13,6 +12,7 @@ from vecsvc.types import Vectors
 
 _POWERS: Final = np.array([float(f"1e{i}") for i in range(23)])
 _POWERS_AT: Final = int(_POWERS.ctypes.data)
+_loaded: Final[list[machine_code.Kernel]] = []
 _MORE: Final = 4  # places that the kernel needs beyond one for every second byte
 
 
@@ -34,14 +34,16 @@ def vectors(text: msgspec.Raw) -> Vectors | None:
 
 def _read(text: msgspec.Raw) -> tuple[Vectors | None, int]:
     """All numbers, and how many inner arrays they are from."""
+    if not _loaded:
+        return None, 0  # nobody waits until it is compiled
     data = np.frombuffer(text, np.uint8)
     size = len(data)
     out = np.empty(size // 2 + _MORE, np.float32)
-    found = kernel()(id(data), size, id(out), _POWERS_AT)
+    found = _loaded[0](id(data), size, id(out), _POWERS_AT)
     return (None, 0) if found < 1 else (out[: found & 0xFFFFFFFF], found >> 32)
 
 
-@functools.cache
-def kernel() -> machine_code.Kernel:
-    """What reads the text; compiled where it is not kept."""
-    return machine_code.load("vecsvc.json_kernels", "json_rows", 4)
+def load() -> None:
+    """Make ready what reads the text, which is compiled where it is not kept. Until then `msgspec.json` has to do."""
+    if not _loaded:
+        _loaded.append(machine_code.load("vecsvc.json_kernels", "json_rows", 4))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from itertools import repeat
+from operator import itemgetter
+from typing import Any, Final, TypeAlias
 
 import msgspec
 import numpy as np
@@ -14,6 +17,10 @@ from vecsvc.question_checks import Clock, cut_note
 from vecsvc.remote import Part
 from vecsvc.router import RoutedVersion
 from vecsvc.types import BatchAnswer, Coverage, Hit, Id, SearchSettings, Stats
+
+# (distance, corpus row, id, the part that it is from, its place there)
+_Candidate: TypeAlias = "tuple[float, int, Id, _Opened, int]"
+_by_distance_and_row: Final = itemgetter(0, 1)
 
 
 def check_part(n: int, k: int, dim: int, include: frozenset[str], part: Part) -> None:
@@ -49,20 +56,15 @@ class Merge:
     def hits(self) -> list[list[Hit]]:
         dim = self.version.manifest.spec.dim
         parts = [_Opened(g.answer, dim, g.queries) for g in self.groups if g.answer is not None]
-        return [self._one([part.take(query) for part in parts]) for query in range(self.n)]
+        return [self._one([hit for part in parts for hit in part.take(query)]) for query in range(self.n)]
 
-    def _one(self, parts: list[list[tuple[float, int, Id, _Opened, int]]]) -> list[Hit]:
-        k, own = self.settings.k, self.own
-        # Each list is in order already, which Python's sort sees. A row near the border of two clusters may come twice.
-        candidates = sorted((hit for part in parts for hit in part), key=_order)
-        kept: list[tuple[float, int, Id, _Opened, int]] = []
-        seen: set[int] = set()
-        for hit in candidates:
-            if hit[1] not in seen and hit[2] != own:
-                kept.append(hit)
-                seen.add(hit[1])
-                if len(kept) == k:
-                    break
+    def _one(self, candidates: list[_Candidate]) -> list[Hit]:
+        # Each part's are in order already, which Python's sort sees.
+        candidates.sort(key=_by_distance_and_row)
+        if self.own is None and self.version.manifest.clusters is None:
+            kept = candidates[: self.settings.k]
+        else:
+            kept = self._distinct(candidates)
         distances = np.array([hit[0] for hit in kept], dtype=np.float32)
         scores = score(distances, self.version.manifest.metric).tolist()
         if not self.settings.include:
@@ -71,6 +73,18 @@ class Merge:
             Hit(id, points, distance, part.fields(at), part.vector(at))
             for (distance, _, id, part, at), points in zip(kept, scores, strict=True)
         ]
+
+    def _distinct(self, candidates: list[_Candidate]) -> list[_Candidate]:
+        """The first k of different rows: one near the border of two clusters may come twice."""
+        kept: list[_Candidate] = []
+        seen: set[int] = set()
+        for hit in candidates:
+            if hit[1] not in seen and hit[2] != self.own:
+                kept.append(hit)
+                seen.add(hit[1])
+                if len(kept) == self.settings.k:
+                    break
+        return kept
 
     def answer(
         self, hits: list[list[Hit]], parts: list[Part], clock: Clock, was_text: bool, cut: list[int]
@@ -112,10 +126,6 @@ class Merge:
         )
 
 
-def _order(hit: tuple[float, int, Id, _Opened, int]) -> tuple[float, int]:
-    return hit[0], hit[1]
-
-
 class _Opened:
     """A part whose bytes are lists, read query by query."""
 
@@ -129,22 +139,14 @@ class _Opened:
         for count in part.counts:
             self._starts.append(self._starts[-1] + count)
 
-    def take(self, query: int) -> list[tuple[float, int, Id, _Opened, int]]:
-        """(distance, row, id, this, place) of each hit."""
+    def take(self, query: int) -> Iterable[_Candidate]:
+        """Each hit."""
         at = query if self._place is None else self._place.get(query)
         if at is None:
-            return []
-        start, end = self._starts[at], self._starts[at + 1]
-        return [
-            (distance, row, id, self, place)
-            for distance, row, id, place in zip(
-                self._distances[start:end],
-                self._rows[start:end],
-                self._part.ids[start:end],
-                range(start, end),
-                strict=True,
-            )
-        ]
+            return ()
+        here = range(self._starts[at], self._starts[at + 1])
+        own = slice(here.start, here.stop)
+        return zip(self._distances[own], self._rows[own], self._part.ids[own], repeat(self), here, strict=False)
 
     def fields(self, at: int) -> Any:
         """The stored fields as the node wrote them, which go into the answer as they are."""

@@ -22,6 +22,8 @@ def is_plain(served: Served, query: VectorQuery, settings: SearchSettings) -> bo
     return (
         len(served.manifest.shards) == 1
         and served.whole
+        and settings.k <= served.shards[0].size
+        and settings.max_visited is None
         and not (settings.conditions or settings.include or settings.exact)
         and settings.rerank_depth is None
         and settings.probe_shards is None
@@ -37,8 +39,10 @@ def quick_search(
     """
     shard = served.shards[0]
     before = time.perf_counter()
-    found = shard.plain_search(query.vectors, settings.k, plan.params, Limit(settings.max_visited, deadline))
+    found = shard.plain_search(query.vectors, settings.k, plan.params, Limit(None, deadline))
     if found is None:
+        # Where it was not for want of time, it would be so again, and such questions need not be searched for twice.
+        plan.plain = time.monotonic() >= deadline
         return None
     [labels] = found.labels.tolist()
     [distances] = found.distances.tolist()

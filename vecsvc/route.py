@@ -39,7 +39,7 @@ async def _run(settings: RouteSettings) -> None:
     door = FrontDoor(router, settings, metrics)
     service = Service(door, settings, metrics)
     tls, admin_tls = http_tls(settings)
-    await door.in_thread(json_vectors.kernel)  # no question is to wait until it is compiled
+    await door.in_thread(json_vectors.load)
     runner, listeners = await listen(service, service.app(), settings.host, settings.port, tls)
     admin, admin_listeners = await listen(
         service, service.admin_app(), settings.admin_host, settings.admin_port, admin_tls, public=False

@@ -69,6 +69,7 @@ class RoutedVersion:
             if len(description.centroids) != 4 * shape[0] * shape[1]:
                 raise ProtocolError(f"{len(description.centroids)} bytes are no centroids of shape {shape}")
             self.centroids = np.frombuffer(description.centroids, "<f4").reshape(shape)
+        self.accepted: set[tuple[tuple[str, int], ...]] = set()  # search settings that the kind was found to know
         self.groups: list[tuple[tuple[int, ...], list[Node]]] = []  # shards that the same nodes hold, and these nodes
 
     def regroup(self, nodes: Iterable[Node]) -> None:
@@ -213,9 +214,12 @@ class Router:
         offers = _offers(nodes)
         if offers and self._first_seen is None:
             self._first_seen = time.monotonic()
+        names = sorted({offer.index for offer in offers} | self.serving.keys())[:MAX_INDEXES]
+        for name in self._refusals.keys() - set(names):
+            del self._refusals[name]
         for key in self._since.keys() - {(o.index, o.version, o.digest) for o in offers}:
             del self._since[key]
-        for name in sorted({offer.index for offer in offers} | self.serving.keys())[:MAX_INDEXES]:
+        for name in names:
             mine = [offer for offer in offers if offer.index == name]
             wanted = self._choose(name, mine)
             if wanted is None:
@@ -267,10 +271,10 @@ class Router:
     def _is_gone(self, name: str, offers: list[_Offer]) -> bool:
         """Forget an index that no node has, though all of them are there: it was deleted, and is asked for in vain.
 
-        A node that starts holds nothing for a moment, so that is waited for.
+        A node that opens its indexes still, or cannot, says so, and one that was just begun is waited for.
         """
         nodes = self.nodes()
-        if offers or not nodes or not all(node.usable() for node in nodes):
+        if offers or not nodes or not all(n.usable() and n.holdings and not n.holdings.problem for n in nodes):
             self._gone_since.pop(name, None)
             return False
         since = self._gone_since.setdefault(name, time.monotonic())
@@ -336,6 +340,8 @@ class Router:
         description = await self._describe(offer)
         version = RoutedVersion(offer.held, description)
         version.regroup(self.nodes())
+        if len(version.missing()) > len(offer.missing):
+            raise NodeFailed(f"version {offer.version!r} of {offer.index!r} went while it was asked for")
         before = self.serving.get(offer.index)
         self.serving = {**self.serving, offer.index: version}
         self.metrics.flips(offer.index).inc()

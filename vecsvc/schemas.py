@@ -118,18 +118,16 @@ _encoder: Final = msgspec.json.Encoder(enc_hook=str)
 
 def parse_search(body: bytes, limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """A JSON question. Exactly one of `text`, `vector` and `id` must be there."""
-    plain = decode(_search_text_decoder, body)
-    if plain.vector is not UNSET and plain.text is UNSET and plain.id is UNSET:
-        row = json_vectors.vector(plain.vector)
-        if row is not None:
-            return VectorQuery(_sized(row, "vector")), _settings(plain, limits)
-    wire = decode(_search_decoder, body)
+    wire = decode(_search_text_decoder, body)
     settings = _settings(wire, limits)
-    if wire.vector is not UNSET and wire.text is UNSET and wire.id is UNSET:
-        return VectorQuery(_vector(wire.vector, "vector")), settings
     given = [name for name in ("text", "vector", "id") if getattr(wire, name) is not UNSET]
     if len(given) != 1:
         raise InvalidRequest(f"give exactly one of text, vector and id, got {' and '.join(given) or 'none'}")
+    if wire.vector is not UNSET:
+        row = json_vectors.vector(wire.vector)
+        if row is None:
+            row = _vector(decode(_search_decoder, body).vector, "vector")  # type: ignore[arg-type]
+        return VectorQuery(_sized(row, "vector")), settings
     if wire.text is not UNSET:
         return TextQuery([_text(wire.text, "text", limits)]), settings
     return IdQuery(_id(wire.id, limits)), settings  # type: ignore[arg-type]
@@ -137,21 +135,19 @@ def parse_search(body: bytes, limits: HttpSettings) -> tuple[Query, SearchSettin
 
 def parse_batch(body: bytes, limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """A JSON batch. Exactly one of `texts` and `vectors` must be there."""
-    plain = decode(_batch_text_decoder, body)
-    if plain.vectors is not UNSET and plain.texts is UNSET:
-        matrix = json_vectors.vectors(plain.vectors)
-        if matrix is not None:
-            settings = _settings(plain, limits)
-            _check_batch(len(matrix), limits)
-            return VectorQuery(_sized(matrix, "vectors[0]")), settings
-    wire = decode(_batch_decoder, body)
+    wire = decode(_batch_text_decoder, body)
     settings = _settings(wire, limits)
     if (wire.texts is UNSET) == (wire.vectors is UNSET):
         raise InvalidRequest(f"give exactly one of texts and vectors, got {'none' if wire.texts is UNSET else 'both'}")
     if wire.texts is not UNSET:
         _check_batch(len(wire.texts), limits)
         return TextQuery([_text(text, f"texts[{i}]", limits) for i, text in enumerate(wire.texts)]), settings
-    vectors = wire.vectors if wire.vectors is not UNSET else []
+    matrix = json_vectors.vectors(wire.vectors) if wire.vectors is not UNSET else None
+    if matrix is not None:
+        _check_batch(len(matrix), limits)
+        return VectorQuery(_sized(matrix, "vectors[0]")), settings
+    vectors = decode(_batch_decoder, body).vectors
+    assert vectors is not UNSET
     _check_batch(len(vectors), limits)
     rows = [_vector(vector, f"vectors[{i}]") for i, vector in enumerate(vectors)]
     for i, row in enumerate(rows):

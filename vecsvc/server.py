@@ -442,7 +442,7 @@ class Service:
         assert isinstance(catalog, Catalog), "a front door looks at its nodes, not at folders"
 
         def refresh() -> list[tuple[str, str]]:
-            json_vectors.kernel()  # no question is to wait until it is compiled
+            json_vectors.load()
             return catalog.refresh(again=again)
 
         look = asyncio.ensure_future(self._as_admin(refresh))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Protocol, cast, runtime_checkable
@@ -26,7 +25,7 @@ import numpy as np
 from vecsvc.config import make
 from vecsvc.distance import check_vector
 from vecsvc.errors import BackendMissing, DimensionMismatch, InvalidParameter, UnknownKind
-from vecsvc.types import MAX_DIM, IndexSpec, Labels, Limit, Mask, Neighbors, StoredVectors, Vectors
+from vecsvc.types import MAX_ABS, MAX_DIM, IndexSpec, Labels, Limit, Mask, Neighbors, StoredVectors, Vectors
 
 GROUP: Final = "vecsvc.indexes"
 
@@ -127,9 +126,8 @@ def params_dict(params: Any) -> dict[str, Any]:
 def check_search(spec: IndexSpec, queries: Vectors, k: int, params: Any, expected: type, allowed: Mask | None) -> Any:
     """The checks at the door of every `search`. Returns the params, the kind's defaults for None."""
     params = check_arguments(spec, queries, k, params, expected, allowed)
-    # One sum over everything finds NaN and infinities; only then is it worth knowing where. The sum of
-    # squares of allowed values cannot overflow for one row, but may for many.
-    if not math.isfinite(np.vdot(queries, queries)) or spec.metric == "cosine":
+    # One sum of squares over everything finds what may be NaN, infinite or too large; then it is worth knowing where.
+    if not np.vdot(queries, queries) <= MAX_ABS or spec.metric == "cosine":
         for row, query in enumerate(queries):
             check_vector(query, spec.metric, f"queries[{row}]")
     return params
