@@ -97,7 +97,7 @@ def check_recall(manifest: Manifest) -> None:
     if certificate is not None and not certificate.reached:
         best = max(certificate.points, key=lambda point: point.recall - point.recall_error)
         raise RecallMissed(
-            f"recall@{certificate.k} is {best.recall:.4f} ± {best.recall_error:.4f} at best, which misses the target "
-            f"of {certificate.target}; nothing was published. Try --param values that buy recall, or --kind exact; "
-            "--resume without --require-recall publishes it as it is"
+            f"recall@{certificate.k} is {best.recall:.4f} ± {best.recall_error:.4f} at best: its lower end misses "
+            f"the target of {certificate.target}; nothing was published. Try --param values that buy recall, or --kind "
+            "exact; --resume without --require-recall publishes it as it is"
         )

@@ -40,7 +40,7 @@ def _first(mask: pa.BooleanArray) -> int:
 
 def no_nulls(column: pa.Array, what: str, rows: Rows) -> pa.Array:
     if column.null_count:
-        raise rows.bad(_first(column.is_null()), f"its {what} is null; drop the row, or give it a {what}")
+        raise rows.bad(_first(column.is_null()), f"its {what} is null; drop the row, or fill it in")
     return column
 
 

@@ -315,7 +315,10 @@ def test_the_commands_make_list_and_remove_keys(tmp_path: Path) -> None:
     assert (tmp_path / "keys.toml").stat().st_mode & 0o777 == 0o600
     assert Keyring(tmp_path / "keys.toml").admit(key, "read").rate_per_s == 50
     assert run("new", "ops", "--file", file, "--scope", "admin", "--scope", "metrics").exit_code == 0
-    assert run("new", "old", "--file", file, "--expires", "2020-01-01").exit_code == 0
+    gone = run("new", "late", "--file", file, "--expires", "2020-01-01")
+    assert gone.exit_code != 0 and "--expires is 2020-01-01, so the key would be refused" in str(gone.exception)
+    expired = added(Path(file).read_bytes(), "old", new_key(), scopes=["read"], expires=dt.date(2020, 1, 1))
+    Path(file).write_bytes(expired)
     assert run("list", file).stdout.splitlines() == [
         "search-team  read  50/s, 50 at once  until 2099-01-01T00:00:00+00:00",
         "ops  admin,metrics  no limit  for ever",

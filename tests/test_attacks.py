@@ -377,14 +377,14 @@ def test_a_multipart_upload_is_415(target: Service) -> None:
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "identity", "gzip, gzip", "nonsense"])
-@pytest.mark.parametrize("body", [gzip.compress(json.dumps(GOOD).encode()), b"no gzip at all", b""])
+@pytest.mark.parametrize("body", [gzip.compress(json.dumps(GOOD).encode(), mtime=0), b"no gzip at all", b""])
 def test_a_coded_body_is_415_whatever_is_in_it(target: Service, coding: str, body: bytes) -> None:
     reply = target.ask("POST", "/search", body, {**JSON, "Content-Encoding": coding})
     assert_refused(reply, 415, "Content-Encoding")
 
 
 def test_a_gzip_bomb_is_415_and_does_not_go_off(target: Service) -> None:
-    bomb = gzip.compress(b"\0" * (200 << 20), 9)
+    bomb = gzip.compress(b"\0" * (200 << 20), 9, mtime=0)
     before = target.rss_bytes()
     for headers in ({}, {"Transfer-Encoding": "chunked"}):
         data = b"%x\r\n%s\r\n0\r\n\r\n" % (len(bomb), bomb) if headers else bomb

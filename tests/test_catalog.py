@@ -192,6 +192,8 @@ def test_a_closed_catalog_lets_go_of_everything(catalog: Catalog, folder: IndexF
 
 def test_before_the_first_look_nothing_is_ready(catalog: Catalog) -> None:
     assert catalog.problem() == "vecsvc: nothing is loaded yet"
+    with pytest.raises(NotReady, match="index 'anything' is not ready: vecsvc: nothing is loaded yet"):
+        catalog.get("anything")
     with pytest.raises(NotReady, match="no index is ready: vecsvc: nothing is loaded yet"):
         catalog.get(None)
 
@@ -407,3 +409,30 @@ def test_without_a_shard_port_and_where_the_version_before_is_damaged_there_is_o
     node.refresh()
     assert [served.version for served, _ in node.held()] == ["v2"] and not node.problem()
     node.close()
+
+
+def test_while_indexes_are_opened_an_unknown_name_may_still_be_one_of_them(tmp_path: Path) -> None:
+    """A client takes 404 for ever, and the only index so far for the only one."""
+    corpus = write_corpus(tmp_path / "c.parquet", n=30)
+    for name in ("a", "b"):
+        build(corpus, tmp_path / "out", name=name, kind="exact")
+    catalog = Catalog(tmp_path / "out", ServeSettings())
+    refresh_one, seen = Catalog._refresh_one, []
+
+    def slow(self: Catalog, folder: IndexFolder, again: bool) -> bool:
+        changed = refresh_one(self, folder, again)
+        for wanted in (None, "b", "c"):
+            try:
+                seen.append(catalog.get(wanted).name)
+            except NotReady:
+                seen.append("not ready")
+        return changed
+
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(Catalog, "_refresh_one", slow)
+        catalog.refresh()
+    assert seen == ["not ready", "not ready", "not ready", "not ready", "b", "not ready"]
+    for unknown in (None, "c"):
+        with pytest.raises(UnknownIndex):
+            catalog.get(unknown)
+    catalog.close()

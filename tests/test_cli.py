@@ -208,3 +208,8 @@ def test_a_glob_names_the_index_after_its_folder(corpus: Path) -> None:
     (corpus.parent / "parts").mkdir()
     corpus.rename(corpus.parent / "parts" / "a.parquet")
     assert "published indexes/parts/" in run("build-index", "parts/*.parquet", cwd=corpus.parent).stdout
+
+
+def test_what_can_never_be_served_is_refused_at_once(tmp_path: Path) -> None:
+    done = run("serve", str(tmp_path), "--shards", "x")
+    assert done.returncode == 2 and "--shards takes numbers and ranges like 0,2-3" in done.stderr

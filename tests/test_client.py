@@ -322,3 +322,22 @@ def test_a_service_below_a_path_is_reached(running: Service) -> None:
         assert client.ready()
     with Client(f"{running.url}/below") as client, pytest.raises(errors.ServiceError, match="/below/indexes"):
         client.indexes()
+
+
+def test_numbers_of_numpy_are_taken_and_what_is_no_vector_is_named(running: Service) -> None:
+    with Client(running.url) as client:
+        answer = client.search(
+            id=np.str_("p-20"), k=np.int64(2), filter={"year": {"$lte": np.int64(3000)}}, index="products"
+        )
+        assert len(answer.results) == 2
+        for asked, message in (
+            ({"vector": "abc"}, "vector must be numbers, got 'abc'"),
+            ({"vector": [[1.0]]}, r"vector must have one dimension, got shape \(1, 1\); send many with search_batch"),
+            ({"id": "p-20", "filter": {"year": object()}}, "is object, which JSON has no place for"),
+        ):
+            with pytest.raises(errors.VecsvcError, match=message):
+                client.search(index="products", **asked)  # type: ignore[arg-type]
+        with pytest.raises(
+            errors.VecsvcError, match=r"vectors must have shape \(n, dim\), got \(2,\); send one with search"
+        ):
+            client.search_batch(vectors=[1.0, 2.0], index="products")

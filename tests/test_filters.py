@@ -131,7 +131,7 @@ def test_integers_beyond_the_column_compare_as_numbers_do(condition: Any, expect
         ({"$or": []}, "'$or' is no operator"),
         ({"int8": {"$regex": "x"}}, "'$regex' of 'int8' is no operator"),
         ({"int8": {}}, "'int8' has no condition"),
-        ({"int8": None}, "takes texts, numbers and booleans, got None"),
+        ({"int8": None}, "takes texts, numbers and booleans, got null"),
         ({"int8": [1]}, "got [1]"),
         ({"int8": "1"}, "'int8' holds int8, which takes a number, got '1'"),
         ({"int8": True}, "takes a number, got True"),

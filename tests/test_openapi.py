@@ -236,7 +236,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
     with service.running(service.index("texts"), **limits) as running:
         command = [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json"),
-            *("--phases", "examples,coverage,fuzzing", "--checks", "all", "--max-examples", "30", "--seed", "7"),
+            *("--phases", "examples,coverage,fuzzing", "--checks", "all", "--max-examples", "16", "--seed", "7"),
             *("--generation-database", "none", "--continue-on-failure"),
             # The same handlers again, under the name of the index.
             *("--exclude-path-regex", "^/indexes/[a-z]+/(search|embed)"),

@@ -188,7 +188,7 @@ def read_keys(path: Path) -> list[Key]:
             facts = os.fstat(file.fileno())
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"keys: {path}: {error.strerror}") from error
+        raise ConfigError(f"keys: {path}: {error.strerror}; vecsvc keys new makes a file") from error
     # Hashes may be read without harm, though nobody needs to; who may write them can let himself in.
     if facts.st_mode & stat.S_IWOTH:
         raise ConfigError(f"keys: everybody may write {path}: chmod 600 {path}")

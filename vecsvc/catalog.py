@@ -338,6 +338,10 @@ class Catalog:
 
     def get(self, name: str | None) -> Served:
         """The version of `name` that serves; None means the only index. Raises UnknownIndex or NotReady."""
+        if not self._looked and name not in self._served:
+            # Nobody knows yet which indexes there are, and a client would take that for ever.
+            which = "no index is ready" if name is None else f"index {name[:80]!r} is not ready"
+            raise NotReady(f"{which}: {self.problem()}")
         return by_name(name, self._served, self.problems, self.problem)
 
     def version(self, name: str, digest: str) -> Served:

@@ -227,6 +227,7 @@ def serve(directory: Path, settings: Path | None, **flags: Any) -> None:
     read = _read(ServeSettings, "serve", flags, settings)
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no folder; give the --out folder of vecsvc build-index")
+    shard_numbers(read.shards)  # what is no list of numbers now never will be
     if read.workers > 1:
         from vecsvc.workers import serve as run
     else:

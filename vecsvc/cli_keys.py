@@ -44,6 +44,10 @@ def new(
     """Make a key, print it once, and add its hash to FILE, which is made where it is missing."""
     key = new_key()
     until = expires.date() if expires is not None else None
+    if until is not None and until <= dt.datetime.now(dt.UTC).date():
+        raise ConfigError(
+            f"--expires is {until.isoformat()}, so the key would be refused from the start; give a later day"
+        )
     _change(
         file,
         lambda data: added(data, name, key, scopes=scopes or ("read",), rate_per_s=rate, burst=burst, expires=until),

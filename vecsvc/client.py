@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 import numpy as np
 from msgspec import UNSET
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from vecsvc import errors
 from vecsvc.encoders import DEFAULT
@@ -49,14 +49,39 @@ class Embeddings(msgspec.Struct, frozen=True):
 
 
 def _body(values: Mapping[str, Any]) -> bytes:
-    return msgspec.json.encode({name: value for name, value in values.items() if value is not None})
+    return msgspec.json.encode({name: value for name, value in values.items() if value is not None}, enc_hook=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays, which ids and filters are often made of, as Python's own."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise InvalidRequest(f"{str(value)[:80]!r} is {type(value).__name__}, which JSON has no place for")
 
 
 def _vector(vector: ArrayLike) -> dict[str, str]:
     """base64 is a third of the size of numbers in JSON, and exact."""
-    row = np.asarray(vector, dtype="<f4")
+    row = _floats(vector, "vector")
     if row.ndim != 1:
-        raise InvalidVector(f"a vector has one dimension, got shape {row.shape}; send many with search_batch")
+        raise InvalidVector(f"vector must have one dimension, got shape {row.shape}; send many with search_batch")
+    return _base64(row)
+
+
+def _vectors(vectors: ArrayLike) -> list[dict[str, str]]:
+    rows = _floats(vectors, "vectors")
+    if rows.ndim != 2:
+        raise InvalidVector(f"vectors must have shape (n, dim), got {rows.shape}; send one with search")
+    return [_base64(row) for row in rows]
+
+
+def _floats(values: ArrayLike, what: str) -> NDArray[Any]:
+    try:
+        return np.asarray(values, dtype="<f4")
+    except (ValueError, TypeError) as error:
+        raise InvalidVector(f"{what} must be numbers, got {str(values)[:80]!r}") from error
+
+
+def _base64(row: NDArray[Any]) -> dict[str, str]:
     return {"base64": base64.b64encode(row.tobytes()).decode()}
 
 
@@ -106,7 +131,7 @@ def _question(
 def _questions(
     texts: Sequence[str] | None, vectors: ArrayLike | None, k: int, rest: Mapping[str, Any]
 ) -> dict[str, Any]:
-    rows = None if vectors is None else [_vector(row) for row in np.asarray(vectors)]
+    rows = None if vectors is None else _vectors(vectors)
     return {"texts": texts, "vectors": rows, "k": k, **rest}
 
 

@@ -27,7 +27,7 @@ def exact_distances(query: Vectors, rows: StoredVectors, metric: Metric) -> Dist
         norms = np.sqrt(np.sum(x * x, axis=1)) * np.sqrt(np.sum(q * q))
         x *= q
         cosines = np.divide(np.sum(x, axis=1), norms, out=np.zeros(len(x)), where=norms > 0)
-        return np.asarray(1.0 - cosines, dtype=np.float32)
+        return np.asarray(np.maximum(1.0 - cosines, 0.0), dtype=np.float32)  # rounding makes some cosines exceed 1
     x *= q
     return np.asarray(1.0 - np.sum(x, axis=1), dtype=np.float32)
 

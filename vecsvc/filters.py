@@ -89,7 +89,8 @@ class _Parser:
         for value in values:
             if not isinstance(value, str | int | float | bool):
                 raise InvalidRequest(
-                    f"filter: {name} of {field!r} takes texts, numbers and booleans, got {_short(value)}"
+                    f"filter: {name} of {field!r} takes texts, numbers and booleans, "
+                    f"got {'null' if value is None else _short(value)}"
                 )
         return Condition(field, name, operand)
 

@@ -31,7 +31,15 @@ from vecsvc.fan_out import Group
 from vecsvc.ids import id_hash
 from vecsvc.merging import Merge, check_part
 from vecsvc.question import columns_of
-from vecsvc.question_checks import Clock, check_question, check_vectors, count, encoder_of, wrong_params
+from vecsvc.question_checks import (
+    Clock,
+    check_question,
+    check_vectors,
+    count,
+    encoder_of,
+    wrong_params,
+    wrong_type,
+)
 from vecsvc.ranking import nearest_shards, queries_of_shards
 from vecsvc.remote import Ask, EmbeddedTexts, FoundRow, Kind, Part
 from vecsvc.router import RoutedVersion, Router
@@ -224,7 +232,8 @@ class FrontDoor:
     async def _find(self, version: RoutedVersion, id: Id, deadline: float) -> Vectors:
         """The vector of a row (1, dim). Raises UnknownId where every shard that may have it was asked."""
         if isinstance(id, str) != (version.manifest.id_type == "str"):
-            raise UnknownId(f"index {version.name!r} has no id {id!r}")
+            kind = version.manifest.id_type
+            raise UnknownId(f"index {version.name!r} has no id {id!r}{wrong_type(id, kind)}")
         chosen = version.groups
         if version.manifest.partition == "hash":
             home = id_hash(id) % version.total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import gc
 import logging
@@ -233,7 +234,8 @@ async def listen(
         await runner.cleanup()
         # asyncio puts words of its own around the system's.
         why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another port") from error
+        place = "address" if error.errno == errno.EADDRNOTAVAIL else "port"
+        raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another {place}") from error
     return runner, listeners
 
 

@@ -19,7 +19,15 @@ from vecsvc.errors import (
     UnknownId,
     listed,
 )
-from vecsvc.question_checks import Clock, check_question, check_vectors, cut_note, encoder_of, plan_of
+from vecsvc.question_checks import (
+    Clock,
+    check_question,
+    check_vectors,
+    cut_note,
+    encoder_of,
+    plan_of,
+    wrong_type,
+)
 from vecsvc.ranking import merge_top_k, nearest_shards, queries_of_shards
 from vecsvc.shard import Found, Shard, placed
 from vecsvc.types import (
@@ -218,7 +226,8 @@ class Search:
         if not self.served.whole:
             held = listed(self.served.numbers)
             raise ShardsMissing(f"id {query.id!r} is in none of the shards {held} that are held here: ask a front door")
-        raise UnknownId(f"index {self.served.name!r} has no id {query.id!r}")
+        kind = self.served.manifest.id_type
+        raise UnknownId(f"index {self.served.name!r} has no id {query.id!r}{wrong_type(query.id, kind)}")
 
     def _columns(self, found: Sequence[Found | None], first: int, n: int) -> Columns:
         """Merge the shards' answers of n queries that begin at `first`; of one shard without an object for each hit."""

@@ -12,7 +12,7 @@ from vecsvc.catalog import Plan, Served
 from vecsvc.distance import check_vector
 from vecsvc.errors import DimensionMismatch, InvalidParameter, InvalidRequest, UnknownParameter, listed
 from vecsvc.manifest import Manifest
-from vecsvc.types import MAX_ABS, Query, SearchSettings, TextQuery, TookMs, VectorQuery, Vectors
+from vecsvc.types import MAX_ABS, Id, Query, SearchSettings, TextQuery, TookMs, VectorQuery, Vectors
 
 E = TypeVar("E", covariant=True)
 
@@ -67,6 +67,13 @@ def encoder_of(served: HasEncoder[E]) -> E:
             "build it with --encoder, or serve with --encoder"
         )
     return served.encoder
+
+
+def wrong_type(id: Id, kind: str) -> str:
+    """What may be wrong with an id that is not found; "" where it is of the right type."""
+    if isinstance(id, str) == (kind == "str"):
+        return ""
+    return ": its ids are texts, this is an integer" if kind == "str" else ": its ids are integers, this is a text"
 
 
 def cut_note(cut: list[int], texts: int, max_tokens: int) -> str:

@@ -6,6 +6,7 @@ message that names the place, the value and what would be right. Unknown fields 
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping
 from typing import Any, Final, Literal, TypeVar
@@ -199,7 +200,8 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _explain(error, body) from error
+        fields = [field.name for field in msgspec.structs.fields(decoder.type)]  # type: ignore[arg-type]
+        raise _explain(error, body, fields) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(error, body) from error
 
@@ -208,10 +210,12 @@ def _malformed(error: Exception, body: bytes) -> MalformedRequest:
     if not body:
         return MalformedRequest("the body is empty, expected a JSON object")
     why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+    if re.search(rb"\b(NaN|Infinity)\b", body):
+        why += "; JSON has no NaN and no Infinity, and neither may a vector hold"
     return MalformedRequest(f"the body is no JSON: {why}")
 
 
-def _explain(error: msgspec.ValidationError, body: bytes) -> MalformedRequest | InvalidRequest:
+def _explain(error: msgspec.ValidationError, body: bytes, fields: list[str]) -> MalformedRequest | InvalidRequest:
     """The decoder says where and what was expected; this adds the value that was found there."""
     message, _, path = str(error).partition(" - at `")
     path = path.removesuffix("`")
@@ -222,7 +226,11 @@ def _explain(error: msgspec.ValidationError, body: bytes) -> MalformedRequest | 
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as malformed:
         return _malformed(malformed, body)
     if not path:
-        return InvalidRequest(f"the body: {message}")
+        known = f"; known are: {', '.join(fields)}" if "unknown field" in message else ""
+        got = f"; the value is {shown(value)}" if not isinstance(value, dict) else ""
+        return InvalidRequest(f"the body: {message}{known}{got}")
+    if path.startswith("$.include"):
+        message += f", known are {', '.join(INCLUDES)}"
     try:
         for step in path.removeprefix("$").replace("[", ".").replace("]", "").split(".")[1:]:
             value = value[int(step)] if isinstance(value, list) else value[step]

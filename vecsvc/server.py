@@ -285,7 +285,8 @@ class Service:
             given = request.headers.get(hdrs.CONTENT_TYPE, "")
             if given.partition(";")[0].strip().lower() != schemas.BINARY:
                 raise UnsupportedMediaType(
-                    f"Content-Type is {given[:80]!r}, expected {schemas.JSON} or {schemas.BINARY}"
+                    f"Content-Type is {given[:80]!r}, expected {schemas.JSON} or {schemas.BINARY}: send a header, "
+                    f"with curl -H 'Content-Type: {schemas.JSON}'"
                 )
         elif "?" in request.raw_path:
             raise InvalidRequest("the settings of a JSON question stand in its body, not in the URL")

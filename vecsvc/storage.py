@@ -417,7 +417,9 @@ class IndexFolder:
         if to is None:
             older = versions[: versions.index(current)] if current in versions else versions
             if not older:
-                raise UnknownVersion(f"{self.name} has no version before {current}; there are: {self._listed()}")
+                raise UnknownVersion(
+                    f"{self.name} has no version before {current}; there are: {self._listed()}: name one with --to"
+                )
             to = older[-1]
         self.serve(to)
         return current or "none", to
