@@ -14,7 +14,7 @@ def main() -> None:
     given = parser("Seconds from serve to ready").parse_args()
     task = load_task(given.data)
     with work_folder(given.work) as work:
-        folder = build(task, work)
+        folder = build(task, "hnsw", work)
         times: dict[str, list[float]] = {"hash": [], "size": []}
         for _ in range(RUNS):
             for verify in times:

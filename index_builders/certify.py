@@ -21,7 +21,7 @@ from vecsvc.types import Distances, IndexSpec, Metric, StoredVectors, Vectors
 
 K: Final = 10
 TIMED: Final = 32  # queries whose latency is taken at each operating point
-BLOCK_ROWS: Final = 8192  # rows compared before their pages are let go
+BLOCK_ROWS: Final = 32_768  # rows compared before their pages are let go
 PROBED: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # numbers of shards that are worth a figure
 
 _Ranked: TypeAlias = tuple[Distances, NDArray[np.int64]]  # distances and corpus rows (queries, m); -1 at +inf
