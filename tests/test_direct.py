@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import http.client
@@ -19,9 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import service
+from aiohttp import web
 from service import BINARY, DIM, JSON, JSON_TYPE, Reply, Service
 
 from vecsvc import direct
+from vecsvc.config import ServeSettings
+from vecsvc.process import node
+from vecsvc.server import Connection
 
 VECTOR = [0.5] * DIM
 QUESTION = json.dumps({"vector": VECTOR, "k": 5}).encode()
@@ -363,6 +368,50 @@ def test_after_a_long_message_questions_go_the_short_way_again(short: Service) -
     before = ways(short).count("short")
     assert [s for s, _ in replies(short, [(MESSAGES["chunked"], 0.0), (WHOLE, 0.05)], 2)] == [200, 200]
     assert ways(short).count("short") == before, "where a chunked body ends is known to aiohttp's parser alone"
+
+
+class Wire(asyncio.Transport):
+    """A connection that takes everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+    def write(self, data: Any) -> None: ...
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("message", [b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", WHOLE[:-5]], ids=["whole", "in part"])
+def test_a_client_that_leaves_before_its_message_was_looked_at_is_no_surprise(message: bytes) -> None:
+    async def leave() -> None:
+        made = node(service.index("products"), ServeSettings())[2]
+        runner = web.AppRunner(made.app())
+        await runner.setup()
+        connection = Connection(made, runner.server)
+        connection.connection_made(Wire())
+        await asyncio.sleep(0)
+        task, waiter = connection._task_handler, connection._waiter
+        assert task is not None and waiter is not None
+        connection.data_received(message)
+        if connection._held:
+            connection._let_go()  # as when its time is up
+        assert waiter.done()
+        connection.connection_lost(None)
+        await asyncio.wait([task], timeout=5)
+        assert task.done() and (task.cancelled() or task.exception() is None)
+        await runner.cleanup()
+
+    asyncio.run(leave())
 
 
 # ------------------------------------------------------------------------------------------------------- columns

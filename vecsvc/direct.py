@@ -41,6 +41,8 @@ _HANDLER: Final = (
     *("_messages", "_waiter", "_paused", "_upgraded", "_payload_parser", "_close", "_force_close"),
     *(
         "_request_count",
+        "_request_factory",
+        "_request_handler",
         "_keepalive_timeout",
         "_next_keepalive_close_time",
         "_buffer_paused",
@@ -228,7 +230,11 @@ class DirectHandler(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._held = b""  # its rest will not come
         self._free()
+        factory, handler = self._request_factory, self._request_handler
         super().connection_lost(exc)
+        if self._messages:
+            # Its task was woken for a message, and makes a request of it without a look whether anybody is there still.
+            self._request_factory, self._request_handler = factory, handler
 
     def _idle(self) -> bool:
         """Whether nothing is worked on, and an answer may be written now."""
