@@ -155,7 +155,7 @@ def test_content_does_not_depend_on_batches_row_groups_files_or_list_type(tmp_pa
     n, dim = int(rng.integers(1, 400)), int(rng.integers(1, 9))
     kind = [pa.float16(), pa.float32(), pa.float64()][seed % 3]
     container = [pa.list_(kind), pa.large_list(kind), pa.list_(kind, dim)][int(rng.integers(3))]
-    vectors = rng.standard_normal((n, dim)).astype(kind.to_pandas_dtype())
+    vectors = rng.standard_normal((n, dim)).astype({16: np.float16, 32: np.float32, 64: np.float64}[kind.bit_width])
     ids = [f"id{i}" for i in rng.permutation(n)] if seed % 2 else rng.permutation(n).tolist()
     tags = [None if rng.random() < 0.2 else [int(x) for x in range(rng.integers(4))] for _ in range(n)]
     columns = {"id": pa.array(ids), "vector": pa.array(list(vectors), container), "tags": pa.array(tags)}
