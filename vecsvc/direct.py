@@ -38,17 +38,9 @@ MAX_HELD_BYTES: Final = 65_536  # longer bodies go the long way at once, where t
 LOST: Final = -1  # where one message ends and the next begins is known to aiohttp's parser alone
 
 _HANDLER: Final = (
-    *("_messages", "_waiter", "_paused", "_upgraded", "_payload_parser", "_close", "_force_close"),
-    *(
-        "_request_count",
-        "_request_factory",
-        "_request_handler",
-        "_keepalive_timeout",
-        "_next_keepalive_close_time",
-        "_buffer_paused",
-        "_reading_paused",
-        "_loop",
-    ),
+    *("_messages", "_waiter", "_paused", "_upgraded", "_payload_parser", "_close", "_force_close", "_request_count"),
+    *("_request_factory", "_request_handler", "_keepalive_timeout", "_next_keepalive_close_time"),
+    *("_buffer_paused", "_reading_paused", "_loop"),
 )
 
 
@@ -109,7 +101,8 @@ class Direct:
             except Exception:
                 return None
             headers, body = self._refused(head, error)
-            return self._message("429 Too Many Requests", "".join(f"{n}: {v}\r\n" for n, v in headers.items()), body)
+            lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            return self._message(b"429 Too Many Requests", lines.encode(), body)
         return None
 
     def answer(self, head: Head, data: bytes) -> bytes | None:
@@ -141,7 +134,8 @@ class Direct:
             self._door.give_back(key)
             self._parsed = body, query, settings
             return None
-        written = self._message("200 OK", _ANSWER_HEADERS, schemas.encode(answer), self._request_id(head.request_id))
+        lines = _ANSWER_HEADERS % self._request_id(head.request_id).encode()
+        written = self._message(b"200 OK", lines, schemas.encode(answer))
         self._metrics.requests(head.operation, "200").inc()
         self._metrics.latency(head.operation).observe(time.perf_counter() - started)
         return written
@@ -151,23 +145,16 @@ class Direct:
         known, self._parsed = self._parsed, None
         return known[1:] if known is not None and known[0] == body else None
 
-    def _message(self, status: str, headers: str, body: bytes, request_id: str = "") -> bytes:
+    def _message(self, status: bytes, lines: bytes, body: bytes) -> bytes:
+        """The bytes of an answer; `lines` are its own headers."""
         now = int(time.time())
         if now != self._second:
             self._second = now
             self._date = f"{hdrs.DATE}: {formatdate(now, usegmt=True)}\r\n{hdrs.SERVER}: {SERVER_SOFTWARE}\r\n".encode()
-        if request_id:
-            headers = f"{headers}X-Request-Id: {request_id}\r\n"
-        return b"HTTP/1.1 %b\r\n%bContent-Length: %d\r\n%b\r\n%b" % (
-            status.encode(),
-            headers.encode(),
-            len(body),
-            self._date,
-            body,
-        )
+        return b"HTTP/1.1 %b\r\n%bContent-Length: %d\r\n%b\r\n%b" % (status, lines, len(body), self._date, body)
 
 
-_ANSWER_HEADERS: Final = f"{hdrs.CONTENT_TYPE}: {schemas.JSON}; charset=utf-8\r\n"
+_ANSWER_HEADERS: Final = f"{hdrs.CONTENT_TYPE}: {schemas.JSON}; charset=utf-8\r\nX-Request-Id: %b\r\n".encode()
 
 
 class DirectHandler(web.RequestHandler):

@@ -34,6 +34,15 @@ def after_space(at, end):
 
 
 @inlined
+def after_item(at, end):
+    """(the character behind an item, 0 where the text ends; where the next begins that is no white space)"""
+    at = after_space(at, end)
+    if at >= end:
+        return 0, at
+    return np.int64(get_u8(at, 0)), after_space(at + 1, end)
+
+
+@inlined
 def eight(at):
     """The value of eight digits, -1 where they are not eight: all at once, as bytes of one integer."""
     word = get_u64(at, 0)
@@ -138,11 +147,7 @@ def json_rows(text, length, out, powers):
             if at == 0:
                 return -1
             total += 1
-            at = after_space(at, end)
-            if at >= end:
-                return -1
-            sign = get_u8(at, 0)
-            at = after_space(at + 1, end)
+            sign, at = after_item(at, end)
             if sign == CLOSE:
                 break
             if sign != COMMA:
@@ -153,10 +158,7 @@ def json_rows(text, length, out, powers):
             return -1
         width = total - before
         rows += 1
-        if at >= end:
-            return -1
-        sign = get_u8(at, 0)
-        at = after_space(at + 1, end)
+        sign, at = after_item(at, end)
         if sign == CLOSE:
             break
         if sign != COMMA:

@@ -130,11 +130,11 @@ def _small_pairs(builder: Any, unsigned: Any, signed: Any) -> Any:
     return builder.call(multiply, [unsigned, signed])
 
 
-def _add_pairs(builder: Any, total: Any, pairs: Any) -> Any:
-    """total (v8i32) + neighbours of pairs (v16i16)."""
+def _add_products(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    """total (v8i32) + the sums of neighbouring products of a and b (v16i16)."""
     halves = ir.VectorType(I16, 16)
     multiply = _external(builder, "llvm.x86.avx2.pmadd.wd", total.type, [halves, halves])
-    return builder.add(total, builder.call(multiply, [pairs, _splat(I16, 16, 1)]))
+    return builder.add(total, builder.call(multiply, [a, b]))
 
 
 def _dot_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
@@ -146,12 +146,11 @@ def _dot_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     if _path[0] == "avx2":
         # As 16 bits: the products of whole bytes would saturate, as sums of two.
         halves = ir.VectorType(I16, 16)
-        multiply = _external(builder, "llvm.x86.avx2.pmadd.wd", total.type, [halves, halves])
         for start in range(0, lanes, 16):
             places = ir.Constant(ir.VectorType(I32, 16), [ir.Constant(I32, start + i) for i in range(16)])
             a = builder.zext(builder.shuffle_vector(unsigned, unsigned, places), halves)
             b = builder.sext(builder.shuffle_vector(signed, signed, places), halves)
-            total = builder.add(total, builder.call(multiply, [a, b]))
+            total = _add_products(builder, total, a, b)
         return total
     wide = ir.VectorType(I32, lanes)
     products = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
@@ -193,7 +192,7 @@ def nibble_dot(typing: Any, codes: Any, query: Any, chunks: Any) -> Any:
                 for nibbles, values in ((lower, first), (upper, second)):
                     more = _small_pairs(builder, nibbles, values)
                     pairs = more if pairs is None else builder.add(pairs, more)
-            return [low if pairs is None else _add_pairs(builder, low, pairs), high]
+            return [low if pairs is None else _add_products(builder, low, pairs, _splat(I16, 16, 1)), high]
 
         zero = _splat(I32, lanes, 0)
         low, high = _loop(builder, chunks, [zero, zero], body)

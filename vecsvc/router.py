@@ -240,7 +240,7 @@ class Router:
                 missing = serving.missing()
                 if missing:
                     problems[name] = f"no node for shards {listed(missing)} of {serving.total}"
-            elif name not in problems and mine:
+            elif name not in problems:
                 least = min((offer.missing for offer in mine), key=len)
                 problems[name] = f"no node for shards {listed(least)}" if least else "no version serves yet"
         if not self.serving and not problems:
@@ -281,9 +281,8 @@ class Router:
         if time.monotonic() - since < FIRST_WAIT_S:
             return False
         del self._gone_since[name]
-        if name in self.serving:
-            self.serving = {other: version for other, version in self.serving.items() if other != name}
-            log.info("index gone", extra={"data": {"index": name}})
+        self.serving = {other: version for other, version in self.serving.items() if other != name}
+        log.info("index gone", extra={"data": {"index": name}})
         return True
 
     def _tell_waiting(self, name: str, serving: RoutedVersion | None, offers: list[_Offer]) -> None:

@@ -110,18 +110,16 @@ async def _embed(engine: Engine, asked: remote.Embed) -> tuple[Kind, remote.Embe
     entered = budget.enter()
     try:
         served = _retained(engine, asked.index, asked.digest)
-    except BaseException:
-        budget.leave(entered)
-        raise
-    try:
-        if asked.role not in ("query", "passage"):
-            raise ProtocolError(f"role is {asked.role[:80]!r}, expected query or passage")
-        role: Any = asked.role
-        encoder = encoder_of(served)
-        made = await encoder.encode(asked.texts, role, deadline=time.monotonic() + asked.timeout_ms / 1e3)
+        try:
+            if asked.role not in ("query", "passage"):
+                raise ProtocolError(f"role is {asked.role[:80]!r}, expected query or passage")
+            role: Any = asked.role
+            encoder = encoder_of(served)
+            made = await encoder.encode(asked.texts, role, deadline=time.monotonic() + asked.timeout_ms / 1e3)
+        finally:
+            served.release()
     finally:
         budget.leave(entered)
-        served.release()
     vectors = made.vectors.astype("<f4", copy=False).tobytes()
     return Kind.EMBEDDED, remote.EmbeddedTexts(
         vectors, made.tokens, made.truncated, encoder.spec.name, made.queue_s, made.encode_s
