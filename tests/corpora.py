@@ -106,7 +106,7 @@ def strays(folder: IndexFolder) -> list[str]:
 @contextmanager
 def opened(directory: Path, **settings: Any) -> Iterator[Engine]:
     """An engine over what serves in `directory`, everything of it ready."""
-    serve = ServeSettings(**{"search_threads": 1, **settings})
+    serve = ServeSettings(**{"search_threads": 1, "encoder_threads": 1, **settings})
     catalog = Catalog(directory, serve)
     engine = Engine(catalog, serve, Metrics(), threads=1)
     try:

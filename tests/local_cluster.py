@@ -24,13 +24,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from fault_proxy import Proxies
 
 
-def start(*arguments: str, **settings: Any) -> Service:
-    """Start a command of `vecsvc` that listens, on ports of the system's choice. It may not be ready yet."""
+def start(*arguments: str, prelude: str = "", **settings: Any) -> Service:
+    """Start a command of `vecsvc` that listens, on ports of the system's choice. It may not be ready yet.
+
+    `prelude` is Python that runs before it.
+    """
     descriptor, log = tempfile.mkstemp(suffix=".log")
     os.close(descriptor)
     settings = {"port": 0, "admin_port": 0, **settings}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    service = Service(Forked([*arguments, *flags], {2: log}), Path(log))
+    service = Service(Forked([*arguments, *flags], {2: log}, prelude=prelude), Path(log))
     listening = service.wait_for("listening")
     service.port, service.admin_port = listening["port"], listening["admin_port"]
     return service

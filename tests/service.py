@@ -11,6 +11,7 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -356,6 +357,73 @@ def running(directory: Path, prelude: str = "", /, **settings: Any) -> Iterator[
         assert_clean(service)
         service.stop()
         assert_clean(service)
+
+
+# Says in the log which messages went the short way.
+TOLD = """
+import logging
+from vecsvc.direct import Direct
+answer = Direct.answer
+def told(self, *message):
+    made = answer(self, *message)
+    logging.getLogger("way").info("short" if made is not None else "long")
+    return made
+Direct.answer = told
+"""
+
+
+def ways(running: Service) -> list[str]:
+    return [line["message"] for line in running.log() if line["logger"] == "way"]
+
+
+def plain(reply: Reply) -> tuple[int, dict[str, str], Any]:
+    """A reply without what no two replies share."""
+    headers = {
+        name: value for name, value in reply.headers.items() if name not in ("date", "x-request-id", "content-length")
+    }
+    body = json.loads(reply.body)
+    body.pop("took_ms", None)
+    for shard in body.get("explain", ()):
+        shard.pop("took_ms")
+    return reply.status, headers, body
+
+
+def at_once(running: Service, path: str, body: bytes, headers: dict[str, str]) -> Reply:
+    """The reply to a question whose head and body are sent in one piece, as http.client does not."""
+    fields = {"Host": "x", "Content-Length": str(len(body)), **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    with running.socket() as sock:
+        sock.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body)
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        received = {name.lower(): value for name, value in response.getheaders()}
+        return Reply(response.status, received, response.read())
+
+
+def post(question: bytes, path: str = "/search") -> bytes:
+    """A question in JSON as one message."""
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(question)}\r\n\r\n"
+    )
+    return head.encode() + question
+
+
+def answers(sock: socket.socket, n: int) -> list[Any]:
+    """The bodies of n answers that come one behind the other."""
+    received, found = b"", []
+    while len(found) < n:
+        head, end, rest = received.partition(b"\r\n\r\n")
+        length = int(re.search(rb"(?i)content-length: (\d+)", head)[1]) if end else 0  # type: ignore[index]
+        if not end or len(rest) < length:
+            part = sock.recv(1 << 16)
+            assert part, received
+            received += part
+            continue
+        assert head.startswith(b"HTTP/1.1 200"), head
+        found.append(json.loads(rest[:length]))
+        received = rest[length:]
+    assert not received
+    return found
 
 
 def assert_clean(service: Service) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import http.client
 import itertools
 import json
 import random
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pytest
 import service
 from aiohttp import web
-from service import BINARY, DIM, JSON, JSON_TYPE, Reply, Service
+from service import BINARY, DIM, JSON, JSON_TYPE, TOLD, Service, answers, at_once, plain, post, ways
 
 from vecsvc import direct
 from vecsvc.config import ServeSettings
@@ -31,17 +30,6 @@ from vecsvc.server import Connection
 VECTOR = [0.5] * DIM
 QUESTION = json.dumps({"vector": VECTOR, "k": 5}).encode()
 RAW = np.array(VECTOR, np.float32).tobytes()
-# Says in the log which messages went the short way.
-TOLD = """
-import logging
-from vecsvc.direct import Direct
-answer = Direct.answer
-def told(self, message, body):
-    made = answer(self, message, body)
-    logging.getLogger("way").info("short" if made is not None else "long")
-    return made
-Direct.answer = told
-"""
 LONG = "import vecsvc.server as s; s.usable = lambda: False"
 
 
@@ -65,34 +53,6 @@ def warm(running: Service) -> None:
         for k in (5, 10):
             for _ in range(2):
                 running.search(vector=VECTOR, k=k, include=include)
-
-
-def ways(running: Service) -> list[str]:
-    return [line["message"] for line in running.log() if line["logger"] == "way"]
-
-
-def plain(reply: Reply) -> tuple[int, dict[str, str], Any]:
-    """A reply without what no two replies share."""
-    headers = {
-        name: value for name, value in reply.headers.items() if name not in ("date", "x-request-id", "content-length")
-    }
-    body = json.loads(reply.body)
-    body.pop("took_ms", None)
-    for shard in body.get("explain", ()):
-        shard.pop("took_ms")
-    return reply.status, headers, body
-
-
-def at_once(running: Service, path: str, body: bytes, headers: dict[str, str]) -> Reply:
-    """The reply to a question whose head and body are sent in one piece, as http.client does not."""
-    fields = {"Host": "x", "Content-Length": str(len(body)), **headers}
-    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    with running.socket() as sock:
-        sock.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body)
-        response = http.client.HTTPResponse(sock)
-        response.begin()
-        received = {name.lower(): value for name, value in response.getheaders()}
-        return Reply(response.status, received, response.read())
 
 
 def test_this_aiohttp_is_one_with_which_the_short_way_works() -> None:
@@ -184,26 +144,7 @@ def test_both_ways_count_alike(short: Service) -> None:
     assert counted == searches + 3
 
 
-HEAD = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-WHOLE = HEAD % len(QUESTION) + QUESTION
-
-
-def answers(sock: socket.socket, n: int) -> list[Any]:
-    """The bodies of n answers that come one behind the other."""
-    received, found = b"", []
-    while len(found) < n:
-        head, end, rest = received.partition(b"\r\n\r\n")
-        length = int(re.search(rb"(?i)content-length: (\d+)", head)[1]) if end else 0  # type: ignore[index]
-        if not end or len(rest) < length:
-            part = sock.recv(1 << 16)
-            assert part, received
-            received += part
-            continue
-        assert head.startswith(b"HTTP/1.1 200"), head
-        found.append(json.loads(rest[:length]))
-        received = rest[length:]
-    assert not received
-    return found
+WHOLE = post(QUESTION)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +172,7 @@ def test_a_question_behind_a_slow_one_waits_for_its_turn(short: Service) -> None
     """The slow one goes the long way, to a thread; what follows on the connection must not overtake it."""
     slow = json.dumps({"vector": VECTOR, "k": 400, "params": {"exact": True}}).encode()
     with short.socket() as sock:
-        sock.sendall(HEAD % len(slow) + slow)
+        sock.sendall(post(slow))
         sock.sendall(WHOLE)
         first, second = answers(sock, 2)
     assert len(first["results"]) == 400 and len(second["results"]) == 5
@@ -302,13 +243,13 @@ BATCH = json.dumps({"vectors": [VECTOR] * 20, "k": 2}).encode()
 CHUNKED = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 MESSAGES: dict[str, bytes] = {
     "question": WHOLE,
-    "raw": (HEAD % len(RAW)).replace(b"/search", b"/search?k=4").replace(b"/json", b"/octet-stream") + RAW,
-    "id": HEAD % 14 + b'{"id": "p-20"}',
-    "no JSON": HEAD % 5 + b"POST ",
-    "wrong": HEAD % 15 + b'{"vector": [1]}',
+    "raw": post(RAW, "/search?k=4").replace(b"/json", b"/octet-stream"),
+    "id": post(b'{"id": "p-20"}'),
+    "no JSON": post(b"POST "),
+    "wrong": post(b'{"vector": [1]}'),
     "get": b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n",
     "get with a body": b"GET /livez HTTP/1.1\r\nHost: x\r\nContent-Length: 12\r\n\r\nPOST /search ",
-    "batch": (HEAD % len(BATCH)).replace(b"/search", b"/search/batch") + BATCH,
+    "batch": post(BATCH, "/search/batch"),
     "chunked": CHUNKED + b"%x\r\n%b\r\n0\r\n\r\n" % (len(QUESTION), QUESTION),
     "other method": WHOLE.replace(b"POST", b"PUT", 1),
 }
@@ -360,7 +301,7 @@ def test_messages_in_any_order_and_in_any_pieces_are_answered_as_on_the_long_way
 
 def test_after_a_long_message_questions_go_the_short_way_again(short: Service) -> None:
     body = json.dumps({"vectors": [VECTOR] * 500, "k": 2, "include": []}).encode()
-    batch = (HEAD % len(body)).replace(b"/search", b"/search/batch") + body
+    batch = post(body, "/search/batch")
     pieces = [(batch[:1000], 0.0), (batch[1000:20_000], 0.02), (batch[20_000:], 0.02), (WHOLE, 0.05), (WHOLE, 0.05)]
     before = ways(short).count("short")
     assert [status for status, _ in replies(short, pieces, 3)] == [200, 200, 200]

@@ -26,10 +26,13 @@ from vecsvc import remote, shard_server
 from vecsvc.catalog import Catalog
 from vecsvc.config import ServeSettings
 from vecsvc.engine import Engine
+from vecsvc.errors import VecsvcError
 from vecsvc.remote import Ask, Frames, Kind
 from vecsvc.shard import Shard
+from vecsvc.shard_answers import ANSWERS, part_now
 from vecsvc.shard_server import ShardServer
 from vecsvc.telemetry import Metrics
+from vecsvc.types import Condition
 
 CORPUS = corpora()["sharded"]
 HELLO = remote.message(Kind.HELLO, 0, remote.Hello())
@@ -195,6 +198,45 @@ def test_a_question_that_cannot_be_answered_is_told_why_and_the_connection_stays
         kind, request, failed = found
         assert (kind, request) == (Kind.FAILED, 1) and failed.code == code, failed
         assert (peer.reply(question(2)) or ("closed",))[0] is Kind.PART
+
+
+def test_a_plain_question_of_one_shard_is_answered_at_once_and_alike(node: Service) -> None:
+    """Once its like was measured to be short. What is not plain, or of several shards, takes the long way."""
+
+    def long(asked: Any) -> Any:
+        return asyncio.run(ANSWERS[Kind.SEARCH](engine, asked))[1]
+
+    def timeless(part: Any) -> Any:
+        return msgspec.structs.replace(part, queue_s=0.0, search_s=0.0, rerank_s=0.0)
+
+    catalog = Catalog(index("sharded"), ServeSettings())
+    engine = Engine(catalog, ServeSettings(inline_ms=1000), Metrics(), threads=1)
+    catalog.refresh()
+    try:
+        for shard in range(3):
+            for k in (1, 3, 10):
+                asked = (20_000.0, (shard,), ask(exact=False, k=k))
+                part = long(asked)
+                assert timeless(part_now(engine, asked)) == timeless(part) and len(part.ids) == k
+        whole = (20_000.0, (0, 1, 2), ask(exact=False))
+        odd = [
+            ask(conditions=remote.write_conditions((Condition("year", "$gt", 0),))),
+            ask(include=["fields"]),
+            ask(rerank_depth=10),
+            ask(max_visited=5),
+            ask(exact=True),
+            ask(of=2),
+            ask(k=100_000),
+            ask(vectors=bytes(4 * 7), dim=7),
+            ask(digest="another"),
+        ]
+        for asked in (whole, *((20_000.0, (0,), one) for one in odd), (20_000.0, (7,), ask(exact=False))):
+            with contextlib.suppress(VecsvcError):
+                long(asked)
+            assert part_now(engine, asked) is None, asked
+    finally:
+        engine.close()
+        catalog.close()
 
 
 def test_rows_are_found_by_id_of_any_sort_and_what_is_no_row_is_none(node: Service) -> None:

@@ -3,10 +3,10 @@
 Most of what an HTTP question costs is not the search: a parser's objects, a task, a route to look up, a request and a
 response, and the way back through all of them. A question that came whole, by a vector, and whose like was measured to
 take less than `inline_ms`, needs none of it: its head is known by its bytes (heads.py), its vector goes from the body's
-text straight into float32, and the answer is written in the callback that brought the bytes. A question that there is
-no place for is refused in the same callback, before its body is looked at. Whatever is out of the ordinary (another
-error, a filter, a header that means something) is left to the long way, which begins anew with the same bytes, so that
-rules are written once.
+text straight into float32, and the answer is written in the callback that brought the bytes; at a front door, in the
+callback that brought the last shard's part. A question that there is no place for is refused in the same callback,
+before its body is looked at. Whatever is out of the ordinary (another error, a filter, a header that means something)
+is left to the long way, which begins anew with the same bytes, so that rules are written once.
 
 This file, and no other, leans on what aiohttp keeps to itself. Where a version of it keeps other things, `usable` says
 so, and all go the long way.
@@ -21,17 +21,17 @@ from email.utils import formatdate
 from typing import Any, Final
 
 from aiohttp import StreamReader, hdrs, web
-from aiohttp.http import SERVER_SOFTWARE
+from aiohttp.http import RESPONSES, SERVER_SOFTWARE
 
 from vecsvc import schemas
 from vecsvc.config import HttpSettings
 from vecsvc.door import DRAIN_BYTES, Door
-from vecsvc.engine import Engine
 from vecsvc.errors import Overloaded
+from vecsvc.front_door import Backend, FrontDoor
 from vecsvc.heads import MAX_HEAD_BYTES, STARTS, Head, Heads
 from vecsvc.reaper import Reaper
 from vecsvc.telemetry import Metrics
-from vecsvc.types import Query, SearchSettings, VectorQuery
+from vecsvc.types import Query, SearchAnswer, SearchSettings, VectorQuery
 
 HOLD_S: Final = 0.01  # so long may the rest of a message be under way; then it goes the long way
 MAX_HELD_BYTES: Final = 65_536  # longer bodies go the long way at once, where they are counted
@@ -69,7 +69,7 @@ class Direct:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Backend,
         settings: HttpSettings,
         metrics: Metrics,
         door: Door,
@@ -77,15 +77,17 @@ class Direct:
         *,
         request_id: Callable[[str | None], str],
         open: Callable[[], bool],
-        refused: Callable[[Head, Overloaded], tuple[dict[str, str], bytes]],
+        refused: Callable[[Head, Exception, float], tuple[int, dict[str, str], bytes]],
     ) -> None:
         """`open` says for each message whether it may go the short way now.
 
-        `refused` tells that a message found no place, and gives the headers and the body of the answer.
+        `refused` tells what became of a message after so many seconds, and gives the status, the headers and the body
+        of the answer.
         """
         self.heads = Heads(settings, max_line_bytes)
         self._engine, self._settings, self._request_id, self._open = engine, settings, request_id, open
         self._metrics, self._door, self._refused = metrics, door, refused
+        self.longest_s = settings.max_timeout_ms / 1e3  # that a question may take
         self._parsed: tuple[bytes, Query, SearchSettings] | None = None
         self._second, self._date = 0, b""
 
@@ -100,13 +102,14 @@ class Direct:
                 self._door.knock(head.key, "read")
             except Exception:
                 return None
-            headers, body = self._refused(head, error)
-            lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-            return self._message(b"429 Too Many Requests", lines.encode(), body)
+            return self._failed(head, error, 0.0)
         return None
 
-    def answer(self, head: Head, data: bytes) -> bytes | None:
-        """The answer's bytes, head and body; None where the long way has to be gone."""
+    def answer(self, head: Head, data: bytes, later: Callable[[bytes], None]) -> bytes | Callable[[], None] | None:
+        """The answer's bytes, head and body; None where the long way has to be gone.
+
+        Where others must be asked, what calls the question off: then `later` is called once with the answer's bytes.
+        """
         started = time.perf_counter()
         settings = head.settings
         if head.load != "single" or not self._open() or head.length > self._settings.max_query_bytes:
@@ -124,21 +127,38 @@ class Direct:
             else:
                 dim = self._engine.catalog.get(head.name).manifest.spec.dim
                 query = VectorQuery(schemas.rows_of(body, dim))
-            answer = None
             if type(query) is VectorQuery and len(query.vectors) == 1:
-                answer = self._engine.search_now(head.name, query, settings)
+                engine = self._engine
+                if isinstance(engine, FrontDoor):
+
+                    def done(result: SearchAnswer | Exception) -> None:
+                        later(self._written(head, result, started))
+
+                    if (stop := engine.search_soon(head.name, query, settings, done)) is not None:
+                        return stop
+                elif (answer := engine.search_now(head.name, query, settings)) is not None:
+                    return self._written(head, answer, started)
         except Exception:
             self._door.give_back(key)
             return None
-        if answer is None:
-            self._door.give_back(key)
-            self._parsed = body, query, settings
-            return None
+        self._door.give_back(key)
+        self._parsed = body, query, settings
+        return None
+
+    def _written(self, head: Head, result: SearchAnswer | Exception, started: float) -> bytes:
+        """The bytes of an answer, counted, or of what is said instead."""
+        if isinstance(result, Exception):
+            return self._failed(head, result, time.perf_counter() - started)
         lines = _ANSWER_HEADERS % self._request_id(head.request_id).encode()
-        written = self._message(b"200 OK", lines, schemas.encode(answer))
+        written = self._message(b"200 OK", lines, schemas.encode(result))
         self._metrics.requests(head.operation, "200").inc()
         self._metrics.latency(head.operation).observe(time.perf_counter() - started)
         return written
+
+    def _failed(self, head: Head, error: Exception, seconds: float) -> bytes:
+        status, headers, body = self._refused(head, error, seconds)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        return self._message(f"{status} {RESPONSES[status][0]}".encode(), lines.encode(), body)
 
     def parsed(self, body: bytes) -> tuple[Query, SearchSettings] | None:
         """What this very body was found to ask, where it was just left to the long way; only once."""
@@ -160,7 +180,7 @@ _ANSWER_HEADERS: Final = f"{hdrs.CONTENT_TYPE}: {schemas.JSON}; charset=utf-8\r\
 class DirectHandler(web.RequestHandler):
     """aiohttp's connection, but a message that `direct` answers at once never reaches its parser."""
 
-    __slots__ = ("_direct", "_drop", "_held", "_left", "_reaper", "_release")
+    __slots__ = ("_behind", "_call_off", "_direct", "_drop", "_held", "_left", "_reaper", "_release")
 
     def __init__(self, server: web.Server | None, *, direct: Direct | None, reaper: Reaper, **options: Any) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **options)  # type: ignore[arg-type]
@@ -169,11 +189,19 @@ class DirectHandler(web.RequestHandler):
         self._release: asyncio.TimerHandle | None = None
         self._drop = 0  # bytes to come of a body that nobody will read
         self._left = 0  # bytes to come of a message that goes the long way, or LOST
+        self._call_off: Callable[[], None] | None = None  # ends the question whose answer comes later
+        self._behind = b""  # what came meanwhile
 
     def data_received(self, data: bytes) -> None:
         direct = self._direct
         if direct is None or not data:
             super().data_received(data)
+            return
+        if self._call_off is not None:
+            # Answers go out in the order of the questions, so whoever sends more has to wait.
+            self._behind += data
+            if self.transport is not None:
+                self.transport.pause_reading()
             return
         if self._drop:
             dropped, self._drop = self._drop, max(0, self._drop - len(data))
@@ -195,28 +223,55 @@ class DirectHandler(web.RequestHandler):
             return
         missing = head.size + head.length - len(data)
         if head.operation and missing >= 0 and self._idle():
-            answer = direct.refusal(head)
-            if answer is not None:
+            refusal = direct.refusal(head)
+            if refusal is not None:
                 self._drop = missing
-            elif missing == 0:
-                answer = direct.answer(head, data)
+                self._answered(refusal)
+                return
+            if missing == 0:
+                answer = direct.answer(head, data, self._later)
+                if isinstance(answer, bytes):
+                    self._answered(answer)
+                    return
+                if answer is not None:
+                    self._free()
+                    self._call_off = answer
+                    self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout + direct.longest_s
+                    self._reaper.asked(self)
+                    return
             elif head.length <= MAX_HELD_BYTES:
                 # Many clients send head and body by themselves, the one right behind the other.
                 self._hold(data)
                 return
-            if answer is not None:
-                self._free()
-                self._request_count += 1
-                self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
-                self._reaper.answered(self)
-                assert self.transport is not None
-                self.transport.write(answer)
-                return
         self._the_long_way(data, head)
 
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._held = b""  # its rest will not come
+    def _answered(self, answer: bytes) -> None:
         self._free()
+        self._request_count += 1
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        self._reaper.answered(self)
+        assert self.transport is not None
+        self.transport.write(answer)
+
+    def _later(self, answer: bytes) -> None:
+        """The answer to the question that was asked last."""
+        self._call_off = None
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        self._answered(answer)
+        if self._behind:
+            data, self._behind = self._behind, b""
+            transport.resume_reading()
+            self.data_received(data)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._held = self._behind = b""  # its rest will not come
+        self._free()
+        if self._call_off is not None:
+            self._call_off()
+            self._call_off = None
+            self._reaper.left(self)
         factory, handler = self._request_factory, self._request_handler
         super().connection_lost(exc)
         if self._messages:

@@ -16,7 +16,8 @@ from vecsvc.errors import DeadlineExceeded
 from vecsvc.gather import Gather
 from vecsvc.question import A, Search
 from vecsvc.question_checks import Clock, count, encoder_of, plan_of
-from vecsvc.quick import is_plain, quick_search
+from vecsvc.quick import is_plain, quick_part, quick_search
+from vecsvc.remote import Part
 from vecsvc.shard import Found, Shard
 from vecsvc.telemetry import Metrics
 from vecsvc.together import run_together
@@ -80,7 +81,8 @@ class Engine:
             if not plan.is_short(self._inline_s):
                 return None
             if plan.plain is None:
-                plan.plain = is_plain(served, query, settings)
+                alone = len(served.manifest.shards) == 1 and served.whole
+                plan.plain = is_plain(query, settings, served.manifest) and alone
             if plan.plain:
                 found = quick_search(served, plan, query, settings, started, deadline)
                 if found is None:
@@ -132,6 +134,24 @@ class Engine:
         self._metrics.search(served.name, stats.strategy).observe(seconds)
         if stats.shortfall:
             self._metrics.shortfall(served.name).inc(stats.shortfall)
+
+    def part_now(self, served: Served, shard: Shard, query: VectorQuery, settings: SearchSettings) -> Part | None:
+        """As `search_now`: what one shard of a version that the caller has retained finds, for a front door."""
+        if self.admission.single.full:
+            return None
+        deadline = time.monotonic() + settings.timeout_ms / 1e3
+        plan = plan_of(served, settings, 1)
+        if not plan.is_short(self._inline_s):
+            return None
+        if plan.plain is None:
+            plan.plain = is_plain(query, settings, served.manifest)
+        found = quick_part(shard, plan, query, settings, deadline) if plan.plain else None
+        if found is None:
+            return None
+        part, seconds = found
+        plan.learn(seconds)
+        self._metrics.search(served.name, part.strategy).observe(seconds)
+        return part
 
     async def search_part(
         self, served: Served, shards: list[Shard], query: VectorQuery, settings: SearchSettings, *, of: int

@@ -132,7 +132,7 @@ class _Attempt:
 
 
 class Call:
-    """One question under way. Made and used in the event loop; `await` its `finished`."""
+    """One question under way. Made and used in the event loop: `run` it, or `begin` it and `end` it when it says so."""
 
     def __init__(
         self, groups: list[Group], budgets: Budgets, key: Hashable, deadline: float, *, partial: bool = False
@@ -143,30 +143,55 @@ class Call:
         """
         self.groups = groups
         self.deadline = deadline
+        self.finished = False
         self._budgets, self._key, self._partial = budgets, key, partial
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self.finished: asyncio.Future[None] = self._loop.create_future()
+        self._tell: Callable[[], None] = _nobody_waits
+        self._open = len(groups)  # groups without an answer or an error
 
     async def run(self) -> None:
-        """Ask, and wait. Raises the first failure unless the caller takes parts; then the groups tell."""
+        """Ask, and wait. Raises as `end` does."""
+        finished: asyncio.Future[None] = self._loop.create_future()
+
+        def tell() -> None:
+            if not finished.done():
+                finished.set_result(None)
+
         try:
-            for group in self.groups:
-                self._begin(group)
-                if group.error is not None and not self._partial:
-                    break  # nobody would read what the others answer
-            self._end_if_done()
-            if not self.finished.done():
-                self._set_timer()
-                await self.finished
+            self.begin(tell)
+            if not self.finished:
+                await finished
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
-            for group in self.groups:
+            self.stop()
+        self.end()
+
+    def begin(self, tell: Callable[[], None]) -> None:
+        """Ask. `tell` is called once, when there is nothing more to wait for, unless that is so at the end of this."""
+        for group in self.groups:
+            self._begin(group)
+            if self.finished:
+                break  # nobody would read what the others answer
+        if not self.groups:
+            self._finish()
+        if not self.finished:
+            self._tell = tell
+            self._set_timer()
+
+    def stop(self) -> None:
+        """Wait for nothing more, and tell those who are at work still."""
+        self.finished, self._tell = True, _nobody_waits
+        if self._timer is not None:
+            self._timer.cancel()
+        for group in self.groups:
+            if group.attempts:
                 self._cancel(group, probes=not group.done)
-            if any(group.attempts for group in self.groups):
-                left = self.deadline - time.monotonic()
-                self._loop.call_later(max(0.0, left) + PROBE_GRACE_S, self._give_up_probes)
+        if any(group.attempts for group in self.groups):
+            left = self.deadline - time.monotonic()
+            self._loop.call_later(max(0.0, left) + PROBE_GRACE_S, self._give_up_probes)
+
+    def end(self) -> None:
+        """Raise the first failure unless the caller takes parts; then the groups tell."""
         for group in self.groups:
             # What is wrong with the question is so for every shard, and no part of an answer makes up for it.
             if group.error is not None and (not self._partial or isinstance(group.error, UserError)):
@@ -177,16 +202,17 @@ class Call:
     # --------------------------------------------------------------------------------------------- choosing
 
     def _begin(self, group: Group) -> None:
-        budgets = self._budgets
-        budgets.hedges(group).earn()
-        budgets.retries.earn()
+        self._budgets.retries.earn()
         node = self._choose(group)
         if node is None:
-            group.error = _missing(group)
-            return
-        if self._send(group, node, "first") and len(group.nodes) > 1:
-            self._hedge_later(group)
-            self._probe(group, node)
+            self._fail(group, _missing(group))
+        elif len(group.nodes) == 1:
+            self._send(group, node, "first")
+        else:
+            self._budgets.hedges(group).earn()
+            if self._send(group, node, "first"):
+                self._hedge_later(group)
+                self._probe(group, node)
 
     def _hedge_later(self, group: Group) -> None:
         known = [n.latency(self._key).p95 for n in group.nodes if n.latency(self._key).count >= KNOWN_AFTER]
@@ -196,6 +222,9 @@ class Call:
 
     def _choose(self, group: Group) -> Node | None:
         """The node to ask next; None where there is none that was not tried."""
+        if len(group.nodes) == 1:
+            only = group.nodes[0]
+            return only if only.up and not group.tried else None
         left = [node for node in group.nodes if node.up and node not in group.tried]
         # Where every replica is draining or ejected, one of them may still answer: better than none.
         candidates = [node for node in left if node.usable()] or left
@@ -272,9 +301,12 @@ class Call:
                 if attempt.kind != "first":
                     self._budgets.metrics.hedges(attempt.kind + "_won").inc()
                 group.answer = answer
-                self._outlived(group, now)
-                self._cancel(group, probes=False)
-                self._end_if_done()
+                if group.attempts:
+                    self._outlived(group, now)
+                    self._cancel(group, probes=False)
+                self._open -= 1
+                if not self._open:
+                    self._finish()
             return
         if kind is not None and isinstance(failure, _RETRIED):
             node.latency(self._key).failed()
@@ -287,7 +319,7 @@ class Call:
         """A node failed: wait for another that was asked, ask another, or give up."""
         if any(attempt.kind != "probe" for attempt in group.attempts):
             return
-        if isinstance(failure, _RETRIED) and time.monotonic() < self.deadline and not self.finished.done():
+        if isinstance(failure, _RETRIED) and time.monotonic() < self.deadline and not self.finished:
             while (node := self._choose(group)) is not None:
                 if not self._budgets.retries.take():
                     break
@@ -303,8 +335,13 @@ class Call:
             probe.kind = "retry"  # what was only a copy is all that is left
             return
         # A node that does not hold the version any more is as good as none.
-        group.error = _missing(group, str(failure)) if isinstance(failure, NodeFailed | NotReady) else failure
-        self._end_if_done()
+        self._fail(group, _missing(group, str(failure)) if isinstance(failure, NodeFailed | NotReady) else failure)
+
+    def _fail(self, group: Group, error: VecsvcError) -> None:
+        group.error = error
+        self._open -= 1
+        if not self._open or not self._partial:
+            self._finish()
 
     # ------------------------------------------------------------------------------------------------- time
 
@@ -329,7 +366,7 @@ class Call:
             if group.hedge_at and not group.done and now >= group.hedge_at:
                 group.hedge_at = 0.0
                 self._hedge(group, now)
-        if not self.finished.done():
+        if not self.finished:
             self._set_timer()
 
     def _hedge(self, group: Group, now: float) -> None:
@@ -365,14 +402,14 @@ class Call:
             self._outlived(group, now)
             self._cancel(group, probes=True)
 
-    def _end_if_done(self) -> None:
-        failed = any(group.error is not None for group in self.groups)
-        if all(group.done for group in self.groups) or (failed and not self._partial):
-            self._finish()
-
     def _finish(self) -> None:
-        if not self.finished.done():
-            self.finished.set_result(None)
+        if not self.finished:
+            self.finished = True
+            self._tell()
+
+
+def _nobody_waits() -> None:
+    pass
 
 
 def _shards(group: Group) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
 from vecsvc import indexes, remote
 from vecsvc.admission import Admission
+from vecsvc.asked import Asked
 from vecsvc.catalog import MAX_PLANS, Served, by_model, by_name
 from vecsvc.config import RouteSettings
 from vecsvc.encoders.base import EncoderSpec, Role
@@ -20,16 +20,15 @@ from vecsvc.engine import Engine
 from vecsvc.errors import (
     DeadlineExceeded,
     InvalidParameter,
-    InvalidRequest,
     NotReady,
     ProtocolError,
     ShardsMissing,
     UnknownId,
     UnknownParameter,
+    VecsvcError,
 )
-from vecsvc.fan_out import Group
+from vecsvc.fan_out import Call, Group
 from vecsvc.ids import id_hash
-from vecsvc.merging import Merge, check_part
 from vecsvc.question import columns_of
 from vecsvc.question_checks import (
     Clock,
@@ -40,8 +39,7 @@ from vecsvc.question_checks import (
     wrong_params,
     wrong_type,
 )
-from vecsvc.ranking import nearest_shards, queries_of_shards
-from vecsvc.remote import Ask, EmbeddedTexts, FoundRow, Kind, Part
+from vecsvc.remote import EmbeddedTexts, FoundRow, Kind
 from vecsvc.router import RoutedVersion, Router
 from vecsvc.telemetry import Metrics
 from vecsvc.types import (
@@ -60,11 +58,8 @@ from vecsvc.types import (
 
 T = TypeVar("T")
 
-INLINE_PAIRS: Final = 500  # more queries times centroids are compared in a thread
-INLINE_HITS: Final = 4000  # more candidates than that are merged in a thread
-SPARE_BYTES: Final = 4096  # of a frame, for the shards that stand before a question
-MERGE_S: Final = 0.02  # of its deadline a question keeps so much back, to merge and answer: at most a tenth of it
-NODES_SHARE: Final = 0.95  # of what is then left, nodes may search so long, so that what they have arrives in time
+# What becomes of a question: its answer, or why there is none.
+Done: TypeAlias = Callable[[SearchAnswer | Exception], None]
 
 
 class RoutedCatalog:
@@ -106,7 +101,7 @@ class FrontDoor:
 
     def __init__(self, router: Router, settings: RouteSettings, metrics: Metrics) -> None:
         self.catalog = RoutedCatalog(router)
-        self._router, self._metrics = router, metrics
+        self.router, self.metrics = router, metrics
         self._pool = ThreadPoolExecutor(thread_name_prefix="vecsvc-merge")
         self.admission = Admission(settings.max_in_flight, settings.max_bulk_in_flight)
 
@@ -125,8 +120,23 @@ class FrontDoor:
 
     async def search(self, name: str | None, query: Query, settings: SearchSettings) -> SearchAnswer:
         """Answer one question. Raises what errors.py lists under RequestError and ServiceError."""
-        a = await self.search_batch(name, query, settings)
-        return SearchAnswer(a.results[0], a.took_ms, a.coverage, a.stats, a.index, a.encoder, a.explain)
+        return _single(await self.search_batch(name, query, settings))
+
+    def search_soon(
+        self, name: str | None, query: VectorQuery, settings: SearchSettings, done: Done
+    ) -> Callable[[], None] | None:
+        """Ask the shards one question by its vector, and return what calls that off.
+
+        Otherwise `done` is called once and later, without a task, with the answer or with the error. None where it is
+        not that simple. Raises as `search` does where the shards need not be asked.
+        """
+        if self.admission.single.full:
+            return None
+        clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
+        version = self.catalog.get(name)
+        _check(version, query, settings)
+        soon = _Soon(self, Asked(version, query.vectors, settings, clock), done)
+        return soon.stop if soon.begin() else None
 
     async def search_batch(self, name: str | None, query: Query, settings: SearchSettings) -> BatchAnswer:
         """Answer many questions that share their settings."""
@@ -142,13 +152,17 @@ class FrontDoor:
             try:
                 return version, await self._answer(version, query, settings, clock)
             except ShardsMissing:
-                now = self.catalog.get(version.name)
-                if now.digest == version.digest or clock.passed():
+                moved = self.moved(version, clock)
+                if moved is None:
                     raise
-                # The version went while the question was under way; what serves now answers it whole.
-                return now, await self._answer(now, query, settings, clock)
+                return moved, await self._answer(moved, query, settings, clock)
         finally:
             budget.leave(entered)
+
+    def moved(self, version: RoutedVersion, clock: Clock) -> RoutedVersion | None:
+        """What serves now, where the version went while a question was under way, which that answers whole."""
+        now = self.router.serving.get(version.name)
+        return now if now is not None and now.digest != version.digest and not clock.passed() else None
 
     async def search_columns(self, name: str | None, query: Query, settings: SearchSettings) -> ColumnsAnswer:
         """Answer many questions with columns over all hits, for those who want no `include`."""
@@ -175,59 +189,14 @@ class FrontDoor:
         check_vectors(vectors, version.manifest)
         if clock.passed():
             raise DeadlineExceeded("the deadline passed before the shards were asked")
-        # A row that is asked by its id takes a place that it is not given.
-        k = settings.k + (0 if own is None else 1)
-        if settings.probe_shards is not None and len(vectors) * version.total > INLINE_PAIRS:
-            groups = await self.in_thread(lambda: self._groups(version, vectors, settings, k))
+        asked = Asked(version, vectors, settings, clock, own=own, was_text=isinstance(query, TextQuery), cut=cut)
+        if asked.is_long_to_route:
+            await self.in_thread(asked.find_groups)
         else:
-            groups = self._groups(version, vectors, settings, k)
-        started = time.perf_counter()
-        key = (version.name, settings.exact, settings.k > 100, len(vectors).bit_length())
-        kept_s = min(MERGE_S, settings.timeout_ms / 1e4)
-        await self._router.call(groups, key, clock.deadline - kept_s, partial=settings.partial)
-        merge = Merge(version, groups, len(vectors), settings, own)
-        if settings.k * len(groups) * len(vectors) > INLINE_HITS:
-            hits = await self.in_thread(merge.hits)
-        else:
-            hits = merge.hits()
-        parts: list[Part] = [group.answer for group in groups if group.answer is not None]
-        queued = max((part.queue_s for part in parts), default=0.0)
-        clock.queue += queued
-        clock.rerank = max((part.rerank_s for part in parts), default=0.0)
-        clock.search = max(0.0, time.perf_counter() - started - queued - clock.rerank)
-        answer = merge.answer(hits, parts, clock, isinstance(query, TextQuery), cut)
-        self._metrics.search(version.name, answer.stats.strategy).observe(clock.search)
-        if answer.stats.shortfall:
-            self._metrics.shortfall(version.name).inc(answer.stats.shortfall)
-        if answer.coverage.shards_ok < answer.coverage.shards_total:
-            self._router.metrics.partial(version.name).inc()
-        return answer
-
-    def _groups(self, version: RoutedVersion, vectors: Vectors, settings: SearchSettings, k: int) -> list[Group]:
-        """Whom to ask, and for which of the queries."""
-        if settings.probe_shards is None or version.centroids is None:
-            ask = _encode(version, vectors, settings, k, len(vectors))
-            check = functools.partial(check_part, len(vectors), k, vectors.shape[1], settings.include)
-            return [Group(version.name, *of, _framed(of[0], ask), Kind.PART, check) for of in version.groups]
-        chosen = nearest_shards(vectors, version.centroids, settings.probe_shards, version.manifest.metric)
-        nodes_of = {shard: nodes for shards, nodes in version.groups for shard in shards}
-        groups = []
-        for shard, queries in queries_of_shards(chosen).items():
-            mine = vectors[queries]
-            ask = _encode(version, mine, settings, k, len(vectors))
-            check = functools.partial(check_part, len(mine), k, mine.shape[1], settings.include)
-            groups.append(
-                Group(
-                    version.name,
-                    (shard,),
-                    nodes_of[shard],
-                    _framed((shard,), ask),
-                    Kind.PART,
-                    check,
-                    queries=queries.tolist(),
-                )
-            )
-        return groups
+            asked.find_groups()
+        await asked.call(self.router).run()
+        hits = await self.in_thread(asked.hits) if asked.is_long_to_merge else asked.hits()
+        return asked.answer(hits, self.router, self.metrics)
 
     async def _find(self, version: RoutedVersion, id: Id, deadline: float) -> Vectors:
         """The vector of a row (1, dim). Raises UnknownId where every shard that may have it was asked."""
@@ -256,7 +225,7 @@ class FrontDoor:
             )
             for shards, nodes in chosen
         ]
-        await self._router.call(groups, "find", deadline, partial=True)
+        await self.router.call(groups, "find", deadline, partial=True)
         for group in groups:
             if group.answer is not None and group.answer.vector is not None:
                 return _floats(group.answer.vector).reshape(1, -1)
@@ -281,7 +250,7 @@ class FrontDoor:
 
         group = Group(version.name, (), version.nodes(), make, Kind.EMBEDDED, check)
         key = ("embed", version.name, len(texts).bit_length())
-        await self._router.call([group], key, deadline)
+        await self.router.call([group], key, deadline)
         made = group.answer
         assert isinstance(made, EmbeddedTexts)
         return made
@@ -307,18 +276,79 @@ class FrontDoor:
         return Embedded(_floats(made.vectors).reshape(len(texts), -1), made.tokens, made.truncated, made.encoder)
 
 
-def _encode(version: RoutedVersion, vectors: Vectors, settings: SearchSettings, k: int, of: int) -> bytes:
-    """Raises InvalidRequest where no node would read so long a question."""
-    ask = remote.encode_ask(Ask.made(version.name, version.digest, vectors, settings, k=k, of=of))
-    if len(ask) > remote.MAX_REQUEST_BYTES - SPARE_BYTES:
-        raise InvalidRequest(
-            f"the question has {len(ask)} bytes, nodes take {remote.MAX_REQUEST_BYTES}: send fewer queries at once"
-        )
-    return ask
+class _Soon:
+    """A question under way without a task, which holds a place in admission until it ends."""
+
+    def __init__(self, door: FrontDoor, asked: Asked, done: Done) -> None:
+        self._door, self._asked, self._done = door, asked, done
+        self._entered: float | None = None
+        self._call: Call | None = None
+
+    def begin(self) -> bool:
+        """Ask the shards; False where that, or the answer, would hold up the event loop. Raises InvalidRequest."""
+        if self._asked.is_long_to_route:
+            return False
+        self._asked.find_groups()
+        if self._asked.is_long_to_merge:
+            return False
+        self._entered = self._door.admission.single.enter()
+        self._go()
+        return True
+
+    def _go(self) -> None:
+        self._call = call = self._asked.call(self._door.router)
+        call.begin(self._ended)
+        if call.finished:
+            # No node could be asked. Whoever began this is not to be told before it has begun.
+            asyncio.get_running_loop().call_soon(self._ended)
+
+    def _ended(self) -> None:
+        """Nothing may be raised from here: it is called where a node's answer arrives."""
+        call = self._call
+        if call is None:
+            return  # called off
+        result: SearchAnswer | Exception
+        try:
+            call.stop()
+            call.end()
+            result = _single(self._asked.answer(self._asked.hits(), self._door.router, self._door.metrics))
+        except ShardsMissing as error:
+            moved = self._door.moved(self._asked.version, self._asked.clock)
+            if moved is not None and self._ask_again(moved):
+                return
+            result = error
+        except Exception as error:
+            result = error
+        self._leave()
+        self._done(result)
+
+    def _ask_again(self, version: RoutedVersion) -> bool:
+        before = self._asked
+        try:
+            query = VectorQuery(before.vectors)
+            _check(version, query, before.settings)
+            self._asked = Asked(version, before.vectors, before.settings, before.clock)
+            self._asked.find_groups()
+            self._go()
+        except VecsvcError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """Nobody waits for the answer any more."""
+        if self._call is not None:
+            self._call.stop()
+            self._leave()
+
+    def _leave(self) -> None:
+        self._call = None
+        if self._entered is not None:
+            self._door.admission.single.leave(self._entered)
+            self._entered = None
 
 
-def _framed(shards: tuple[int, ...], ask: bytes) -> Callable[[int, float], bytes]:
-    return lambda request, left_ms: remote.search_frame(request, left_ms * NODES_SHARE, shards, ask)
+def _single(a: BatchAnswer) -> SearchAnswer:
+    return SearchAnswer(a.results[0], a.took_ms, a.coverage, a.stats, a.index, a.encoder, a.explain)
 
 
 Backend: TypeAlias = Engine | FrontDoor  # whoever answers what came over HTTP

@@ -28,7 +28,8 @@ def check_part(n: int, k: int, dim: int, include: frozenset[str], part: Part) ->
     hits = sum(part.counts)
     fits = (
         len(part.counts) == n
-        and all(0 <= count <= k for count in part.counts)
+        and min(part.counts) >= 0
+        and max(part.counts) <= k
         and len(part.distances) == 4 * hits
         and len(part.rows) == 8 * hits
         and len(part.ids) == hits
@@ -54,9 +55,22 @@ class Merge:
         self.version, self.groups, self.n, self.settings, self.own = version, groups, n, settings, own
 
     def hits(self) -> list[list[Hit]]:
+        distinct = self.own is None and self.version.manifest.clusters is None
+        if self.n == 1 and distinct and not self.settings.include:
+            return [self._nearest([group.answer for group in self.groups if group.answer is not None])]
         dim = self.version.manifest.spec.dim
         parts = [_Opened(g.answer, dim, g.queries) for g in self.groups if g.answer is not None]
         return [self._one([hit for part in parts for hit in part.take(query)]) for query in range(self.n)]
+
+    def _nearest(self, parts: list[Part]) -> list[Hit]:
+        """Those of one query of which nothing more is wanted: the common case, without an object for each candidate."""
+        ids = [id for part in parts for id in part.ids]
+        distances = np.frombuffer(b"".join([part.distances for part in parts]), "<f4")
+        rows = np.frombuffer(b"".join([part.rows for part in parts]), "<i8")
+        order = np.lexsort((rows, distances))[: self.settings.k]
+        kept = distances[order]
+        scores = score(kept, self.version.manifest.metric)
+        return list(map(Hit, [ids[at] for at in order.tolist()], scores.tolist(), kept.tolist()))
 
     def _one(self, candidates: list[_Candidate]) -> list[Hit]:
         # Each part's are in order already, which Python's sort sees.
@@ -96,7 +110,14 @@ class Merge:
             degraded.append(cut_note(cut, len(hits), encoder.spec.max_tokens))
         if any(part.stopped for part in parts):
             degraded.append("the search was cut short")
-        errors = [group.error for group in self.groups if group.error is not None]
+        ok = total = 0
+        errors = []
+        for group in self.groups:
+            total += len(group.shards)
+            if group.answer is not None:
+                ok += len(group.shards)
+            elif group.error is not None:
+                errors.append(group.error)
         if errors and not parts:
             if all(isinstance(error, Overloaded) for error in errors):
                 raise errors[0]
@@ -104,8 +125,6 @@ class Merge:
                 raise DeadlineExceeded(f"no shard answered within timeout_ms: {errors[0]}")
             raise ShardsMissing(f"no shard of {version.name!r} answered: {errors[0]}")
         degraded += map(str, errors)
-        ok = sum(len(group.shards) for group in self.groups if group.answer is not None)
-        total = sum(len(group.shards) for group in self.groups)
         strategies = {part.strategy for part in parts}
         visited = [part.visited for part in parts]
         explain = None

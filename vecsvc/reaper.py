@@ -42,10 +42,19 @@ class Reaper:
         self._served.add(connection)
         self._since[connection] = time.monotonic()
 
+    def asked(self, connection: Any) -> None:
+        """A whole request came that is answered a little later, past `begin` and `end`."""
+        self._busy.add(connection)
+
     def answered(self, connection: Any) -> None:
-        """A request came and was answered in one step."""
+        """It was answered, or came and was answered in one step."""
+        self._busy.discard(connection)
         self._served.add(connection)
         self._since[connection] = time.monotonic()
+
+    def left(self, connection: Any) -> None:
+        """Nobody waits for the answer any more."""
+        self._busy.discard(connection)
 
     def await_body(self, request: web.BaseRequest) -> None:
         self._bodies[request.protocol] = (time.monotonic(), request.content)

@@ -237,7 +237,8 @@ def encode_ask(ask: Ask) -> bytes:
 
 def search_frame(request: int, timeout_ms: float, shards: tuple[int, ...], ask: bytes) -> bytes:
     head = _ASKED.pack(timeout_ms, len(shards)) + struct.pack(f"<{len(shards)}H", *shards)
-    return frame(Kind.SEARCH, request, head + ask)
+    checksum = zlib.crc32(ask, zlib.crc32(head))
+    return b"".join((_HEAD.pack(len(head) + len(ask), Kind.SEARCH, request, checksum), head, ask))
 
 
 def write_conditions(conditions: tuple[Condition, ...]) -> bytes:
@@ -288,7 +289,8 @@ class Frames:
     """Cuts a stream of bytes into frames; holds what is not whole yet."""
 
     def __init__(self, kinds: frozenset[Kind], max_bytes: int) -> None:
-        self._kinds, self._max_bytes = kinds, max_bytes
+        self._kinds = {kind.value: kind for kind in kinds}
+        self._max_bytes = max_bytes
         self._held = bytearray()
         self._needed = _HEAD.size
 
@@ -305,25 +307,27 @@ class Frames:
                 return
             buffer = bytes(self._held)
             self._held.clear()
-        at = 0
-        while True:
-            if len(buffer) - at < _HEAD.size:
-                self._needed = _HEAD.size
-                break
-            length, kind, request, checksum = _HEAD.unpack_from(buffer, at)
+        at, size = 0, len(buffer)
+        while size - at >= _HEAD.size:
+            length, number, request, checksum = _HEAD.unpack_from(buffer, at)
             if length > self._max_bytes:
                 raise ProtocolError(f"a frame of {length} bytes, the limit is {self._max_bytes}")
-            if kind not in self._kinds:
-                raise ProtocolError(f"a frame of kind {kind}, which nobody sends here")
-            if len(buffer) - at < _HEAD.size + length:
+            kind = self._kinds.get(number)
+            if kind is None:
+                raise ProtocolError(f"a frame of kind {number}, which nobody sends here")
+            end = at + _HEAD.size + length
+            if size < end:
                 self._needed = _HEAD.size + length
                 break
-            payload = buffer[at + _HEAD.size : at + _HEAD.size + length]
+            payload = buffer[at + _HEAD.size : end]
             if zlib.crc32(payload) != checksum:
                 raise ProtocolError("a frame whose checksum is wrong")
-            at += _HEAD.size + length
-            yield Kind(kind), request, payload
-        self._held += buffer[at:]
+            at = end
+            yield kind, request, payload
+        else:
+            self._needed = _HEAD.size
+        if at < size:
+            self._held += buffer[at:]
 
 
 OF_FRONT_DOORS: Final = frozenset(kind for kind in Kind if kind < Kind.HOLDINGS)

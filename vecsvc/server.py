@@ -25,7 +25,6 @@ from vecsvc.catalog import Catalog
 from vecsvc.config import HttpSettings
 from vecsvc.direct import Direct, DirectHandler, arrived, usable
 from vecsvc.door import CHALLENGE, Door, Handler, Route, invite, leave_body
-from vecsvc.engine import Engine
 from vecsvc.errors import (
     BodyTooLarge,
     DeadlineExceeded,
@@ -116,7 +115,7 @@ class Service:
         self._refusal_lines = LineBudget(min(REFUSAL_LINES_PER_S, settings.log_lines_per_s))
         self._admin_threads = ThreadPoolExecutor(ADMIN_THREADS, thread_name_prefix="vecsvc-admin")
         self.direct: Direct | None = None
-        if isinstance(engine, Engine) and usable():
+        if usable():
             self.direct = Direct(
                 engine,
                 settings,
@@ -240,16 +239,23 @@ class Service:
             return given
         return f"{self._id_prefix}-{next(self._counter):x}"
 
-    def _refused(self, head: Head, error: Overloaded) -> tuple[dict[str, str], bytes]:
-        """What the border does with a message for which there is no place, and its answer's headers and body."""
-        self.metrics.requests(head.operation, "429").inc()
-        self.metrics.latency(head.operation).observe(0.0)
-        why, request_id = str(error), self._named(head.request_id)
-        if self._log_errors and self.may_log(self._refusal_lines):
-            data = {"request_id": request_id, "method": "POST", "path": head.path[:200], "status": 429, "why": why}
-            log.info("request", extra={"data": {**data, "ms": 0.0}})
-        headers, body = _error_parts(429, error.code, why, head.path, error.retry_after_s)
-        return {**headers, "X-Request-Id": request_id}, body
+    def _refused(self, head: Head, error: Exception, seconds: float) -> tuple[int, dict[str, str], bytes]:
+        """What the border does where a message finds no answer: the status, the headers and the body of its error."""
+        status, why = 500, str(error)
+        if isinstance(error, VecsvcError):
+            status = next(status for kind, status in STATUS if isinstance(error, kind))
+            headers, body = _error_parts(status, error.code, why, head.path, _retry_after_s(error))
+        else:
+            headers, body = _error_parts(500, "internal", "the service failed; its log says why", head.path, None)
+        if status == 500 and self.may_log():
+            log.error("failed", exc_info=error)
+        self.metrics.requests(head.operation, str(status)).inc()
+        self.metrics.latency(head.operation).observe(seconds)
+        request_id = self._named(head.request_id)
+        if self._log_errors and self.may_log(self._refusal_lines if status == 429 else self._lines):
+            data = {"request_id": request_id, "method": "POST", "path": head.path[:200], "status": status, "why": why}
+            log.info("request", extra={"data": {**data, "ms": round(seconds * 1e3, 3)}})
+        return status, {**headers, "X-Request-Id": request_id}, body
 
     def _short_way_is_open(self) -> bool:
         """Whether a question may go the short way, past the border, where nobody is told of it."""

@@ -21,7 +21,7 @@ from vecsvc.errors import (
     VecsvcError,
 )
 from vecsvc.remote import Held, Holdings, Kind
-from vecsvc.shard_answers import ANSWERS
+from vecsvc.shard_answers import ANSWERS, part_now
 from vecsvc.telemetry import LineBudget
 
 log: Final = logging.getLogger("vecsvc.shards")
@@ -197,6 +197,10 @@ class _FrontDoor(asyncio.Protocol):
         elif request not in self.tasks:
             # Decoded here, so that bytes that cannot be read end the connection and not a task.
             asked = remote.decode_search(payload) if kind is Kind.SEARCH else remote.decode(kind, payload)
+            part = part_now(self._server.engine, asked) if kind is Kind.SEARCH else None
+            if part is not None:
+                self.send(remote.message(Kind.PART, request, part))
+                return
             task = asyncio.get_running_loop().create_task(self._answer(kind, request, asked))
             self.tasks[request] = task
             # Not at the end of the task's own work: one that is cancelled before it began never gets there.
