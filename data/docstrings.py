@@ -12,6 +12,7 @@ What has no public path is private and left out, and so are tests, duplicates an
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
 import sysconfig
@@ -88,14 +89,18 @@ def _all(packages: Collection[str], without: Collection[str], sites: Sequence[Pa
         return (not packages or any(name in packages for name in names)) and not any(name in without for name in names)
 
     if STDLIB not in without and (not packages or STDLIB in packages or set(packages) & sys.stdlib_module_names):
-        folder = Path(sysconfig.get_path("stdlib"))
-        # Read as one package: public modules take up names of private ones beside them.
-        found = [*documents(_modules(folder, _tops(folder))), *_of_c_modules()]
-        yield from _in_order(d for d in found if wanted(d.package, STDLIB))
+        yield from _in_order(d for d in _standard_library() if wanted(d.package, STDLIB))
     for site in sites:
         for top in _tops(site):
             if wanted(top.stem) and not top.stem.startswith("_"):
                 yield from _in_order(documents(_modules(site, [top])))
+
+
+@functools.cache
+def _standard_library() -> list[Document]:
+    """Read as one package: public modules take up names of private ones beside them."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    return [*documents(_modules(folder, _tops(folder))), *_of_c_modules()]
 
 
 def _in_order(found: Iterable[Document]) -> list[Document]:

@@ -54,7 +54,7 @@ NOT_OF_REQUESTS = {
 }
 
 HOOKS = r"""
-import base64, collections, json, os, struct
+import base64, collections, json, os, struct, zlib
 
 import schemathesis
 from hypothesis import strategies as st
@@ -93,6 +93,17 @@ def levels(filter):
 def filter_body(context, body):
     # JSON Schema cannot count levels. The document states the bound in words.
     return not isinstance(body, dict) or levels(body.get("filter")) <= 8
+
+@schemathesis.hook
+def filter_case(context, case):
+    # The filters of a batch are those of /search, where each of them is sent; here it is one in eight.
+    body = case.body
+    return (
+        case.path != "/search/batch"
+        or not isinstance(body, dict)
+        or "filter" not in body
+        or zlib.crc32(repr(body["filter"]).encode()) % 8 == 0
+    )
 
 SEEN = collections.Counter()
 

@@ -6,6 +6,7 @@ is refused by the name of the file it sits in.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -298,13 +299,16 @@ def _hash_threads() -> int:
 
 
 def library_versions(names: Iterable[str]) -> dict[str, str]:
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return {name: version for name in names if (version := _version(name))}
+
+
+@functools.cache
+def _version(name: str) -> str:
+    """Of an installed package; "" where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def cpu_description() -> tuple[str, list[str]]:
