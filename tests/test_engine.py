@@ -127,12 +127,12 @@ def test_a_question_that_turns_out_long_goes_to_a_thread_again() -> None:
     async def ask(engine: Engine, spy: Spy) -> None:
         for _ in range(3):
             await engine.search(None, vector(), SearchSettings())
-        spy.sleep_s = 0.4
+        spy.sleep_s = 0.6
         for _ in range(4):
             await engine.search(None, vector(), SearchSettings())
         assert spy.threads[2:] == ["event loop", "event loop", "event loop", "event loop", "thread"]
 
-    with opened(service.index("products"), inline_ms=15) as engine:
+    with opened(service.index("products"), inline_ms=25) as engine:
         run(ask(engine, Spy(engine)))
 
 

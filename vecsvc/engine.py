@@ -81,7 +81,7 @@ class Engine:
             if not plan.is_short(self._inline_s):
                 return None
             if plan.plain is None:
-                alone = len(served.manifest.shards) == 1 and served.whole
+                alone = len(served.manifest.shards) == 1 and served.whole and settings.k <= served.shards[0].size
                 plan.plain = is_plain(query, settings, served.manifest) and alone
             if plan.plain:
                 found = quick_search(served, plan, query, settings, started, deadline)
