@@ -267,19 +267,21 @@ class Search:
         for shard, part in asked:
             labels = part.labels[row]
             parts.append((part.distances[row], np.where(labels >= 0, shard.rows[labels], -1)))
-        which, position = merge_top_k(parts, k)
+        which, position = (places.tolist() for places in merge_top_k(parts, k))
+        labels = [int(asked[number][1].labels[row, at]) for number, at in zip(which, position, strict=True)]
+        distances = np.array([parts[number][0][at] for number, at in zip(which, position, strict=True)], np.float32)
         hits = []
-        for number, at in zip(which.tolist(), position.tolist(), strict=True):
-            shard, part = asked[number]
-            labels = [int(part.labels[row, at])]
-            distance = part.distances[row, at : at + 1]
+        for number, label, points, distance in zip(
+            which, labels, score(distances, metric).tolist(), distances.tolist(), strict=True
+        ):
+            shard = asked[number][0]
             hits.append(
                 Hit(
-                    id=shard.ids.of(labels)[0],
-                    score=float(score(distance, metric)[0]),
-                    distance=float(distance[0]),
-                    fields=(shard.fields.of(labels)[0] if shard.fields else {}) if "fields" in include else None,
-                    vector=shard.vectors[labels[0]].tolist() if "vector" in include else None,
+                    id=shard.ids.of([label])[0],
+                    score=points,
+                    distance=distance,
+                    fields=(shard.fields.of([label])[0] if shard.fields else {}) if "fields" in include else None,
+                    vector=shard.vectors[label].tolist() if "vector" in include else None,
                 )
             )
         return hits
