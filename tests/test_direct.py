@@ -299,6 +299,7 @@ def test_messages_in_any_order_and_in_any_pieces_are_answered_as_on_the_long_way
     assert [status for status, _ in first].count(200) >= 1
 
 
+@pytest.mark.alone
 def test_after_a_long_message_questions_go_the_short_way_again(short: Service) -> None:
     body = json.dumps({"vectors": [VECTOR] * 500, "k": 2, "include": []}).encode()
     batch = post(body, "/search/batch")

@@ -226,6 +226,7 @@ def test_a_plain_question_of_one_shard_is_answered_at_once_and_alike(node: Servi
             ask(max_visited=5),
             ask(exact=True),
             ask(of=2),
+            ask(vectors=CORPUS.vectors[:2].astype("<f4").tobytes()),
             ask(k=100_000),
             ask(vectors=bytes(4 * 7), dim=7),
             ask(digest="another"),

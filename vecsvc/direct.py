@@ -5,8 +5,8 @@ response, and the way back through all of them. A question that came whole, by a
 take less than `inline_ms`, needs none of it: its head is known by its bytes (heads.py), its vector goes from the body's
 text straight into float32, and the answer is written in the callback that brought the bytes; at a front door, in the
 callback that brought the last shard's part. A question that there is no place for is refused in the same callback,
-before its body is looked at. Whatever is out of the ordinary (another error, a filter, a header that means something)
-is left to the long way, which begins anew with the same bytes, so that rules are written once.
+before its body is looked at. Whatever is out of the ordinary (a question that is wrong, a text, a header that means
+something) is left to the long way, which begins anew with the same bytes, so that rules are written once.
 
 This file, and no other, leans on what aiohttp keeps to itself. Where a version of it keeps other things, `usable` says
 so, and all go the long way.
@@ -24,6 +24,7 @@ from aiohttp import StreamReader, hdrs, web
 from aiohttp.http import RESPONSES, SERVER_SOFTWARE
 
 from vecsvc import schemas
+from vecsvc.access import Key
 from vecsvc.config import HttpSettings
 from vecsvc.door import DRAIN_BYTES, Door
 from vecsvc.errors import Overloaded
@@ -35,6 +36,7 @@ from vecsvc.types import Query, SearchAnswer, SearchSettings, VectorQuery
 
 HOLD_S: Final = 0.01  # so long may the rest of a message be under way; then it goes the long way
 MAX_HELD_BYTES: Final = 65_536  # longer bodies go the long way at once, where they are counted
+MAX_BEHIND_BYTES: Final = 65_536  # of what a client sends before it is answered; past that it is not read
 LOST: Final = -1  # where one message ends and the next begins is known to aiohttp's parser alone
 
 _HANDLER: Final = (
@@ -77,9 +79,10 @@ class Direct:
         *,
         request_id: Callable[[str | None], str],
         open: Callable[[], bool],
-        refused: Callable[[Head, Exception, float], tuple[int, dict[str, str], bytes]],
+        closes: Callable[[], bool],
+        refused: Callable[[Head, Exception, float, Key | None], tuple[int, dict[str, str], bytes]],
     ) -> None:
-        """`open` says for each message whether it may go the short way now.
+        """`open` says for each message whether it may go the short way now, `closes` whether connections end.
 
         `refused` tells what became of a message after so many seconds, and gives the status, the headers and the body
         of the answer.
@@ -87,6 +90,7 @@ class Direct:
         self.heads = Heads(settings, max_line_bytes)
         self._engine, self._settings, self._request_id, self._open = engine, settings, request_id, open
         self._metrics, self._door, self._refused = metrics, door, refused
+        self.closes = closes
         self.longest_s = settings.max_timeout_ms / 1e3  # that a question may take
         self._parsed: tuple[bytes, Query, SearchSettings] | None = None
         self._second, self._date = 0, b""
@@ -99,10 +103,10 @@ class Direct:
             if not self._open() or head.length > DRAIN_BYTES:
                 return None
             try:
-                self._door.knock(head.key, "read")
+                key = self._door.knock(head.key, "read")
             except Exception:
                 return None
-            return self._failed(head, error, 0.0)
+            return self._failed(head, error, 0.0, key)
         return None
 
     def answer(self, head: Head, data: bytes, later: Callable[[bytes], None]) -> bytes | Callable[[], None] | None:
@@ -132,7 +136,7 @@ class Direct:
                 if isinstance(engine, FrontDoor):
 
                     def done(result: SearchAnswer | Exception) -> None:
-                        later(self._written(head, result, started))
+                        later(self._told(head, result, started, key))
 
                     if (stop := engine.search_soon(head.name, query, settings, done)) is not None:
                         return stop
@@ -145,18 +149,25 @@ class Direct:
         self._parsed = body, query, settings
         return None
 
-    def _written(self, head: Head, result: SearchAnswer | Exception, started: float) -> bytes:
-        """The bytes of an answer, counted, or of what is said instead."""
-        if isinstance(result, Exception):
-            return self._failed(head, result, time.perf_counter() - started)
+    def _told(self, head: Head, result: SearchAnswer | Exception, started: float, key: Key | None) -> bytes:
+        """The bytes of what a question that others were asked came to."""
+        if not isinstance(result, Exception):
+            try:
+                return self._written(head, result, started)
+            except Exception as error:
+                result = error
+        return self._failed(head, result, time.perf_counter() - started, key)
+
+    def _written(self, head: Head, result: SearchAnswer, started: float) -> bytes:
+        """The bytes of an answer, counted."""
         lines = _ANSWER_HEADERS % self._request_id(head.request_id).encode()
         written = self._message(b"200 OK", lines, schemas.encode(result))
         self._metrics.requests(head.operation, "200").inc()
         self._metrics.latency(head.operation).observe(time.perf_counter() - started)
         return written
 
-    def _failed(self, head: Head, error: Exception, seconds: float) -> bytes:
-        status, headers, body = self._refused(head, error, seconds)
+    def _failed(self, head: Head, error: Exception, seconds: float, key: Key | None) -> bytes:
+        status, headers, body = self._refused(head, error, seconds, key)
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return self._message(f"{status} {RESPONSES[status][0]}".encode(), lines.encode(), body)
 
@@ -171,9 +182,12 @@ class Direct:
         if now != self._second:
             self._second = now
             self._date = f"{hdrs.DATE}: {formatdate(now, usegmt=True)}\r\n{hdrs.SERVER}: {SERVER_SOFTWARE}\r\n".encode()
+        if self.closes():
+            lines += _CLOSES
         return b"HTTP/1.1 %b\r\n%bContent-Length: %d\r\n%b\r\n%b" % (status, lines, len(body), self._date, body)
 
 
+_CLOSES: Final = b"Connection: close\r\n"
 _ANSWER_HEADERS: Final = f"{hdrs.CONTENT_TYPE}: {schemas.JSON}; charset=utf-8\r\nX-Request-Id: %b\r\n".encode()
 
 
@@ -197,10 +211,10 @@ class DirectHandler(web.RequestHandler):
         if direct is None or not data:
             super().data_received(data)
             return
-        if self._call_off is not None:
+        if self._call_off is not None or self._behind:
             # Answers go out in the order of the questions, so whoever sends more has to wait.
             self._behind += data
-            if self.transport is not None:
+            if len(self._behind) > MAX_BEHIND_BYTES and self.transport is not None:
                 self.transport.pause_reading()
             return
         if self._drop:
@@ -250,19 +264,28 @@ class DirectHandler(web.RequestHandler):
         self._request_count += 1
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
         self._reaper.answered(self)
-        assert self.transport is not None
+        assert self.transport is not None and self._direct is not None
         self.transport.write(answer)
+        if self._direct.closes():
+            self.transport.close()
 
     def _later(self, answer: bytes) -> None:
-        """The answer to the question that was asked last."""
+        """The answer to the question that was asked last; called where a node's arrives, so nothing is raised."""
         self._call_off = None
         transport = self.transport
         if transport is None or transport.is_closing():
+            self._reaper.left(self)
             return
         self._answered(answer)
         if self._behind:
-            data, self._behind = self._behind, b""
-            transport.resume_reading()
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """With what came behind the question that is answered now."""
+        data, self._behind = self._behind, b""
+        if self.transport is not None and not self.transport.is_closing():
+            if len(data) > MAX_BEHIND_BYTES:
+                self.transport.resume_reading()
             self.data_received(data)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -271,7 +294,7 @@ class DirectHandler(web.RequestHandler):
         if self._call_off is not None:
             self._call_off()
             self._call_off = None
-            self._reaper.left(self)
+        self._reaper.left(self)
         factory, handler = self._request_factory, self._request_handler
         super().connection_lost(exc)
         if self._messages:

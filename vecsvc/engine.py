@@ -16,8 +16,7 @@ from vecsvc.errors import DeadlineExceeded
 from vecsvc.gather import Gather
 from vecsvc.question import A, Search
 from vecsvc.question_checks import Clock, count, encoder_of, plan_of
-from vecsvc.quick import is_plain, quick_part, quick_search
-from vecsvc.remote import Part
+from vecsvc.quick import is_plain, quick_find, quick_search
 from vecsvc.shard import Found, Shard
 from vecsvc.telemetry import Metrics
 from vecsvc.together import run_together
@@ -25,6 +24,7 @@ from vecsvc.types import (
     BatchAnswer,
     ColumnsAnswer,
     Embedded,
+    Neighbors,
     Query,
     SearchAnswer,
     SearchSettings,
@@ -135,8 +135,10 @@ class Engine:
         if stats.shortfall:
             self._metrics.shortfall(served.name).inc(stats.shortfall)
 
-    def part_now(self, served: Served, shard: Shard, query: VectorQuery, settings: SearchSettings) -> Part | None:
-        """As `search_now`: what one shard of a version that the caller has retained finds, for a front door."""
+    def part_now(
+        self, served: Served, shard: Shard, query: VectorQuery, settings: SearchSettings
+    ) -> tuple[Neighbors, float] | None:
+        """As `search_now`: what one shard of a version that the caller has retained finds, and the seconds it took."""
         if self.admission.single.full:
             return None
         deadline = time.monotonic() + settings.timeout_ms / 1e3
@@ -145,13 +147,11 @@ class Engine:
             return None
         if plan.plain is None:
             plan.plain = is_plain(query, settings, served.manifest)
-        found = quick_part(shard, plan, query, settings, deadline) if plan.plain else None
-        if found is None:
-            return None
-        part, seconds = found
-        plan.learn(seconds)
-        self._metrics.search(served.name, part.strategy).observe(seconds)
-        return part
+        found = quick_find(shard, plan, query, settings.k, deadline) if plan.plain else None
+        if found is not None:
+            plan.learn(found[1])
+            self._metrics.search(served.name, shard.spec.kind).observe(found[1])
+        return found
 
     async def search_part(
         self, served: Served, shards: list[Shard], query: VectorQuery, settings: SearchSettings, *, of: int

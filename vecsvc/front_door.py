@@ -25,7 +25,6 @@ from vecsvc.errors import (
     ShardsMissing,
     UnknownId,
     UnknownParameter,
-    VecsvcError,
 )
 from vecsvc.fan_out import Call, Group
 from vecsvc.ids import id_hash
@@ -127,8 +126,8 @@ class FrontDoor:
     ) -> Callable[[], None] | None:
         """Ask the shards one question by its vector, and return what calls that off.
 
-        Otherwise `done` is called once and later, without a task, with the answer or with the error. None where it is
-        not that simple. Raises as `search` does where the shards need not be asked.
+        Otherwise `done` is called once and later, without a task, with the answer or with the error; it may not raise.
+        None where it is not that simple. Raises as `search` does where the shards need not be asked.
         """
         if self.admission.single.full:
             return None
@@ -283,6 +282,7 @@ class _Soon:
         self._door, self._asked, self._done = door, asked, done
         self._entered: float | None = None
         self._call: Call | None = None
+        self._moved = False  # it was asked again, of another version
 
     def begin(self) -> bool:
         """Ask the shards; False where that, or the answer, would hold up the event loop. Raises InvalidRequest."""
@@ -292,7 +292,11 @@ class _Soon:
         if self._asked.is_long_to_merge:
             return False
         self._entered = self._door.admission.single.enter()
-        self._go()
+        try:
+            self._go()
+        except BaseException:
+            self.stop()
+            raise
         return True
 
     def _go(self) -> None:
@@ -310,35 +314,34 @@ class _Soon:
         result: SearchAnswer | Exception
         try:
             call.stop()
-            call.end()
-            result = _single(self._asked.answer(self._asked.hits(), self._door.router, self._door.metrics))
-        except ShardsMissing as error:
-            moved = self._door.moved(self._asked.version, self._asked.clock)
-            if moved is not None and self._ask_again(moved):
-                return
-            result = error
+            try:
+                call.end()
+                result = _single(self._asked.answer(self._asked.hits(), self._door.router, self._door.metrics))
+            except ShardsMissing as error:
+                moved = self._door.moved(self._asked.version, self._asked.clock)
+                if moved is not None and not self._moved:
+                    self._ask_again(moved)
+                    return
+                result = error
         except Exception as error:
             result = error
         self._leave()
         self._done(result)
 
-    def _ask_again(self, version: RoutedVersion) -> bool:
+    def _ask_again(self, version: RoutedVersion) -> None:
+        """Raises what `version` has against the question."""
+        self._moved = True
         before = self._asked
-        try:
-            query = VectorQuery(before.vectors)
-            _check(version, query, before.settings)
-            self._asked = Asked(version, before.vectors, before.settings, before.clock)
-            self._asked.find_groups()
-            self._go()
-        except VecsvcError:
-            return False
-        return True
+        _check(version, VectorQuery(before.vectors), before.settings)
+        self._asked = Asked(version, before.vectors, before.settings, before.clock)
+        self._asked.find_groups()
+        self._go()
 
     def stop(self) -> None:
         """Nobody waits for the answer any more."""
         if self._call is not None:
             self._call.stop()
-            self._leave()
+        self._leave()
 
     def _leave(self) -> None:
         self._call = None

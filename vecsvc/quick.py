@@ -9,9 +9,10 @@ from vecsvc.catalog import Plan, Served
 from vecsvc.distance import score
 from vecsvc.manifest import Manifest
 from vecsvc.question_checks import check_question, milliseconds
-from vecsvc.remote import Part
 from vecsvc.shard import Shard
 from vecsvc.types import Coverage, Hit, Limit, Neighbors, SearchAnswer, SearchSettings, Stats, TookMs, VectorQuery
+
+MAX_K: Final = 1000  # more hits take long enough to name to hold up the event loop
 
 _ALL: Final = Coverage(1, 1, [])
 
@@ -23,67 +24,43 @@ def is_plain(query: VectorQuery, settings: SearchSettings, manifest: Manifest) -
     """
     check_question(query, settings, manifest)
     return (
-        settings.max_visited is None
+        settings.k <= MAX_K
+        and settings.max_visited is None
         and not (settings.conditions or settings.include or settings.exact)
         and settings.rerank_depth is None
         and settings.probe_shards is None
     )
 
 
-def _found(shard: Shard, plan: Plan, query: VectorQuery, k: int, deadline: float) -> Neighbors | None:
-    """What the shard finds; None where some place stayed empty or the search was cut short."""
-    found = shard.plain_search(query.vectors, k, plan.params, Limit(None, deadline)) if k <= shard.size else None
+def quick_find(shard: Shard, plan: Plan, query: VectorQuery, k: int, deadline: float) -> tuple[Neighbors, float] | None:
+    """What the shard finds, and the seconds that took; `deadline` is by time.monotonic().
+
+    None where some place stayed empty or the search was cut short. The index checks the vector, in its own words.
+    """
+    if k > shard.size:
+        return None
+    before = time.perf_counter()
+    found = shard.plain_search(query.vectors, k, plan.params, Limit(None, deadline))
     if found is None:
         # Where it was not for want of time, it would be so again, and such questions need not be searched for twice.
         plan.plain = time.monotonic() >= deadline
-    return found
+        return None
+    return found, time.perf_counter() - before
 
 
 def quick_search(
     served: Served, plan: Plan, query: VectorQuery, settings: SearchSettings, started: float, deadline: float
 ) -> tuple[SearchAnswer, float] | None:
-    """The answer and the seconds of the search; `started` is by time.perf_counter(), `deadline` by time.monotonic().
-
-    None where some place stayed empty or the search was cut short. The index checks the vector, in its own words.
-    """
+    """The answer and the seconds of the search, as `quick_find`; `started` is by time.perf_counter()."""
     shard = served.shards[0]
-    before = time.perf_counter()
-    found = _found(shard, plan, query, settings.k, deadline)
-    if found is None:
+    quick = quick_find(shard, plan, query, settings.k, deadline)
+    if quick is None:
         return None
+    found, seconds = quick
     [labels] = found.labels.tolist()
     [distances] = found.distances.tolist()
     [scores] = score(found.distances, shard.spec.metric).tolist()
     hits = list(map(Hit, shard.ids.of(labels), scores, distances))
-    now = time.perf_counter()
-    took = TookMs(milliseconds(now - started), 0.0, 0.0, milliseconds(now - before), 0.0)
+    took = TookMs(milliseconds(time.perf_counter() - started), 0.0, 0.0, milliseconds(seconds), 0.0)
     stats = Stats(shard.spec.kind, int(found.visited[0]), 0)
-    return SearchAnswer(hits, took, _ALL, stats, served.id), now - before
-
-
-def quick_part(
-    shard: Shard, plan: Plan, query: VectorQuery, settings: SearchSettings, deadline: float
-) -> tuple[Part, float] | None:
-    """As `quick_search`: a shard's part of the answer that a front door makes."""
-    before = time.perf_counter()
-    found = _found(shard, plan, query, settings.k, deadline)
-    if found is None:
-        return None
-    labels = found.labels[0]
-    seconds = time.perf_counter() - before
-    part = Part(
-        counts=[len(labels)],
-        distances=found.distances.astype("<f4", copy=False).tobytes(),
-        rows=shard.rows[labels].astype("<i8", copy=False).tobytes(),
-        ids=shard.ids.of(labels.tolist()),
-        fields=None,
-        vectors=None,
-        strategy=shard.spec.kind,
-        visited=int(found.visited[0]),
-        stopped=False,
-        queue_s=0.0,
-        search_s=seconds,
-        rerank_s=0.0,
-        explain=None,
-    )
-    return part, seconds
+    return SearchAnswer(hits, took, _ALL, stats, served.id), seconds

@@ -53,7 +53,7 @@ class Reaper:
         self._since[connection] = time.monotonic()
 
     def left(self, connection: Any) -> None:
-        """Nobody waits for the answer any more."""
+        """It was lost: nobody waits for an answer any more."""
         self._busy.discard(connection)
 
     def await_body(self, request: web.BaseRequest) -> None:

@@ -27,6 +27,7 @@ T = TypeVar("T")
 PROTOCOL: Final = 1  # rises when an older end would not understand
 MAX_REQUEST_BYTES: Final = 64 << 20  # a batch of vectors fits by max_body_bytes
 MAX_ANSWER_BYTES: Final = 512 << 20  # an answer is bounded by the engine's own limit on its size in memory
+MAX_RETRY_S: Final = 3600.0  # a node that tells front doors to come later than that is not believed
 MAX_K: Final = 1_000_000  # and of a rerank's depth; what a front door asks stays below by its own limits
 
 _HEAD: Final = struct.Struct("<IBII")
@@ -358,6 +359,7 @@ def failure(error: Exception) -> Failed:
 def raised(failed: Failed) -> VecsvcError:
     """The error that a node met, as the same class here."""
     error = _BY_CODE.get(failed.code, InternalError)(failed.message)
-    if isinstance(error, ServiceError):
-        error.retry_after_s = failed.retry_after_s
+    later = failed.retry_after_s
+    if isinstance(error, ServiceError) and later is not None and 0.0 <= later <= MAX_RETRY_S:
+        error.retry_after_s = later
     return error

@@ -19,7 +19,7 @@ import msgspec
 from aiohttp import hdrs, web
 
 from vecsvc import json_vectors, openapi, schemas, schemas_embed
-from vecsvc.access import Keyring
+from vecsvc.access import Key, Keyring
 from vecsvc.admission import LARGE_BYTES
 from vecsvc.catalog import Catalog
 from vecsvc.config import HttpSettings
@@ -124,6 +124,7 @@ class Service:
                 MAX_LINE_BYTES,
                 request_id=self._named,
                 open=self._short_way_is_open,
+                closes=lambda: self.draining,
                 refused=self._refused,
             )
 
@@ -239,22 +240,30 @@ class Service:
             return given
         return f"{self._id_prefix}-{next(self._counter):x}"
 
-    def _refused(self, head: Head, error: Exception, seconds: float) -> tuple[int, dict[str, str], bytes]:
+    def _refused(
+        self, head: Head, error: Exception, seconds: float, key: Key | None
+    ) -> tuple[int, dict[str, str], bytes]:
         """What the border does where a message finds no answer: the status, the headers and the body of its error."""
         status, why = 500, str(error)
         if isinstance(error, VecsvcError):
             status = next(status for kind, status in STATUS if isinstance(error, kind))
             headers, body = _error_parts(status, error.code, why, head.path, _retry_after_s(error))
+            if status == 500 and self.may_log():
+                log.error("failed", exc_info=error)
         else:
+            why = f"{type(error).__name__}: {error}"
             headers, body = _error_parts(500, "internal", "the service failed; its log says why", head.path, None)
-        if status == 500 and self.may_log():
-            log.error("failed", exc_info=error)
+            if self.may_log():
+                log.error("a bug of ours", exc_info=error, extra={"data": {"path": head.path}})
         self.metrics.requests(head.operation, str(status)).inc()
         self.metrics.latency(head.operation).observe(seconds)
         request_id = self._named(head.request_id)
         if self._log_errors and self.may_log(self._refusal_lines if status == 429 else self._lines):
-            data = {"request_id": request_id, "method": "POST", "path": head.path[:200], "status": status, "why": why}
-            log.info("request", extra={"data": {**data, "ms": round(seconds * 1e3, 3)}})
+            data: dict[str, Any] = {"request_id": request_id, "method": "POST", "path": head.path[:200]}
+            data |= {"status": status, "ms": round(seconds * 1e3, 3)}
+            if key is not None:
+                data["key"] = key.name
+            log.info("request", extra={"data": {**data, "why": why}})
         return status, {**headers, "X-Request-Id": request_id}, body
 
     def _short_way_is_open(self) -> bool:

@@ -17,7 +17,7 @@ from vecsvc.question_checks import encoder_of
 from vecsvc.ranking import merge_top_k
 from vecsvc.remote import Kind, Part
 from vecsvc.shard import Found, Shard
-from vecsvc.types import Id, VectorQuery
+from vecsvc.types import Id, Neighbors, VectorQuery
 
 
 def part_now(engine: Engine, asked: tuple[float, tuple[int, ...], remote.Ask]) -> Part | None:
@@ -26,16 +26,38 @@ def part_now(engine: Engine, asked: tuple[float, tuple[int, ...], remote.Ask]) -
     Errors take it too, so that what is said of them is written once.
     """
     timeout_ms, wanted, ask = asked
-    if len(wanted) != 1 or ask.of != 1 or ask.conditions or ask.include:
+    if len(wanted) != 1 or ask.of != 1 or len(ask.vectors) != 4 * ask.dim or ask.conditions or ask.include:
         return None
     try:
         served = _retained(engine, ask.index, ask.digest)
         try:
-            return engine.part_now(served, served.some(wanted)[0], VectorQuery(ask.rows()), ask.settings(timeout_ms))
+            shard = served.some(wanted)[0]
+            quick = engine.part_now(served, shard, VectorQuery(ask.rows()), ask.settings(timeout_ms))
+            return _quick_part(shard, *quick) if quick is not None else None
         finally:
             served.release()
     except Exception:
         return None
+
+
+def _quick_part(shard: Shard, found: Neighbors, seconds: float) -> Part:
+    """What one shard found for one query, in full."""
+    labels = found.labels[0]
+    return Part(
+        counts=[len(labels)],
+        distances=found.distances.astype("<f4", copy=False).tobytes(),
+        rows=shard.rows[labels].astype("<i8", copy=False).tobytes(),
+        ids=shard.ids.of(labels.tolist()),
+        fields=None,
+        vectors=None,
+        strategy=shard.spec.kind,
+        visited=int(found.visited[0]),
+        stopped=False,
+        queue_s=0.0,
+        search_s=seconds,
+        rerank_s=0.0,
+        explain=None,
+    )
 
 
 async def _search(engine: Engine, asked: tuple[float, tuple[int, ...], remote.Ask]) -> tuple[Kind, Part]:

@@ -45,6 +45,7 @@ class ShardServer:
         self.engine, self.catalog = engine, catalog
         self.connections: set[_FrontDoor] = set()
         self.draining = False
+        self.asked_at = 0.0  # time.monotonic() of the last question
         self.unfinished_bytes = 0
         self._told = b""
         self._server: asyncio.Server | None = None
@@ -113,6 +114,7 @@ class ShardServer:
             now = time.monotonic()
             if any(connection.tasks for connection in self.connections):
                 quiet_since = now
+            quiet_since = max(quiet_since, self.asked_at)
         for connection in list(self.connections):
             connection.close(flush=True)
 
@@ -197,6 +199,7 @@ class _FrontDoor(asyncio.Protocol):
         elif request not in self.tasks:
             # Decoded here, so that bytes that cannot be read end the connection and not a task.
             asked = remote.decode_search(payload) if kind is Kind.SEARCH else remote.decode(kind, payload)
+            self._server.asked_at = self._heard_at
             part = part_now(self._server.engine, asked) if kind is Kind.SEARCH else None
             if part is not None:
                 self.send(remote.message(Kind.PART, request, part))
