@@ -107,7 +107,7 @@ def main() -> None:
             # A sample that a limit thinned may lack it.
             like = LIKE if LIKE in table["id"].to_pylist() else table["id"][0].as_py()
             show(f"what is like {like}?", client.search(id=like, k=K, include=["fields"]))
-    print("\nThe server has stopped. Build an index of your own texts: vecsvc build-index YOUR.parquet")
+    print("\nThe server has stopped. Build an index of your own texts: .venv/bin/vecsvc build-index YOUR.parquet")
 
 
 if __name__ == "__main__":

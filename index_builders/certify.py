@@ -147,7 +147,7 @@ class Certifier:
                     recall=measured,
                     recall_error=error,
                     latency_ms=round(sum(latency[i] for latency, i in zip(self._latency, at, strict=True)), 4),
-                    visited=round(sum(visited[i] for visited, i in zip(self._visited, at, strict=True)), 1),
+                    visited=_all_told([visited[i] for visited, i in zip(self._visited, at, strict=True)]),
                 )
             )
         chosen, reached = choose(points, target, self._kind)
@@ -196,6 +196,11 @@ def choose(points: list[OperatingPoint], target: float, kind: str) -> tuple[Oper
         if thorough and point.recall - point.recall_error >= target:
             return point, True
     return points[-1], False
+
+
+def _all_told(visited: list[float]) -> float:
+    """The sum over shards; -1 where a kind does not tell."""
+    return -1.0 if min(visited) < 0 else round(sum(visited), 1)
 
 
 def _merged(parts: list[_Ranked], k: int) -> Distances:

@@ -6,6 +6,7 @@ is replaced after each step: a build that died goes on after its last whole step
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -73,7 +74,8 @@ def build_index(
     key = build_key(corpus, settings, params or {}, encoder_folder)
     if not resume:
         folder.sweep()
-    version = settings.version or (resume and interrupted(folder, key)) or free_version(folder)
+    found = interrupted(folder, key) if resume else None
+    version = settings.version or found or free_version(folder)
     state_path = folder.path / f"{STATE}{version}"
     if (folder.path / version).exists():
         if resume and read_state(state_path, key) is not None:
@@ -85,6 +87,10 @@ def build_index(
     lease = take_folder(staging, f"version {version} is being built by another process: choose another --version")
     try:
         state = read_state(state_path, key)
+        if resume and state is None:
+            (stream or sys.stderr).write(
+                "nothing to resume: no build of this corpus with these settings was interrupted; this one begins anew\n"
+            )
         job = Job(
             corpus=corpus,
             settings=settings,

@@ -67,6 +67,42 @@ def test_versions_are_listed_rolled_back_and_deleted(corpus: Path) -> None:
     assert run("gc", "indexes", "--keep", "0", cwd=corpus.parent).stdout == "corpus: deleted v1, v3\n"
 
 
+def test_what_a_first_build_that_died_left_is_told_and_deleted(corpus: Path) -> None:
+    staging = corpus.parent / "indexes/dead/.staging-v1/shards"
+    staging.mkdir(parents=True)
+    (corpus.parent / "indexes/dead/.state-v1").write_text("{}")
+    for place in ("indexes", "indexes/dead"):
+        told = run("inspect", place, cwd=corpus.parent)
+        assert told.returncode == 2 and "dead has no version yet, only a build that has not ended" in told.stderr
+        assert f"vecsvc gc {corpus.parent / place}" in told.stderr
+    assert run("gc", "indexes", cwd=corpus.parent).stdout == "dead: deleted .staging-v1\n"
+    assert list((corpus.parent / "indexes/dead").iterdir()) == []
+
+
+def test_a_build_that_finds_nothing_to_resume_says_so(corpus: Path) -> None:
+    first, second = (run("build-index", corpus.name, *more, cwd=corpus.parent) for more in ([], ["--resume"]))
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "nothing to resume" not in first.stderr and "nothing to resume: no build of this corpus" in second.stderr
+
+
+def test_a_search_shows_what_is_no_character_to_read_spelled_out(corpus: Path) -> None:
+    ids = ["plain", "two\nlines", "\x1b[31mred", "\u202ertl", "ä 日本"]
+    table = pa.table(
+        {
+            "id": ids,
+            "vector": pa.array([[1.0, float(i)] for i in range(5)], pa.list_(pa.float32(), 2)),
+            "text": ["\x1b[2J", "None", "it's", "日本", None],
+            "price": [74.1, None, 3.0, 4.0, 5.0],
+        }
+    )
+    pq.write_table(table, corpus.parent / "odd.parquet")
+    assert run("build-index", "odd.parquet", "--fields", "text,price", cwd=corpus.parent).returncode == 0
+    shown = run("search", "indexes/odd", "--vector", "1,0", "-k", "5", cwd=corpus.parent).stdout
+    assert len(shown.splitlines()) == 5 and "\x1b" not in shown and "\u202e" not in shown
+    for part in ("two\\nlines  text='None'  price=null", "\\x1b[31mred", "\\u202ertl", "ä 日本  text=null  price=5.0"):
+        assert part in shown, shown
+
+
 def test_a_search_opens_the_index_that_it_names_and_no_other(corpus: Path) -> None:
     for name in ("one", "two"):
         run("build-index", corpus.name, "--name", name, cwd=corpus.parent)

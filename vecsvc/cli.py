@@ -289,10 +289,24 @@ def search(
         click.echo(msgspec.json.encode(answer, enc_hook=str))
         return
     for rank, hit in enumerate(answer.results, 1):
-        fields = "  ".join(f"{name}={str(value)[:70]!r}" for name, value in (hit.fields or {}).items())
-        click.echo(f"{rank:>3}  {hit.score:8.4f}  {hit.id}  {fields}".rstrip())
+        fields = "  ".join(f"{_shown(name)}={_value(value)}" for name, value in (hit.fields or {}).items())
+        click.echo(f"{rank:>3}  {hit.score:8.4f}  {_shown(str(hit.id))}  {fields}".rstrip())
     stats = answer.stats
     click.echo(f"{len(answer.results)} hits in {answer.took_ms.total:.2f} ms ({stats.strategy})", err=True)
+
+
+def _value(value: Any) -> str:
+    """A stored field's value: a text in quotes, the rest as in JSON."""
+    if isinstance(value, str):
+        return _shown(repr(value[:70]))
+    return _shown(msgspec.json.encode(value, enc_hook=str).decode()[:70])
+
+
+def _shown(text: str) -> str:
+    """Other people's text on a terminal: what is no character to read is spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _numbers(text: str) -> list[float]:
@@ -453,7 +467,7 @@ def rollback(directory: Path, to: str | None) -> None:
 @click.option("--keep", default=1, type=click.IntRange(0), help="versions to keep besides the one that serves")
 def gc(directory: Path, keep: int) -> None:
     """Delete old versions of the indexes in DIR, and what dead builds left. Never what serves."""
-    for folder in index_folders(directory):
+    for folder in index_folders(directory, begun=True):
         gone = folder.gc(keep)
         click.echo(f"{folder.name}: deleted {', '.join(gone) if gone else 'nothing'}")
 

@@ -105,7 +105,10 @@ def check_question(query: Query, settings: SearchSettings, manifest: Manifest) -
     for condition in settings.conditions:
         if condition.field not in manifest.fields:
             stored = ", ".join(manifest.fields) or "none"
-            raise InvalidRequest(f"filter: {condition.field!r} is no stored field of {manifest.name!r}: {stored}")
+            raise InvalidRequest(
+                f"filter: {condition.field!r} is no stored field of {manifest.name!r}: {stored}; "
+                "build-index --fields says which are"
+            )
     hits = settings.k * count(query)
     hit_bytes = _HIT_BYTES
     if settings.include:

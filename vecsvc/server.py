@@ -346,8 +346,12 @@ class Service:
             query, settings = known or schemas.parse_search(body, self.settings)
         else:
             query, settings = self._binary(name, body, request)
-            if len(body) != 4 * self._dim(name):
-                raise InvalidRequest(f"the body holds more than one vector; send batches to {request.path}/batch")
+            if len(body) != 4 * (dim := self._dim(name)):
+                hint = "; float64 is not read, send float32" if len(body) == 8 * dim else ""
+                raise InvalidRequest(
+                    f"the body has {len(body)} bytes, one vector of dim {dim} has {4 * dim}: it holds more than one "
+                    f"vector; send batches to {request.path}/batch{hint}"
+                )
         answer = await self.engine.search(name, query, settings)
         return _json(schemas.encode(answer))
 

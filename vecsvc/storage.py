@@ -33,7 +33,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from vecsvc.errors import ArtifactDamaged, ConfigError, StorageError, UnknownVersion, VersionExists
+from vecsvc.errors import ArtifactDamaged, ConfigError, StorageError, UnknownVersion, VersionExists, listed
 from vecsvc.seal import MAX_MANIFEST_BYTES, unsealed
 
 CURRENT: Final = "CURRENT"
@@ -548,17 +548,31 @@ def delete_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def index_folders(directory: Path) -> list[IndexFolder]:
-    """The indexes that DIR means: itself where it is one, otherwise those in it, by name."""
+def index_folders(directory: Path, *, begun: bool = False) -> list[IndexFolder]:
+    """The indexes that DIR means: itself where it is one, otherwise those in it, by name.
+
+    With `begun`, also those of which there is no version yet, only what a build left. Raises ConfigError where there is
+    none.
+    """
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no folder; give the --out folder of vecsvc build-index, or one index in it")
     directory = directory.absolute()  # `.` has no name
-    if _is_index(directory):
+
+    def wanted(folder: Path) -> bool:
+        return _is_index(folder) or (begun and _is_begun(folder))
+
+    if wanted(directory):
         return [IndexFolder(directory)]
     with foreign_errors(directory, "read", "check that it may be read"):
-        inside = sorted(directory.iterdir())
-    found = [IndexFolder(f) for f in inside if _NAME.fullmatch(f.name) and _is_index(f)]
+        inside = [f for f in sorted(directory.iterdir()) if _NAME.fullmatch(f.name)]
+    found = [IndexFolder(f) for f in inside if wanted(f)]
     if not found:
+        started = [str(f) for f in (directory, *inside) if _is_begun(f)]
+        if started:
+            raise ConfigError(
+                f"{listed(started)} has no version yet, only a build that has not ended: if it is dead, run it again "
+                f"with --resume, or delete what it left with vecsvc gc {directory}"
+            )
         raise ConfigError(f"{directory} holds no index; build one: vecsvc build-index CORPUS --out {directory}")
     return found
 
@@ -571,6 +585,14 @@ def _is_index(folder: Path) -> bool:
         return (folder / CURRENT).exists() or any((f / MANIFEST).is_file() for f in versions)
     except OSError:
         return False  # gone meanwhile, or not ours to read
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether a build of an index has left something here, or is at work."""
+    try:
+        return folder.is_dir() and any(f.name.startswith((STAGING, STATE, PART)) for f in folder.iterdir())
+    except OSError:
+        return False
 
 
 def link_file(source: Path, target: Path) -> None:
