@@ -30,6 +30,7 @@ def index_shards(job: Job, ingested: Ingested) -> Certifier:
         settings.certificate_queries,
         settings.seed,
         centroids=_centroids(job, ingested),
+        alone=job.only is None and settings.shards == 1,
     )
     for place, number in enumerate(ingested.sizes):
         folder = job.shard_folder(number) / INDEX_FOLDER

@@ -373,6 +373,17 @@ def test_the_certificate_is_what_brute_force_measures_and_picks_the_cheapest_set
 
 
 @needs_hnswlib
+def test_settings_beyond_those_that_miss_nothing_are_not_measured_where_one_shard_is_all(
+    corpus: Path, out: Path
+) -> None:
+    """Never fewer than the kind's defaults; with several shards, nobody knows at one what others miss."""
+    for shards, last in ((1, 64), (2, 512)):
+        certificate = build(corpus, out, kind="hnsw", shards=shards).manifest.certificate
+        assert certificate is not None and certificate.reached
+        assert certificate.points[-1].params["ef_search"] == last and certificate.points[-1].recall == 1.0
+
+
+@needs_hnswlib
 def test_a_target_that_was_not_reached_is_said(poor: Path, out: Path) -> None:
     result = build(poor, out, POOR, kind="hnsw", certificate_queries=40, recall=1.0)
     certificate = result.manifest.certificate
