@@ -404,6 +404,7 @@ def test_a_deadline_ends_the_wait_and_the_search_still_counts_until_it_ends(narr
     assert narrow.search(id=1)["results"]
 
 
+@pytest.mark.alone
 def test_a_flood_of_clients_gets_answers_or_429_and_memory_stays(narrow: Service) -> None:
     def ask(running: Service, stop: threading.Event) -> Iterator[str]:
         with contextlib.closing(running.connect()) as connection:
