@@ -74,8 +74,7 @@ def build_index(
     key = build_key(corpus, settings, params or {}, encoder_folder)
     if not resume:
         folder.sweep()
-    found = interrupted(folder, key) if resume else None
-    version = settings.version or found or free_version(folder)
+    version = settings.version or (resume and interrupted(folder, key)) or free_version(folder)
     state_path = folder.path / f"{STATE}{version}"
     if (folder.path / version).exists():
         if resume and read_state(state_path, key) is not None:

@@ -176,25 +176,13 @@ class Service:
         """Every request comes in and goes out here: its id, its errors as JSON, its metrics and its log line."""
         started = time.perf_counter()
         self.reaper.begin(request)
-        why, lines = "", self._lines
+        why = ""
         route = self.routes.get(request.match_info.route)
         try:
             # Where no route fits there is nothing to be let in to, and the handler says so.
             if route is not None:
                 self.door.admit(request, route)
             response = await handler(request)
-        except VecsvcError as error:
-            status = next(status for kind, status in STATUS if isinstance(error, kind))
-            why = str(error)
-            if status == 500 and self.may_log():
-                log.error("failed", exc_info=error)
-            if status in (401, 403, 429):
-                lines = self._refusal_lines
-            response = _error(status, error.code, why, request.path, _retry_after_s(error))
-            leave_body(request, response)
-            if isinstance(error, BodyTooLarge | UnsupportedMediaType) or request.content.exception() is not None:
-                # What is left of the body would be taken for the next request.
-                response.force_close()
         except web.HTTPException as error:
             why = error.reason
             message = f"{error.reason}: {request.method} {request.path[:200]}"
@@ -205,34 +193,50 @@ class Service:
         except (asyncio.CancelledError, ConnectionError):
             raise
         except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            if self.may_log():
-                log.exception("a bug of ours", extra={"data": {"path": request.path}})
-            response = _error(500, "internal", "the service failed; its log says why", request.path)
+            status, why, headers, body = self._explain(error, request.path)
+            response = web.Response(status=status, body=body, headers=headers)
+            if isinstance(error, VecsvcError):
+                leave_body(request, response)
+                if isinstance(error, BodyTooLarge | UnsupportedMediaType) or request.content.exception() is not None:
+                    # What is left of the body would be taken for the next request.
+                    response.force_close()
         finally:
             self.reaper.end(request)
         request_id = self._named(request.headers.get("X-Request-Id"))
         response.headers["X-Request-Id"] = request_id
         if self.draining:
             response.force_close()
-        seconds = time.perf_counter() - started
         resource = request.match_info.route.resource
         operation = resource.canonical if resource is not None else "unknown"
-        self.metrics.requests(operation, str(response.status)).inc()
+        data = {"request_id": request_id, "method": request.method, "path": request.path[:200]}
+        self._note(operation, response.status, time.perf_counter() - started, data, self.door.name(request), why)
+        return response
+
+    def _explain(self, error: Exception, path: str) -> tuple[int, str, dict[str, str], bytes]:
+        """The status of an error, what the log says of it, and its answer; of what is our fault the log tells more."""
+        if isinstance(error, VecsvcError):
+            why = str(error)
+            status = next(status for kind, status in STATUS if isinstance(error, kind))
+            if status == 500 and self.may_log():
+                log.error("failed", exc_info=error)
+            return status, why, *_error_parts(status, error.code, why, path, _retry_after_s(error))
+        if self.may_log():
+            log.error("a bug of ours", exc_info=error, extra={"data": {"path": path}})
+        parts = _error_parts(500, "internal", "the service failed; its log says why", path, None)
+        return 500, f"{type(error).__name__}: {error}", *parts
+
+    def _note(
+        self, operation: str, status: int, seconds: float, data: dict[str, Any], key: str | None, why: str
+    ) -> None:
+        """Count a request that is answered, and log it where that is asked for or it failed."""
+        self.metrics.requests(operation, str(status)).inc()
         self.metrics.latency(operation).observe(seconds)
+        lines = self._refusal_lines if status in (401, 403, 429) else self._lines
         if self._log_all or (why and self._log_errors and self.may_log(lines)):
-            data: dict[str, Any] = {
-                "request_id": request_id,
-                "method": request.method,
-                "path": request.path[:200],
-                "status": response.status,
-                "ms": round(seconds * 1e3, 3),
-            }
-            key = self.door.name(request)
+            data = {**data, "status": status, "ms": round(seconds * 1e3, 3)}
             if key is not None:
                 data["key"] = key
             log.info("request", extra={"data": {**data, "why": why} if why else data})
-        return response
 
     def _named(self, given: str | None) -> str:
         """The id of a request: its own, where it has a good one."""
@@ -244,26 +248,10 @@ class Service:
         self, head: Head, error: Exception, seconds: float, key: Key | None
     ) -> tuple[int, dict[str, str], bytes]:
         """What the border does where a message finds no answer: the status, the headers and the body of its error."""
-        status, why = 500, str(error)
-        if isinstance(error, VecsvcError):
-            status = next(status for kind, status in STATUS if isinstance(error, kind))
-            headers, body = _error_parts(status, error.code, why, head.path, _retry_after_s(error))
-            if status == 500 and self.may_log():
-                log.error("failed", exc_info=error)
-        else:
-            why = f"{type(error).__name__}: {error}"
-            headers, body = _error_parts(500, "internal", "the service failed; its log says why", head.path, None)
-            if self.may_log():
-                log.error("a bug of ours", exc_info=error, extra={"data": {"path": head.path}})
-        self.metrics.requests(head.operation, str(status)).inc()
-        self.metrics.latency(head.operation).observe(seconds)
+        status, why, headers, body = self._explain(error, head.path)
         request_id = self._named(head.request_id)
-        if self._log_errors and self.may_log(self._refusal_lines if status == 429 else self._lines):
-            data: dict[str, Any] = {"request_id": request_id, "method": "POST", "path": head.path[:200]}
-            data |= {"status": status, "ms": round(seconds * 1e3, 3)}
-            if key is not None:
-                data["key"] = key.name
-            log.info("request", extra={"data": {**data, "why": why}})
+        data = {"request_id": request_id, "method": "POST", "path": head.path[:200]}
+        self._note(head.operation, status, seconds, data, key.name if key is not None else None, why)
         return status, {**headers, "X-Request-Id": request_id}, body
 
     def _short_way_is_open(self) -> bool:
