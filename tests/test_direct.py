@@ -303,7 +303,7 @@ def test_messages_in_any_order_and_in_any_pieces_are_answered_as_on_the_long_way
 def test_after_a_long_message_questions_go_the_short_way_again(short: Service) -> None:
     body = json.dumps({"vectors": [VECTOR] * 500, "k": 2, "include": []}).encode()
     batch = post(body, "/search/batch")
-    pieces = [(batch[:1000], 0.0), (batch[1000:20_000], 0.02), (batch[20_000:], 0.02), (WHOLE, 0.05), (WHOLE, 0.05)]
+    pieces = [(batch[:1000], 0.0), (batch[1000:20_000], 0.02), (batch[20_000:], 0.02), (WHOLE, 0.3), (WHOLE, 0.3)]
     before = ways(short).count("short")
     assert [status for status, _ in replies(short, pieces, 3)] == [200, 200, 200]
     assert ways(short).count("short") == before + 2
