@@ -2,10 +2,9 @@
 
 The first table sets shard.EXACT_ROOTS. The second has the masks that are hard on a graph: those that leave only what
 is near the query or near another one, and those that leave only what is far from it, where a walk meets nothing that
-is allowed. Recall alone misleads in the last: the nearest of what is allowed lie at the edge of the mask, where vectors
-lie most densely, so that the first ten of 79,890 x 384 embeddings differ by 2e-5 at half of them. That is far below
-what 4-bit (7e-3) and 8-bit codes (6e-4) can tell apart, and recall falls to .07, with answers 3e-4 too far away:
-"too far" has the mean of that. The other masks here leave the nearest well apart, and recall is above .99.
+is allowed. At the edge of the last vectors lie most densely: the first ten of 79,890 x 384 embeddings differ by 2e-5 at
+half of them, far below what 4-bit (7e-3) and 8-bit codes (6e-4) can tell apart. "too far" is by how much the answers
+are farther than the true ones on average.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from common import TOLERANCE, K, Task, load_task, parser, save, table, work_folder
+from common import K, Task, load_task, parser, save, table, work_folder
 from numpy.typing import NDArray
 from serving import build
 
@@ -24,6 +23,7 @@ from vecsvc import indexes
 from vecsvc.catalog import Served
 from vecsvc.config import ServeSettings
 from vecsvc.exact_search import ExactSearch
+from vecsvc.ranking import TOLERANCE
 from vecsvc.types import Mask, Neighbors
 
 SHARES = (0.5, 0.25, 0.1, 0.05, 0.02, 0.01)

@@ -31,6 +31,15 @@ from peers.base import between  # noqa: E402
 N, DIM, Q = 60, 6, 5
 
 
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_every_script_finds_what_it_imports(script: str) -> None:
+    try:
+        importlib.import_module(script)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":  # of the extra `bench`
+            raise
+
+
 @pytest.fixture(scope="module")
 def base() -> NDArray[np.float32]:
     return make_vectors(N, DIM)

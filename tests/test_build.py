@@ -279,7 +279,10 @@ def test_the_manifest_says_what_was_built_from_what(corpus: Path, out: Path) -> 
     manifest = build(corpus, out, kind=GRAPH, shards=2, seed=11, version="v1", metric="ip").manifest
     assert (manifest.name, manifest.version, manifest.partition) == ("demo", "v1", "hash")
     assert (manifest.spec.kind, manifest.spec.metric, manifest.spec.size) == (GRAPH, "ip", 300)
-    defaults = {"hnsw": {"m": 16, "ef_construction": 200}, "faiss": {"factory": "HNSW32", "device": "cpu"}}
+    defaults = {
+        "hnsw": {"m": 16, "ef_construction": 200},
+        "faiss": {"factory": "HNSW32", "device": "cpu", "ef_construction": 200},
+    }
     assert manifest.spec.params == defaults[GRAPH]
     assert sum(shard.size for shard in manifest.shards) == 300
     assert manifest.corpus.sha256 == hashlib.sha256(corpus.read_bytes()).hexdigest()

@@ -208,7 +208,14 @@ def test_the_spec_keeps_the_presets_name_and_what_it_came_to() -> None:
     assert index.spec.params["k_factor"] == index._k_factor == 3
     assert build("Flat").spec.params == {"factory": "Flat", "device": "cpu"}
     none = index_builders.build(VECTORS, kind="faiss", metric="ip", num_threads=1)
-    assert none.spec.params == {"factory": "HNSW32", "device": "cpu"}
+    assert none.spec.params == {"factory": "HNSW32", "device": "cpu", "ef_construction": 200}
+
+
+@pytest.mark.parametrize("factory", ["HNSW8", "PCA4,HNSW8", "HNSW8_SQ8,RFlat"])
+def test_a_graph_is_built_broader_than_faiss_would(factory: str) -> None:
+    assert build(factory=factory).spec.params["ef_construction"] == 200
+    assert build(factory=factory, ef_construction=30).spec.params["ef_construction"] == 30
+    assert "ef_construction" not in build(factory="IVF4_HNSW8,Flat").spec.params
 
 
 def test_a_default_k_factor_serves_where_a_search_names_none(tmp_path: Path) -> None:

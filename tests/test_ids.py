@@ -76,6 +76,22 @@ def test_a_file_of_other_length_or_type_is_refused_by_name(tmp_path: Path) -> No
         ids.IdColumn(tmp_path, 2, "str")
 
 
+@pytest.mark.parametrize("offsets", [[0, 3, 2, 4], [0, 1, 2, 2**30]], ids=["back", "beyond"])
+def test_strings_that_lie_outside_their_bytes_are_refused(tmp_path: Path, offsets: list[int]) -> None:
+    write(tmp_path, ["a", "b", "c"], pa.string())
+    parts = [pa.py_buffer(np.array(offsets, np.int32)), pa.py_buffer(b"abcd")]
+    with pa.ipc.new_file(str(tmp_path / ids.IDS_FILE), pa.schema([("id", pa.string())])) as writer:
+        writer.write_batch(pa.record_batch([pa.StringArray.from_buffers(3, *parts)], names=["id"]))
+    with pytest.raises(ArtifactDamaged, match=r"ids\.arrow"):
+        ids.IdColumn(tmp_path, 3, "str")
+
+
+def test_ids_that_are_longer_than_usual_are_whole_in_a_column(tmp_path: Path) -> None:
+    rows = [f"{i}" * 200 for i in range(100)]
+    column = write(tmp_path, rows, pa.string())
+    assert column.column(np.arange(100)[::-1]).to_pylist() == rows[::-1]
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["int", "str"])
 @pytest.mark.parametrize("n", [0, 1, 5, 900, 40_000])
 def test_a_column_of_ids_is_their_list(tmp_path: Path, whole: bool, n: int) -> None:

@@ -348,6 +348,31 @@ def test_a_walk_that_finds_nothing_allowed_compares_all_that_is(monkeypatch: pyt
     assert WAYS[found.ways[0]] == "scan" and found.hops[0] > 0
 
 
+@functools.cache
+def dense(metric: Metric, rerank: str) -> Any:
+    """So many vectors around one centre that codes cannot tell neighbours apart at the edge of a mask."""
+    vectors = np.random.default_rng(5).standard_normal((20_000, 48)).astype(np.float32)
+    return vectors, build(vectors, metric, rerank=rerank, ef_construction=32)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("rerank", "floor"), [("vectors", 0.98), ("float16", 0.85)])
+@pytest.mark.parametrize("share", [0.5, 0.15])
+def test_of_what_is_far_from_the_query_and_dense_the_nearest_are_found(
+    metric: Metric, rerank: str, floor: float, share: float
+) -> None:
+    vectors, index = dense(metric, rerank)
+    reached = []
+    for query in np.random.default_rng(6).standard_normal((10, 48)).astype(np.float32):
+        true = exact_distances(query, vectors, metric)
+        mask = true >= np.quantile(true, 1 - share)
+        found = search(index, query[None], allowed=mask)
+        check_form(found, K, len(vectors))
+        assert WAYS[found.ways[0]] == "scan" and mask[found.labels[0]].all()
+        reached.append(recall(found, true[None], mask))
+    assert np.mean(reached) >= floor
+
+
 @pytest.mark.parametrize(("rerank", "way"), [("vectors", "exact"), ("float16", "scan"), ("none", "scan")])
 def test_a_search_says_how_each_query_was_answered(rerank: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, queries = split(rows(100))

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from vecsvc import machine_code
 from vecsvc.errors import ArtifactDamaged
 from vecsvc.storage import open_array
 from vecsvc.types import Id
@@ -22,7 +23,7 @@ LOOKUP_FILE: Final = "id_lookup.npy"  # (2, size) uint64: hashes in ascending or
 BATCH_ROWS: Final = 16_384
 
 
-FEW: Final = 8  # ids of a batch that are worth a call of Arrow's; fewer are read one by one
+_USUAL: Final = 32  # bytes of an id for which there is room at once
 
 _NO_HASH: Final = hashlib.blake2b(digest_size=8)  # copied, never updated: cheaper than to make one per id
 
@@ -83,9 +84,20 @@ class IdColumn:
         if any(column.type != expected or column.null_count for column in columns):
             raise ArtifactDamaged(f"{folder / IDS_FILE}: expected {expected} without nulls")
         self.id_type = id_type
-        self._columns = columns
+        self._columns = columns  # whose bytes the views and addresses are of
         # Views into the map: going through Arrow's own scalars would cost ten times as much an id.
-        self._views: list[Any] = [column.to_numpy() if id_type == "int" else string_views(column) for column in columns]
+        self._views: list[Any]
+        if id_type == "int":
+            self._views = [column.to_numpy() for column in columns]
+            addresses = [view.ctypes.data for view in self._views]
+            self._take = machine_code.load("vecsvc.id_kernels", "take_integers", 4)
+        else:
+            if not all(map(_is_sound, columns)):
+                raise ArtifactDamaged(f"{folder / IDS_FILE}: strings begin or end outside their bytes")
+            self._views = [string_views(column) for column in columns]
+            addresses = [[0 if part is None else part.address for part in c.buffers()[1:]] for c in columns]
+            self._take = machine_code.load("vecsvc.id_kernels", "take_strings", 6)
+        self._addresses = np.array(addresses, np.int64)
 
     def of(self, labels: list[int]) -> list[Id]:
         """The ids of labels, in their order."""
@@ -101,15 +113,17 @@ class IdColumn:
 
     def column(self, labels: NDArray[np.int64]) -> pa.Array:
         """The ids of labels (n,) as an Arrow column, in their order."""
-        batches, at = np.divmod(labels, BATCH_ROWS)
-        present = np.unique(batches).tolist()
-        if len(labels) < FEW * len(present) or not len(labels):
-            return pa.array(self.of(labels.tolist()), pa.int64() if self.id_type == "int" else pa.string())
-        # Batch by batch: of a column of several chunks Arrow would first make one, and copy it whole.
-        places = [np.flatnonzero(batches == number) for number in present]
-        taken = [self._columns[n].take(pa.array(at[here])) for n, here in zip(present, places, strict=True)]
-        order = np.argsort(np.concatenate(places), kind="stable")
-        return pa.concat_arrays(taken).take(pa.array(order))
+        n, labels = len(labels), np.ascontiguousarray(labels)
+        if self.id_type == "int":
+            found = np.empty(n, np.int64)
+            self._take(id(labels), n, id(self._addresses), id(found))
+            return pa.array(found)
+        offsets, data = np.empty(n + 1, np.int32), np.empty(_USUAL * n, np.uint8)
+        while True:
+            length = self._take(id(labels), n, id(self._addresses), id(offsets), id(data), len(data))
+            if length <= len(data):
+                return pa.StringArray.from_buffers(n, pa.py_buffer(offsets), pa.py_buffer(data[:length]))
+            data = np.empty(length, np.uint8)
 
     def label(self, id: Id) -> int | None:
         """The label of an id; None where this shard does not have it."""
@@ -126,6 +140,16 @@ class IdColumn:
             if self.of([label]) == [id]:
                 return label
         return None
+
+
+def _is_sound(column: pa.Array) -> bool:
+    """Whether every string lies inside the column's bytes, and the first at their beginning."""
+    if not len(column):
+        return True
+    _, offsets, data = column.buffers()
+    starts = np.frombuffer(offsets, np.int32)[: len(column) + 1]
+    inside = starts[0] >= 0 and starts[-1] <= (0 if data is None else data.size)
+    return bool(column.offset == 0 and inside and (starts[1:] >= starts[:-1]).all())
 
 
 def string_views(column: pa.Array) -> tuple[memoryview, memoryview]:

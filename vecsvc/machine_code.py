@@ -45,6 +45,7 @@ _SOURCES: Final = (
     "vecsvc.machine_code",
     "vecsvc.kernels",
     "vecsvc.json_kernels",
+    "vecsvc.id_kernels",
     "vecsvc.indexes.nng_layout",
     "vecsvc.indexes.nng_kernels",
     "vecsvc.indexes.tp_tree_layout",

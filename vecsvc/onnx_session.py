@@ -198,7 +198,6 @@ def _options(onnxruntime: Any, settings: SessionSettings) -> Any:
     # Left to itself onnxruntime counts the machine's cores, also those that this process may not use.
     options.intra_op_num_threads = settings.num_threads or usable_cores()
     options.inter_op_num_threads = 1
-    # A thread that spins while it waits takes its core from the search that comes next.
     # Threads that spin while they wait burn a core that searches need, for some microseconds less a run.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")

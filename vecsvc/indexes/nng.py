@@ -198,7 +198,7 @@ class NngIndex:
             enough = min(count, max(k, ef // 2))
             wide = min(-(-ef * size // count), size)
             ef = -1 if count <= COMPARE_UP_TO else 0 if count <= SCAN_A_PLACE * wide else wide
-            pool = count if ef < 0 else max(ef, enough, min(8 * depth, size))
+            pool = count if ef < 0 else max(ef, k)
         queries = np.ascontiguousarray(queries)
         answer = Neighbors(
             np.empty((n, k), _I64), np.empty((n, k), _F32), np.empty(n, _I64), np.empty(n, _BOOL), np.empty(n, _I64),
@@ -308,7 +308,8 @@ class Workspace:
             at.SEEN: np.zeros(int(index.values[at.SIZE]), np.uint8),
             at.QUERY: np.empty(dim, np.float32),
             at.CENTRED: np.empty(dim, np.float32),
-            at.QUERY_CODE: np.empty(codes, np.float32),  # it becomes int8 in place
+            at.QUERY_CODE: np.empty(codes, np.int8),
+            at.WEIGHTS: np.empty(codes, np.float32),
             at.RANKED: np.empty(at.SEEDS * at.ROUNDS + 1, np.int64),
         }
         self._block = Block(at.WORK_SLOTS, {}, arrays)

@@ -61,6 +61,7 @@ from vecsvc.indexes.nng_layout import (
     VISITED,
     VISITS,
     WAYS,
+    WEIGHTS,
     WORK,
     K,
 )
@@ -69,6 +70,7 @@ from vecsvc.kernels import (
     dot_f16,
     dot_f32,
     get_f32,
+    get_i8,
     get_i32,
     get_i64,
     get_u8,
@@ -89,6 +91,12 @@ from vecsvc.kernels import (
 ZERO_AT = 1 << 30  # keys are shifted by so much, so that they are positive
 ROWS_AHEAD = 6  # vectors that are fetched before they are compared
 AHEAD = 12
+FAR = 1 << 40  # farther than any key
+# How many standard deviations of what codes leave open may hide one of the nearest. The k-th best by both halves, from
+# which it is counted, is itself the luckiest of many, by two of them where vectors lie densely.
+SURE_UPPER = 3.0
+SURE_BOTH = 5.0
+CODE_SPREAD = 40.0  # standard deviation of an 8-bit code: its ends are 3.2 of them from the mean
 
 
 # --------------------------------------------------------------------------------------------- the query
@@ -124,7 +132,7 @@ def prepare(index, work, query, factor):
     """
     dim, chunks, scale = get_i64(index, DIM), get_i64(index, CHUNKS), get_i64(index, SCALE)
     mine, centred, code = get_i64(work, QUERY), get_i64(work, CENTRED), get_i64(work, QUERY_CODE)
-    steps = scale + 8 * dim
+    weights, steps = get_i64(work, WEIGHTS), scale + 8 * dim
     for j in range(dim):
         put_f32(mine, j, get_f32(query, j) * factor)
     if get_i64(index, METRIC) == L2:
@@ -135,12 +143,12 @@ def prepare(index, work, query, factor):
             put_f32(centred, j, get_f32(mine, j))
     # Of floats without a sign, the greatest is the one whose bits are the greatest integer, and integers vectorise.
     for j in range(dim):
-        put_f32(code, j, abs(get_f32(centred, j) * get_f32(steps, j)))
+        put_f32(weights, j, abs(get_f32(centred, j) * get_f32(steps, j)))
     greatest = np.int32(0)
     for j in range(dim):
-        greatest = max(greatest, get_i32(code, j))
-    put_i32(code, 0, greatest)
-    unit = float(get_f32(code, 0)) / 127.0
+        greatest = max(greatest, get_i32(weights, j))
+    put_i32(weights, 0, greatest)
+    unit = float(get_f32(weights, 0)) / 127.0
     if get_i64(index, BIAS) != 0:
         # The bias in units of a product has to stay far from the end of 32 bits.
         unit = max(unit, float(get_f32(get_i64(index, BIAS_MOST), 0)) / float(1 << 28))
@@ -213,6 +221,15 @@ def key_of(high, place, chunks, code, bias, factor):
     key = ZERO_AT - nibble_dot(high + place * (chunks << 6), code, chunks)
     if bias != 0:
         key += int(get_f32(bias, place) * factor)
+    return key
+
+
+@inlined
+def whole(high, place, row, chunks, code, bias, factor):
+    """The distance of a place in units of one product, by the upper halves of its codes."""
+    key = -16 * np.int64(nibble_dot(high + place * row, code, chunks))
+    if bias != 0:
+        key += int(16.0 * get_f32(bias, place) * factor)
     return key
 
 
@@ -320,42 +337,6 @@ def walk(index, work, ef, factor, pivots, max_visited):
 
 
 @inlined
-def scan(index, work, width, factor, allowed, max_visited):
-    """Compare every allowed label by the upper halves of its codes; returns as `walk` does, but for the hops.
-
-    The mask is read eight labels at a time, so that a filter that leaves few costs little more than those few.
-    """
-    chunks, total = get_i64(index, CHUNKS), get_i64(index, SIZE)
-    high, bias, places = get_i64(index, HIGH), get_i64(index, BIAS), get_i64(index, PLACES)
-    pool, fresh, code = get_i64(work, POOL), get_i64(work, FRESH), get_i64(work, QUERY_CODE)
-    row = chunks << 6
-    size, visited, label = 0, 0, 0
-    while label < total:
-        if visited >= max_visited:
-            return size, visited, 1
-        count = 0
-        while label < total and count < 64:
-            if label + 8 <= total and get_i64(allowed + label, 0) == 0:
-                label += 8
-                continue
-            for _ in range(min(8, total - label)):
-                if get_u8(allowed, label):
-                    place = get_i32(places, label)
-                    put_i32(fresh, count, place)
-                    count += 1
-                    for line in range(chunks):
-                        prefetch(high + place * row + (line << 6))
-                label += 1
-        for i in range(count):
-            place = get_i32(fresh, i)
-            key = key_of(high, place, chunks, code, bias, factor)
-            if insert(pool, size, width, (key << 32) | (place << 1)) >= 0:
-                size += size < width
-        visited += count
-    return size, visited, 0
-
-
-@inlined
 def gather(index, work, allowed, max_visited):
     """Put every allowed label's place into the pool, in no order; (size of the pool, whether max_visited cut it)."""
     pool, places = get_i64(work, POOL), get_i64(index, PLACES)
@@ -432,9 +413,9 @@ def exact_distance(index, query, place, label, dim):
 
 @inlined
 def weigh(index, work):
-    """Make QUERY_CODE, which is no longer needed, the float32 weights of single codes; what is the same for all."""
+    """Make the float32 weights of single codes, and what is the same for all."""
     dim, chunks, scale = get_i64(index, DIM), get_i64(index, CHUNKS), get_i64(index, SCALE)
-    centred, weights = get_i64(work, CENTRED), get_i64(work, QUERY_CODE)
+    centred, weights = get_i64(work, CENTRED), get_i64(work, WEIGHTS)
     constant, squares = 0.0, 0.0
     for j in range(dim):
         value = get_f32(centred, j)
@@ -467,7 +448,7 @@ def code_distance(index, work, place, constant):
     """The distance to what a place's codes stand for, without rounding the query."""
     chunks, bias = get_i64(index, CHUNKS), get_i64(index, BIAS)
     row = place * (chunks << 6)
-    product = weighted(get_i64(index, HIGH) + row, get_i64(index, LOW) + row, get_i64(work, QUERY_CODE), chunks)
+    product = weighted(get_i64(index, HIGH) + row, get_i64(index, LOW) + row, get_i64(work, WEIGHTS), chunks)
     if bias != 0:
         return max(0.0, constant + get_f32(bias, place) - 2.0 * product)
     return constant - product
@@ -480,47 +461,144 @@ def closer(distance, label, labels, distances, i):
 
 
 @inlined
-def answer(index, work, size, k, depth, labels, distances):
-    """Write the k nearest of the pool's first entries, by (distance, label); short rows end in -1 at +inf."""
-    dim, order, vectors = get_i64(index, DIM), get_i64(index, ORDER), get_i64(index, VECTORS)
-    pool, query = get_i64(work, POOL), get_i64(work, QUERY)
-    half, by_place = get_i64(index, VECTORS_HALF), get_i64(index, VECTORS_BY_PLACE)
-    width = dim * (2 if half else 4)
-    compared = min(size, depth)
-    constant = weigh(index, work) if vectors == 0 else 0.0
-    cosine = get_i64(index, METRIC) == COSINE
-    found = 0
-    for i in range(-ROWS_AHEAD, compared):
-        if vectors != 0 and i + ROWS_AHEAD < compared:
-            place = place_of(get_i64(pool, i + ROWS_AHEAD))
-            row = vectors + (place if by_place else get_i32(order, place)) * width
-            for line in range((width + 63) >> 6):
-                prefetch(row + (line << 6))
-        if i < 0:
-            continue
-        place = place_of(get_i64(pool, i))
-        label = get_i32(order, place)
-        if vectors != 0:
-            distance = np.float32(exact_distance(index, query, place, label, dim))
-        else:
-            distance = np.float32(code_distance(index, work, place, constant))
-        if cosine:
-            distance = max(distance, np.float32(0.0))  # rounding may put a vector nearer than itself
-        if found == k:
-            if not closer(distance, label, labels, distances, k - 1):
-                continue
-            found -= 1
-        position = found
-        while position > 0 and closer(distance, label, labels, distances, position - 1):
-            put_f32(distances, position, get_f32(distances, position - 1))
-            put_i64(labels, position, get_i64(labels, position - 1))
-            position -= 1
-        put_f32(distances, position, distance)
-        put_i64(labels, position, label)
-        found += 1
+def fetch_vector(index, place):
+    """Ask for the vector of a place, where there is one."""
+    vectors, width = get_i64(index, VECTORS), get_i64(index, DIM) * (2 if get_i64(index, VECTORS_HALF) else 4)
+    if vectors != 0:
+        row = vectors + (place if get_i64(index, VECTORS_BY_PLACE) else get_i32(get_i64(index, ORDER), place)) * width
+        for line in range((width + 63) >> 6):
+            prefetch(row + (line << 6))
+
+
+@inlined
+def constant_part(index, work):
+    """What code_distance wants to know beside the weights, which are made here; without meaning for vectors."""
+    return weigh(index, work) if get_i64(index, VECTORS) == 0 else 0.0
+
+
+@inlined
+def settle(index, work, place, constant, k, found, labels, distances):
+    """Put a place among the nearest of the answer, by (distance, label), if it is one; how many those are now."""
+    label = get_i32(get_i64(index, ORDER), place)
+    if get_i64(index, VECTORS) != 0:
+        distance = np.float32(exact_distance(index, get_i64(work, QUERY), place, label, get_i64(index, DIM)))
+    else:
+        distance = np.float32(code_distance(index, work, place, constant))
+    if get_i64(index, METRIC) == COSINE:
+        distance = max(distance, np.float32(0.0))  # rounding may put a vector nearer than itself
+    if found == k:
+        if not closer(distance, label, labels, distances, k - 1):
+            return found
+        found -= 1
+    position = found
+    while position > 0 and closer(distance, label, labels, distances, position - 1):
+        put_f32(distances, position, get_f32(distances, position - 1))
+        put_i64(labels, position, get_i64(labels, position - 1))
+        position -= 1
+    put_f32(distances, position, distance)
+    put_i64(labels, position, label)
+    return found + 1
+
+
+@inlined
+def fill_up(found, k, labels, distances):
+    """A row that is short ends in -1 at +inf."""
     for i in range(found, k):
         put_f32(distances, i, float("inf"))
         put_i64(labels, i, -1)
+
+
+@inlined
+def answer(index, work, size, k, depth, labels, distances):
+    """Write the k nearest of the pool's first `depth` entries."""
+    pool = get_i64(work, POOL)
+    compared = min(size, depth)
+    constant = constant_part(index, work)
+    found = 0
+    for i in range(-ROWS_AHEAD, compared):
+        if i + ROWS_AHEAD < compared:
+            fetch_vector(index, place_of(get_i64(pool, i + ROWS_AHEAD)))
+        if i >= 0:
+            found = settle(index, work, place_of(get_i64(pool, i)), constant, k, found, labels, distances)
+    fill_up(found, k, labels, distances)
+
+
+@inlined
+def spreads(index, work):
+    """What codes leave open of a product, in its units: the mean of what upper halves leave out, and how far one
+    may be beside it by upper halves, and beside the truth by both.
+
+    What was rounded away is taken to be uniform: a lower half among 16 values, a value within one code, the query
+    within one of its own. Each value then adds its variance.
+    """
+    dim, chunks, code = get_i64(index, DIM), get_i64(index, CHUNKS), get_i64(work, QUERY_CODE)
+    total, squares = 0, 0
+    for j in range(chunks << 7):
+        value = np.int64(get_i8(code, j))
+        total += value
+        squares += value * value
+    upper = root(squares * (255.0 / 12.0))
+    both = root((squares + dim * CODE_SPREAD * CODE_SPREAD) / 12.0)
+    return int(7.5 * total), int(SURE_UPPER * upper), int(SURE_BOTH * both)
+
+
+@inlined
+def nearest_allowed(index, work, k, factor, allowed, max_visited, labels, distances):
+    """Answer with the k nearest of all allowed labels; (vectors compared, whether max_visited cut it).
+
+    Each is compared by the upper halves of its codes; by both, if it may then still be one of the k; and exactly, if
+    even so it may be. "May be" is within some standard deviations of what codes leave open, of the k-th best by both
+    halves that was met. So a few hundred vectors are read where the nearest lie well apart, and thousands where they
+    lie densely, as they do at the edge of a mask that leaves only what is far from the query.
+    The mask is read eight labels at a time, so that a filter that leaves few costs little more than those few.
+    """
+    chunks, total = get_i64(index, CHUNKS), get_i64(index, SIZE)
+    high, low, bias = get_i64(index, HIGH), get_i64(index, LOW), get_i64(index, BIAS)
+    places, code = get_i64(index, PLACES), get_i64(work, QUERY_CODE)
+    pool, fresh = get_i64(work, POOL), get_i64(work, FRESH)
+    row = chunks << 6
+    left_out, by_upper, by_both = spreads(index, work)
+    constant = constant_part(index, work)
+    ranked, found, visited, label, worst = 0, 0, 0, 0, FAR
+    while label < total and visited < max_visited:
+        count = 0
+        while label < total and count < 64:
+            if label + 8 <= total and get_i64(allowed + label, 0) == 0:
+                label += 8
+                continue
+            for _ in range(min(8, total - label)):
+                if get_u8(allowed, label):
+                    place = get_i32(places, label)
+                    put_i32(fresh, count, place)
+                    count += 1
+                    for line in range(chunks):
+                        prefetch(high + place * row + (line << 6))
+                label += 1
+        visited += count
+        near, limit = 0, worst + by_both + by_upper
+        for i in range(count):
+            place = get_i32(fresh, i)
+            if whole(high, place, row, chunks, code, bias, factor) - left_out <= limit:
+                put_i32(fresh, near, place)
+                near += 1
+                for line in range(chunks):
+                    prefetch(low + place * row + (line << 6))
+        nearer = 0
+        for i in range(near):
+            place = get_i32(fresh, i)
+            key = whole(high, place, row, chunks, code, bias, factor) - nibble_dot(low + place * row, code, chunks)
+            if key <= worst + by_both:
+                put_i32(fresh, nearer, place)
+                nearer += 1
+                fetch_vector(index, place)
+                if insert(pool, ranked, k, ((ZERO_AT + key) << 32) | (place << 1)) >= 0:
+                    ranked += ranked < k
+                    if ranked == k:
+                        worst = (get_i64(pool, k - 1) >> 32) - ZERO_AT
+        for i in range(nearer):
+            found = settle(index, work, get_i32(fresh, i), constant, k, found, labels, distances)
+    fill_up(found, k, labels, distances)
+    return visited, label < total
 
 
 def nng_search(call):
@@ -567,14 +645,16 @@ def nng_search(call):
             if allowed != 0:
                 size = keep_allowed(index, work, size, allowed)
         if allowed != 0 and size < enough and cut == 0:
-            width = max(enough, min(8 * depth, get_i64(index, SIZE)))
-            size, more, cut = scan(index, work, width, factor, allowed, max_visited - met)
+            more, cut = nearest_allowed(
+                index, work, k, factor, allowed, max_visited - met, labels + i * k * 8, distances + i * k * 4
+            )
             met += more
             put_u8(ways, i, SCAN)
-        # What is this far down in the coarse order does not come into the first `depth` of the fine one.
-        size = min(size, 4 * depth)
-        refine(index, work, size, factor)
-        answer(index, work, size, k, depth, labels + i * k * 8, distances + i * k * 4)
+        else:
+            # What is this far down in the coarse order does not come into the first `depth` of the fine one.
+            size = min(size, 4 * depth)
+            refine(index, work, size, factor)
+            answer(index, work, size, k, depth, labels + i * k * 8, distances + i * k * 4)
         put_i64(visited, i, met)
         put_u8(stopped, i, cut)
         put_i64(hops, i, steps)

@@ -42,9 +42,10 @@ SEEN: Final = 2  # (size,) uint8: the epoch in which a place was last met
 EPOCH: Final = 3  # the current epoch itself, 1 to 255
 QUERY: Final = 4  # (dim,) float32: the query as the vectors want it
 CENTRED: Final = 5  # (dim,) float32: the query as the codes want it
-QUERY_CODE: Final = 6  # (chunks * 128,) int8; with room for as many float32 while it is made
-RANKED: Final = 7  # (SEEDS * ROUNDS + 1,) int64
-WORK_SLOTS: Final = 8
+QUERY_CODE: Final = 6  # (chunks * 128,) int8
+WEIGHTS: Final = 7  # (chunks * 128,) float32: what single codes count, where there are no vectors
+RANKED: Final = 8  # (SEEDS * ROUNDS + 1,) int64
+WORK_SLOTS: Final = 9
 
 # --- what one call asks for; packed as eighteen int64, for each argument of its own costs a call 0.1 µs ------------
 INDEX: Final = 0  # the blocks above
