@@ -193,9 +193,9 @@ def _tuned(index: Any, params: BuildParams, what: str) -> BuildParams:
 
     Raises InvalidParameter for a parameter that means nothing to the factory.
     """
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-    if isinstance(inner, faiss.IndexRefine):
-        inner = faiss.downcast_index(inner.base_index)
+    inner = faiss.downcast_index(index)
+    while isinstance(inner, (faiss.IndexPreTransform, faiss.IndexRefine)):
+        inner = faiss.downcast_index(inner.index if isinstance(inner, faiss.IndexPreTransform) else inner.base_index)
     if isinstance(inner, faiss.IndexHNSW):
         breadth = EF_CONSTRUCTION if params.ef_construction is None else params.ef_construction
         inner.hnsw.efConstruction = breadth

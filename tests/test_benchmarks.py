@@ -36,8 +36,8 @@ def test_every_script_finds_what_it_imports(script: str) -> None:
     try:
         importlib.import_module(script)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":  # of the extra `bench`
-            raise
+        if (error.name or "").partition(".")[0] not in ("faiss", "hnswlib", "matplotlib", "onnxruntime", "tokenizers"):
+            raise  # those are of extras, which need not be here
 
 
 @pytest.fixture(scope="module")

@@ -211,10 +211,26 @@ def test_the_spec_keeps_the_presets_name_and_what_it_came_to() -> None:
     assert none.spec.params == {"factory": "HNSW32", "device": "cpu", "ef_construction": 200}
 
 
-@pytest.mark.parametrize("factory", ["HNSW8", "PCA4,HNSW8", "HNSW8_SQ8,RFlat"])
-def test_a_graph_is_built_broader_than_faiss_would(factory: str) -> None:
+@pytest.mark.parametrize("factory", ["HNSW8", "PCA4,HNSW8", "HNSW8_SQ8,RFlat", "PCA4,HNSW8,RFlat"])
+def test_a_graph_is_built_broader_than_faiss_would(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    breadths = []
+    tuned = builder._tuned
+
+    def watched(index: Any, *others: Any) -> Any:
+        params = tuned(index, *others)
+        inner = index
+        while not hasattr(inner, "hnsw"):
+            inner = faiss.downcast_index(inner.base_index if hasattr(inner, "base_index") else inner.index)
+        breadths.append(inner.hnsw.efConstruction)
+        return params
+
+    monkeypatch.setattr(builder, "_tuned", watched)
     assert build(factory=factory).spec.params["ef_construction"] == 200
     assert build(factory=factory, ef_construction=30).spec.params["ef_construction"] == 30
+    assert breadths == [200, 30]
+
+
+def test_a_graph_that_only_finds_cells_is_left_as_faiss_builds_it() -> None:
     assert "ef_construction" not in build(factory="IVF4_HNSW8,Flat").spec.params
 
 

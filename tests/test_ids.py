@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,25 @@ def test_strings_that_lie_outside_their_bytes_are_refused(tmp_path: Path, offset
     whole, broken = (np.array(values, np.int32).tobytes() for values in ([0, 1, 2, 4], offsets))
     assert data.count(whole) == 1
     (tmp_path / ids.IDS_FILE).write_bytes(data.replace(whole, broken))
-    with pytest.raises(ArtifactDamaged, match=r"ids\.arrow: strings begin or end outside"):
+    with pytest.raises(ArtifactDamaged, match=r"ids\.arrow: has ids outside"):
         ids.IdColumn(tmp_path, 3, "str")
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.int64()], ids=str)
+@pytest.mark.parametrize("claimed", [0, 8])
+def test_buffers_that_are_shorter_than_their_column_are_refused(
+    tmp_path: Path, kind: pa.DataType, claimed: int
+) -> None:
+    rows: list[Any] = [f"{i:04}" for i in range(500)] if kind == pa.string() else list(range(501))
+    write(tmp_path, rows, kind)
+    path = tmp_path / ids.IDS_FILE
+    data = path.read_bytes()
+    # A buffer is where it begins in the body, which is at 0 here, and its length.
+    whole, broken = (struct.pack("<2q", 0, n) for n in (8 * 501 if kind == pa.int64() else 4 * 501, claimed))
+    assert data.count(whole) == 1
+    path.write_bytes(data.replace(whole, broken))
+    with pytest.raises(ArtifactDamaged, match=r"ids\.arrow"):
+        ids.IdColumn(tmp_path, len(rows), "int" if kind == pa.int64() else "str")
 
 
 def test_ids_that_are_longer_than_usual_are_whole_in_a_column(tmp_path: Path) -> None:

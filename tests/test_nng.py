@@ -348,29 +348,81 @@ def test_a_walk_that_finds_nothing_allowed_compares_all_that_is(monkeypatch: pyt
     assert WAYS[found.ways[0]] == "scan" and found.hops[0] > 0
 
 
+SHAPES: dict[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]] = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "rectified": lambda rng, shape: np.maximum(rng.standard_normal(shape) - 1, 0),
+    "counts": lambda rng, shape: rng.poisson(1.0, shape),
+    "bits": lambda rng, shape: rng.integers(0, 2, shape),
+}
+
+
 @functools.cache
-def dense(metric: Metric, rerank: str) -> Any:
+def dense(shape: str, metric: Metric, rerank: str) -> Any:
     """So many vectors around one centre that codes cannot tell neighbours apart at the edge of a mask."""
-    vectors = np.random.default_rng(5).standard_normal((20_000, 48)).astype(np.float32)
-    return vectors, build(vectors, metric, rerank=rerank, ef_construction=32)
+    vectors = SHAPES[shape](np.random.default_rng(5), (12_000, 48)).astype(np.float32)
+    return vectors, build(vectors, metric, rerank=rerank, ef_construction=16, n_trees=2)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("rerank", "floor"), [("vectors", 0.98), ("float16", 0.85)])
-@pytest.mark.parametrize("share", [0.5, 0.15])
-def test_of_what_is_far_from_the_query_and_dense_the_nearest_are_found(
-    metric: Metric, rerank: str, floor: float, share: float
-) -> None:
-    vectors, index = dense(metric, rerank)
+def scanned(shape: str, metric: Metric, rerank: str, sign: float, share: float, far: bool) -> float:
+    """Recall over ten queries, each with a mask of what is far from it, or of anything."""
+    vectors, index = dense(shape, metric, rerank)
+    rng = np.random.default_rng(6)
     reached = []
-    for query in np.random.default_rng(6).standard_normal((10, 48)).astype(np.float32):
+    for query in sign * SHAPES[shape](rng, (10, 48)).astype(np.float32):
         true = exact_distances(query, vectors, metric)
-        mask = true >= np.quantile(true, 1 - share)
+        mask = true >= np.quantile(true, 1 - share) if far else rng.random(len(true)) < share
         found = search(index, query[None], allowed=mask)
         check_form(found, K, len(vectors))
         assert WAYS[found.ways[0]] == "scan" and mask[found.labels[0]].all()
         reached.append(recall(found, true[None], mask))
-    assert np.mean(reached) >= floor
+    return float(np.mean(reached))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("rerank", "floor"), [("vectors", 0.98), ("float16", 0.85)])
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_of_what_is_far_from_the_query_and_dense_the_nearest_are_found(
+    metric: Metric, rerank: str, floor: float, share: float
+) -> None:
+    assert scanned("normal", metric, rerank, 1.0, share, far=True) >= floor
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["alike", "opposite"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_that_are_not_spread_evenly_cost_a_filter_no_recall(shape: str, sign: float, metric: Metric) -> None:
+    assert scanned(shape, metric, "vectors", sign, 0.25, far=False) >= 0.98
+
+
+def test_more_time_never_makes_a_filtered_answer_worse() -> None:
+    """The mask leaves the few nearest, which the walk finds, and much that is far: what is left to compare is cut."""
+    vectors = np.random.default_rng(3).standard_normal((12_000, 32)).astype(np.float32)
+    index = build(vectors, ef_construction=32, n_trees=2)
+    query = np.random.default_rng(4).standard_normal((1, 32)).astype(np.float32)
+    true = exact_distances(query[0], vectors, "l2")
+    order = np.argsort(true)
+    mask = np.zeros(len(vectors), bool)
+    mask[order[:20]] = mask[order[4_000:]] = True
+    bounds = (1200, 2000, 4000, 6000, 9000, 20_000)
+    found = [search(index, query, allowed=mask, limit=Limit(max_visited=bound)) for bound in bounds]
+    reached = [recall(one, true[None], mask) for one in found]
+    assert reached == sorted(reached) and reached[-1] == 1.0
+    stopped = [bool(one.stopped[0]) for one in found]
+    assert stopped[0] and not stopped[-1] and stopped == sorted(stopped, reverse=True)
+
+
+@pytest.mark.parametrize("k", [1, 10, 3000, 6000])
+def test_many_answers_are_in_order_whatever_the_order_of_labels(k: int) -> None:
+    values = np.sort(np.random.default_rng(8).random(12_000))
+    for first in (values, values[::-1]):
+        rows = np.zeros((len(values), 8), np.float32)
+        rows[:, 0] = first  # labels are in the order of distances, or against it
+        index = build(rows, ef_construction=16, n_trees=2)
+        query = np.zeros((1, 8), np.float32)
+        mask = np.arange(len(rows)) % 2 == 0
+        found = search(index, query, k, allowed=mask)
+        check_form(found, k, len(rows))
+        assert recall(found, exact_distances(query[0], rows, "l2")[None], mask) >= 0.99
 
 
 @pytest.mark.parametrize(("rerank", "way"), [("vectors", "exact"), ("float16", "scan"), ("none", "scan")])

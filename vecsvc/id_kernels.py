@@ -6,6 +6,8 @@ before the first is read.
 
 from __future__ import annotations
 
+import numpy as np
+
 from vecsvc.kernels import data_of, get_i32, get_i64, get_u8, inlined, prefetch, put_i32, put_i64, put_u8
 
 BATCH_BITS = 14  # ids.BATCH_ROWS is two to this power
@@ -37,8 +39,8 @@ def take_strings(labels, n, batches, offsets, data, room):
             starts = get_i64(batches, 2 * batch)
             first = get_i32(starts, at)
             prefetch(get_i64(batches, 2 * batch + 1) + first)
-            total += get_i32(starts, at + 1) - first
-            put_i32(offsets, i + 1, total)
+            total += np.int64(get_i32(starts, at + 1)) - first
+            put_i32(offsets, i + 1, total)  # without meaning where they become too many, and then nobody reads it
     if total > room:
         return total
     for i in range(n):

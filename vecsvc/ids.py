@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from vecsvc import machine_code
-from vecsvc.errors import ArtifactDamaged
+from vecsvc.errors import ArtifactDamaged, InvalidRequest
 from vecsvc.storage import open_array
 from vecsvc.types import Id
 
@@ -24,6 +24,7 @@ BATCH_ROWS: Final = 16_384
 
 
 _USUAL: Final = 32  # bytes of an id for which there is room at once
+_MOST: Final = 2**31 - 1  # bytes of strings that one Arrow column holds
 
 _NO_HASH: Final = hashlib.blake2b(digest_size=8)  # copied, never updated: cheaper than to make one per id
 
@@ -83,21 +84,14 @@ class IdColumn:
         expected = pa.int64() if id_type == "int" else pa.string()
         if any(column.type != expected or column.null_count for column in columns):
             raise ArtifactDamaged(f"{folder / IDS_FILE}: expected {expected} without nulls")
+        if not all(map(_is_sound, columns)):
+            raise ArtifactDamaged(f"{folder / IDS_FILE}: has ids outside its bytes")
         self.id_type = id_type
         self._columns = columns  # whose bytes the views and addresses are of
         # Views into the map: going through Arrow's own scalars would cost ten times as much an id.
-        self._views: list[Any]
-        if id_type == "int":
-            self._views = [column.to_numpy() for column in columns]
-            addresses = [view.ctypes.data for view in self._views]
-            self._take = machine_code.load("vecsvc.id_kernels", "take_integers", 4)
-        else:
-            if not all(map(_is_sound, columns)):
-                raise ArtifactDamaged(f"{folder / IDS_FILE}: strings begin or end outside their bytes")
-            self._views = [string_views(column) for column in columns]
-            addresses = [[0 if part is None else part.address for part in c.buffers()[1:]] for c in columns]
-            self._take = machine_code.load("vecsvc.id_kernels", "take_strings", 6)
-        self._addresses = np.array(addresses, np.int64)
+        self._views: list[Any] = [column.to_numpy() if id_type == "int" else string_views(column) for column in columns]
+        parts = [[0 if part is None else part.address for part in column.buffers()[1:]] for column in columns]
+        self._addresses = np.array(parts, np.int64)
 
     def of(self, labels: list[int]) -> list[Id]:
         """The ids of labels, in their order."""
@@ -113,16 +107,18 @@ class IdColumn:
 
     def column(self, labels: NDArray[np.int64]) -> pa.Array:
         """The ids of labels (n,) as an Arrow column, in their order."""
-        n, labels = len(labels), np.ascontiguousarray(labels)
+        n, labels, take = len(labels), np.ascontiguousarray(labels), _kernel(self.id_type)
         if self.id_type == "int":
             found = np.empty(n, np.int64)
-            self._take(id(labels), n, id(self._addresses), id(found))
+            take(id(labels), n, id(self._addresses), id(found))
             return pa.array(found)
         offsets, data = np.empty(n + 1, np.int32), np.empty(_USUAL * n, np.uint8)
         while True:
-            length = self._take(id(labels), n, id(self._addresses), id(offsets), id(data), len(data))
+            length = take(id(labels), n, id(self._addresses), id(offsets), id(data), len(data))
             if length <= len(data):
                 return pa.StringArray.from_buffers(n, pa.py_buffer(offsets), pa.py_buffer(data[:length]))
+            if length > _MOST:
+                raise InvalidRequest(f"the ids of {n} hits take more than {_MOST} bytes in one column: ask for fewer")
             data = np.empty(length, np.uint8)
 
     def label(self, id: Id) -> int | None:
@@ -142,14 +138,30 @@ class IdColumn:
         return None
 
 
+def load_kernels() -> None:
+    """Make ready what `IdColumn.column` runs, which is compiled where it is not kept."""
+    for id_type in get_args(IdType):
+        _kernel(id_type)
+
+
+def _kernel(id_type: IdType) -> machine_code.Kernel:
+    if id_type == "int":
+        return machine_code.load("vecsvc.id_kernels", "take_integers", 4)
+    return machine_code.load("vecsvc.id_kernels", "take_strings", 6)
+
+
 def _is_sound(column: pa.Array) -> bool:
-    """Whether every string lies inside the column's bytes, and the first at their beginning."""
-    if not len(column):
-        return True
-    _, offsets, data = column.buffers()
-    starts = np.frombuffer(offsets, np.int32)[: len(column) + 1]
+    """Whether every id of a stored column lies inside the column's bytes, and the first at their beginning."""
+    n, values, data = len(column), column.buffers()[1], column.buffers()[-1]
+    if column.offset or not n:
+        return not column.offset
+    if not pa.types.is_string(column.type):
+        return data is not None and data.size >= 8 * n
+    if values is None or values.size < 4 * (n + 1):
+        return False
+    starts = np.frombuffer(values, np.int32)[: n + 1]
     inside = starts[0] >= 0 and starts[-1] <= (0 if data is None else data.size)
-    return bool(column.offset == 0 and inside and (starts[1:] >= starts[:-1]).all())
+    return bool(inside and (starts[1:] >= starts[:-1]).all())
 
 
 def string_views(column: pa.Array) -> tuple[memoryview, memoryview]:

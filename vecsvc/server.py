@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 from aiohttp import hdrs, web
 
-from vecsvc import json_vectors, openapi, schemas, schemas_embed
+from vecsvc import ids, json_vectors, openapi, schemas, schemas_embed
 from vecsvc.access import Key, Keyring
 from vecsvc.admission import LARGE_BYTES
 from vecsvc.catalog import Catalog
@@ -451,6 +451,7 @@ class Service:
 
         def refresh() -> list[tuple[str, str]]:
             json_vectors.load()
+            ids.load_kernels()
             return catalog.refresh(again=again)
 
         look = asyncio.ensure_future(self._as_admin(refresh))

@@ -51,6 +51,7 @@ SCAN_A_PLACE: Final = 115
 VISITS_A_SECOND: Final = 5_000_000
 VALUES_A_SECOND: Final = 1_000_000_000
 ROWS: Final = 8192  # rows whose norms are taken at a time
+SPREAD_ROWS: Final = 1000  # rows that say how far codes lie apart
 UNIT_TOLERANCE: Final = 1e-6  # norms this close to 1 are 1: float32 products are no better
 BLOCK: Final = 64  # queries that a thread takes at a time; with a deadline that is near, each by itself
 AMPLE: Final = 100  # comparisons for each place of the pool, which no walk needs
@@ -155,6 +156,7 @@ class NngIndex:
                 at.BIAS_MOST: np.array([most], np.float32),
                 at.VECTORS: rows,
                 at.INVERSE_NORMS: norms,
+                at.SPREAD: np.array([_spread(parts.high, spec.dim)], np.float32),
             },
         )
         self._idle: deque[Workspace] = deque()
@@ -188,7 +190,7 @@ class NngIndex:
         ef = min(max(settings.ef_search, k), size)
         # Codes alone cannot tell the nearest apart, least of all in few dimensions: a broader search compares more.
         depth = k + max(SPARE, k // 2, ef // DEEPEN)
-        pool, enough = max(ef, depth), 0
+        pool, enough, count = max(ef, depth), 0, 0
         if allowed is not None:
             count = int(np.count_nonzero(allowed))
             if count == 0:
@@ -210,14 +212,14 @@ class NngIndex:
             if _visits(limit, self.spec.dim, step) < AMPLE * pool:
                 step = 1  # what is left is little: it is looked at before each query
         if n <= step:
-            self._answer(queries, 0, n, k, ef, depth, enough, pool, allowed, limit, answer)
+            self._answer(queries, 0, n, k, ef, depth, enough, pool, allowed, count, limit, answer)
             return answer
         starts = iter(range(0, n, step))
 
         def work() -> None:
             for start in starts:  # threads share the iterator: each step of it is one of the interpreter's
                 end = min(start + step, n)
-                self._answer(queries, start, end, k, ef, depth, enough, pool, allowed, limit, answer)
+                self._answer(queries, start, end, k, ef, depth, enough, pool, allowed, count, limit, answer)
 
         workers = min(num_threads, -(-n // step))
         if workers == 1:
@@ -239,6 +241,7 @@ class NngIndex:
         enough: int,
         pool: int,
         allowed: Mask | None,
+        count: int,
         limit: Limit | None,
         answer: Neighbors,
     ) -> None:
@@ -256,7 +259,7 @@ class NngIndex:
             _CALL.pack_into(
                 work.call, 0, self._block.address, work.address, id(queries), first, end, checked, k, ef, enough, depth,
                 mask, visits, id(answer.labels), id(answer.distances), id(answer.visited), id(answer.stopped),
-                id(answer.hops), 0 if answer.ways is None else id(answer.ways),
+                id(answer.hops), 0 if answer.ways is None else id(answer.ways), count,
             )  # fmt: skip
             first = self._search(work.call_address)
             if first == end:
@@ -335,6 +338,13 @@ def inverse_norms(vectors: StoredVectors) -> NDArray[np.float32] | None:
     # That of a length at the end of float32 is brought back into it.
     held: NDArray[np.float32] = np.minimum(inverse, float(np.finfo(np.float32).max)).astype(np.float32)
     return held
+
+
+def _spread(high: NDArray[np.uint8], dim: int) -> float:
+    """The standard deviation of a value's 8-bit codes, the mean over the values, by some rows of upper halves."""
+    rows = np.asarray(high[:: max(1, len(high) // SPREAD_ROWS)])
+    halves = np.concatenate([rows & 15, rows >> 4], axis=1)
+    return float(16.0 * np.sqrt(halves.var(axis=0, dtype=np.float64).sum() / dim + 1.0 / 12.0))
 
 
 def bounded(bias: NDArray[np.float32] | None) -> tuple[NDArray[np.float32] | None, float]:

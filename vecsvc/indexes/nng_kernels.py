@@ -36,6 +36,7 @@ from vecsvc.indexes.nng_layout import (
     INVERSE_NORMS,
     L2,
     LABELS,
+    LEFT,
     LOW,
     METRIC,
     N_PIVOTS,
@@ -54,6 +55,7 @@ from vecsvc.indexes.nng_layout import (
     SEEDS,
     SEEN,
     SIZE,
+    SPREAD,
     STOPPED,
     VECTORS,
     VECTORS_BY_PLACE,
@@ -96,7 +98,7 @@ FAR = 1 << 40  # farther than any key
 # which it is counted, is itself the luckiest of many, by two of them where vectors lie densely.
 SURE_UPPER = 3.0
 SURE_BOTH = 5.0
-CODE_SPREAD = 40.0  # standard deviation of an 8-bit code: its ends are 3.2 of them from the mean
+MEASURED = 128  # pivots that say how far halves of codes may mislead
 
 
 # --------------------------------------------------------------------------------------------- the query
@@ -477,8 +479,33 @@ def constant_part(index, work):
 
 
 @inlined
+def swap(labels, distances, i, j):
+    label, distance = get_i64(labels, i), get_f32(distances, i)
+    put_i64(labels, i, get_i64(labels, j))
+    put_f32(distances, i, get_f32(distances, j))
+    put_i64(labels, j, label)
+    put_f32(distances, j, distance)
+
+
+@inlined
+def sink(labels, distances, size):
+    """Bring what is first in a heap of which the first is the farthest to where it belongs."""
+    at, child = 0, 1
+    while child < size:
+        if child + 1 < size and closer(get_f32(distances, child), get_i64(labels, child), labels, distances, child + 1):
+            child += 1
+        if not closer(get_f32(distances, at), get_i64(labels, at), labels, distances, child):
+            break
+        swap(labels, distances, at, child)
+        at, child = child, 2 * child + 1
+
+
+@inlined
 def settle(index, work, place, constant, k, found, labels, distances):
-    """Put a place among the nearest of the answer, by (distance, label), if it is one; how many those are now."""
+    """Put a place among the nearest of the answer, by (distance, label), if it is one; how many those are now.
+
+    Until `put_in_order` they are a heap, so that no order of candidates makes it slow.
+    """
     label = get_i32(get_i64(index, ORDER), place)
     if get_i64(index, VECTORS) != 0:
         distance = np.float32(exact_distance(index, get_i64(work, QUERY), place, label, get_i64(index, DIM)))
@@ -487,22 +514,29 @@ def settle(index, work, place, constant, k, found, labels, distances):
     if get_i64(index, METRIC) == COSINE:
         distance = max(distance, np.float32(0.0))  # rounding may put a vector nearer than itself
     if found == k:
-        if not closer(distance, label, labels, distances, k - 1):
-            return found
-        found -= 1
-    position = found
-    while position > 0 and closer(distance, label, labels, distances, position - 1):
-        put_f32(distances, position, get_f32(distances, position - 1))
-        put_i64(labels, position, get_i64(labels, position - 1))
-        position -= 1
-    put_f32(distances, position, distance)
-    put_i64(labels, position, label)
+        if closer(distance, label, labels, distances, 0):
+            put_f32(distances, 0, distance)
+            put_i64(labels, 0, label)
+            sink(labels, distances, k)
+        return k
+    put_f32(distances, found, distance)
+    put_i64(labels, found, label)
+    at = found
+    while at > 0:
+        above = (at - 1) >> 1
+        if not closer(get_f32(distances, above), get_i64(labels, above), labels, distances, at):
+            break
+        swap(labels, distances, at, above)
+        at = above
     return found + 1
 
 
 @inlined
-def fill_up(found, k, labels, distances):
-    """A row that is short ends in -1 at +inf."""
+def put_in_order(found, k, labels, distances):
+    """The heap of an answer by (distance, label); a row that is short ends in -1 at +inf."""
+    for size in range(found - 1, 0, -1):
+        swap(labels, distances, 0, size)
+        sink(labels, distances, size)
     for i in range(found, k):
         put_f32(distances, i, float("inf"))
         put_i64(labels, i, -1)
@@ -520,26 +554,69 @@ def answer(index, work, size, k, depth, labels, distances):
             fetch_vector(index, place_of(get_i64(pool, i + ROWS_AHEAD)))
         if i >= 0:
             found = settle(index, work, place_of(get_i64(pool, i)), constant, k, found, labels, distances)
-    fill_up(found, k, labels, distances)
+    put_in_order(found, k, labels, distances)
 
 
 @inlined
-def spreads(index, work):
-    """What codes leave open of a product, in its units: the mean of what upper halves leave out, and how far one
-    may be beside it by upper halves, and beside the truth by both.
+def lower_halves(index, work):
+    """(mean, standard deviation) of what the upper halves of codes leave out of a product, in its units.
 
-    What was rounded away is taken to be uniform: a lower half among 16 values, a value within one code, the query
-    within one of its own. Each value then adds its variance.
+    Measured by the pivots, which lie all over the vectors: lower halves of values that are mostly 0, as those of
+    counts or of what a rectifier lets through, are nothing like uniform.
+    """
+    chunks, low, pivots = get_i64(index, CHUNKS), get_i64(index, LOW), get_i64(index, PIVOTS)
+    code, count = get_i64(work, QUERY_CODE), min(get_i64(index, N_PIVOTS), MEASURED)
+    row = chunks << 6
+    for i in range(count):
+        for line in range(chunks):
+            prefetch(low + get_i32(pivots, i) * row + (line << 6))
+    total, squares = 0.0, 0.0
+    for i in range(count):
+        left_out = float(nibble_dot(low + get_i32(pivots, i) * row, code, chunks))
+        total += left_out
+        squares += left_out * left_out
+    mean = total / count
+    return mean, root(max(0.0, squares / count - mean * mean))
+
+
+@inlined
+def rounding(index, work):
+    """The standard deviation of what both halves of codes are off by, in units of a product.
+
+    Values and query were rounded to whole codes: each is off by a variance of 1/12, times the square of what it is
+    multiplied by. Of codes that is how far they lie from their mean, for what is the same in all changes no order.
     """
     dim, chunks, code = get_i64(index, DIM), get_i64(index, CHUNKS), get_i64(work, QUERY_CODE)
-    total, squares = 0, 0
+    spread, squares = float(get_f32(get_i64(index, SPREAD), 0)), 0
     for j in range(chunks << 7):
         value = np.int64(get_i8(code, j))
-        total += value
         squares += value * value
-    upper = root(squares * (255.0 / 12.0))
-    both = root((squares + dim * CODE_SPREAD * CODE_SPREAD) / 12.0)
-    return int(7.5 * total), int(SURE_UPPER * upper), int(SURE_BOTH * both)
+    return root((float(squares) + dim * spread * spread) / 12.0)
+
+
+@inlined
+def keep_least(heap, size, k, entry):
+    """Put an entry into a heap of the k least, of which the first is the greatest; how many those are now."""
+    if size < k:
+        at = size
+        while at > 0:
+            above = (at - 1) >> 1
+            if get_i64(heap, above) >= entry:
+                break
+            put_i64(heap, at, get_i64(heap, above))
+            at = above
+        put_i64(heap, at, entry)
+        return size + 1
+    if entry < get_i64(heap, 0):
+        at, child = 0, 1
+        while child < k:
+            child += child + 1 < k and get_i64(heap, child + 1) > get_i64(heap, child)
+            if get_i64(heap, child) <= entry:
+                break
+            put_i64(heap, at, get_i64(heap, child))
+            at, child = child, 2 * child + 1
+        put_i64(heap, at, entry)
+    return k
 
 
 @inlined
@@ -547,7 +624,7 @@ def nearest_allowed(index, work, k, factor, allowed, max_visited, labels, distan
     """Answer with the k nearest of all allowed labels; (vectors compared, whether max_visited cut it).
 
     Each is compared by the upper halves of its codes; by both, if it may then still be one of the k; and exactly, if
-    even so it may be. "May be" is within some standard deviations of what codes leave open, of the k-th best by both
+    even so it may be. "May be" is within some standard deviations, of what codes leave open, of the k-th best by both
     halves that was met. So a few hundred vectors are read where the nearest lie well apart, and thousands where they
     lie densely, as they do at the edge of a mask that leaves only what is far from the query.
     The mask is read eight labels at a time, so that a filter that leaves few costs little more than those few.
@@ -557,7 +634,8 @@ def nearest_allowed(index, work, k, factor, allowed, max_visited, labels, distan
     places, code = get_i64(index, PLACES), get_i64(work, QUERY_CODE)
     pool, fresh = get_i64(work, POOL), get_i64(work, FRESH)
     row = chunks << 6
-    left_out, by_upper, by_both = spreads(index, work)
+    mean, deviation = lower_halves(index, work)
+    left_out, by_upper, by_both = int(mean), int(SURE_UPPER * deviation), int(SURE_BOTH * rounding(index, work))
     constant = constant_part(index, work)
     ranked, found, visited, label, worst = 0, 0, 0, 0, FAR
     while label < total and visited < max_visited:
@@ -591,13 +669,12 @@ def nearest_allowed(index, work, k, factor, allowed, max_visited, labels, distan
                 put_i32(fresh, nearer, place)
                 nearer += 1
                 fetch_vector(index, place)
-                if insert(pool, ranked, k, ((ZERO_AT + key) << 32) | (place << 1)) >= 0:
-                    ranked += ranked < k
-                    if ranked == k:
-                        worst = (get_i64(pool, k - 1) >> 32) - ZERO_AT
+                ranked = keep_least(pool, ranked, k, key)
+                if ranked == k:
+                    worst = get_i64(pool, 0)
         for i in range(nearer):
             found = settle(index, work, get_i32(fresh, i), constant, k, found, labels, distances)
-    fill_up(found, k, labels, distances)
+    put_in_order(found, k, labels, distances)
     return visited, label < total
 
 
@@ -605,9 +682,9 @@ def nng_search(call):
     """Answer some queries as the block of the call says.
 
     With a mask, EF is wide enough to hold what the mask will take away. Where fewer than ENOUGH allowed places are in
-    the pool after the walk, the mask lies far from the query, and every allowed vector is compared after all, by its
-    codes. EF 0 does that at once, and EF -1 compares every allowed vector as those at
-    the head of a pool are.
+    the pool after the walk, the mask lies far from the query, and every allowed vector is compared after all, as
+    `nearest_allowed` does. EF 0 does that at once, and EF -1 compares every allowed vector as those at the head of a
+    pool are.
     Returns END, or the number of a query whose values have to be looked at before going on.
     """
     index, work, end = get_i64(call, INDEX), get_i64(call, WORK), get_i64(call, END)
@@ -644,6 +721,8 @@ def nng_search(call):
             size, met, cut, steps = walk(index, work, ef, factor, pivots, max_visited)
             if allowed != 0:
                 size = keep_allowed(index, work, size, allowed)
+        if allowed != 0 and size < enough and cut == 0 and size > 0 and max_visited - met < get_i64(call, LEFT):
+            cut = 1  # what is left of the bound is not enough to compare all: what the walk found is better than a part
         if allowed != 0 and size < enough and cut == 0:
             more, cut = nearest_allowed(
                 index, work, k, factor, allowed, max_visited - met, labels + i * k * 8, distances + i * k * 4

@@ -29,7 +29,8 @@ METRIC: Final = 16  # one of the three below
 N_PIVOTS: Final = 17
 PIVOTS: Final = 18  # (n_pivots,) int32 places
 PIVOT_CODES: Final = 19  # (n_pivots, chunks * 64) uint8, their HIGH side by side
-INDEX_SLOTS: Final = 20
+SPREAD: Final = 20  # address of a float32: the standard deviation of a value's 8-bit codes, the mean over the values
+INDEX_SLOTS: Final = 21
 
 L2: Final = 0
 IP: Final = 1
@@ -47,7 +48,7 @@ WEIGHTS: Final = 7  # (chunks * 128,) float32: what single codes count, where th
 RANKED: Final = 8  # (SEEDS * ROUNDS + 1,) int64
 WORK_SLOTS: Final = 9
 
-# --- what one call asks for; packed as eighteen int64, for each argument of its own costs a call 0.1 µs ------------
+# --- what one call asks for; packed as nineteen int64, for each argument of its own costs a call 0.1 µs ------------
 INDEX: Final = 0  # the blocks above
 WORK: Final = 1
 QUERIES: Final = 2  # (n, dim) float32; this and all other arrays by id(), see kernels.data_of
@@ -66,7 +67,8 @@ VISITED: Final = 14  # (n,) int64
 STOPPED: Final = 15  # (n,) bool
 HOPS: Final = 16  # (n,) int64
 WAYS: Final = 17  # (n,) uint8, all 0: becomes SCAN or EXACT where that was done; 0 without a mask
-CALL_SLOTS: Final = 18
+LEFT: Final = 18  # labels that ALLOWED leaves
+CALL_SLOTS: Final = 19
 
 SCAN: Final = 1  # places in types.WAYS
 EXACT: Final = 2
