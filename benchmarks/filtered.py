@@ -27,7 +27,7 @@ from vecsvc.ranking import TOLERANCE
 from vecsvc.types import Mask, Neighbors
 
 SHARES = (0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
-NNG_SHARES = (0.5, 0.1, 0.01, 0.001)
+NNG_SHARES = (0.5, 0.3, 0.2, 0.1, 0.01, 0.001)
 QUERIES = 100
 EF_SEARCH = 64
 

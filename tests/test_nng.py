@@ -315,8 +315,7 @@ def test_filters_leave_k_where_k_exist_and_the_nearest_of_them(
 ) -> None:
     if way != "compare":
         monkeypatch.setattr(nng, "COMPARE_UP_TO", 0)
-    if way == "walk":
-        monkeypatch.setattr(nng, "SCAN_A_PLACE", 0.5)
+    monkeypatch.setattr(nng, "SCAN_A_PLACE", 0.5 if way == "walk" else SIZE)
     vectors, queries = split(rows(100))
     index = built(100, metric)
     reached = []
@@ -412,7 +411,8 @@ def test_more_time_never_makes_a_filtered_answer_worse() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 10, 3000, 6000])
-def test_many_answers_are_in_order_whatever_the_order_of_labels(k: int) -> None:
+def test_many_answers_are_in_order_whatever_the_order_of_labels(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nng, "SCAN_A_PLACE", 12_000)
     values = np.sort(np.random.default_rng(8).random(12_000))
     for first in (values, values[::-1]):
         rows = np.zeros((len(values), 8), np.float32)
