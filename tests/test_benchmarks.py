@@ -25,8 +25,12 @@ import compare  # noqa: E402
 import datasets  # noqa: E402
 import probe  # noqa: E402
 import recall_qps  # noqa: E402
+import tp_tree  # noqa: E402
 from datasets import DataError, Dataset  # noqa: E402
 from peers.base import between  # noqa: E402
+
+import index_builders  # noqa: E402
+from vecsvc import indexes  # noqa: E402
 
 N, DIM, Q = 60, 6, 5
 
@@ -660,3 +664,21 @@ def test_probing_is_measured_for_a_hash_and_for_clusters(tmp_path: Path, monkeyp
         assert recalls == sorted(recalls) and recalls[-1] == 1.0 and len(recalls) == 3
     assert curves["clusters, 0 %"][0]["recall"] > 0.6 > curves["hash"][0]["recall"]
     assert curves["clusters, 20 %"][2]["rows"] > 1.1 and curves["hash"][2]["rows"] == 1.0
+
+
+def test_a_walk_without_restarts_misses_what_lies_in_other_parts_of_the_graph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tp_tree, "EF_SEARCH", (16, 1024))
+    task = tp_tree.far_apart(rows=3200, clusters=8, queries=100)
+    figures = tp_tree.restarts(task)
+    assert figures["parts"] == 8 and "a graph of 8 parts" in capsys.readouterr().out
+    for _, *pairs, _ in figures["walks"]:
+        assert all(restarting >= once for restarting, once in zip(pairs[::2], pairs[1::2], strict=True))
+    # A pool of 1024 is not full after the 400 of one part: the walk goes on, where it may.
+    breadth, recall, recall_once, visited, visited_once, hops, hops_once, changed = figures["walks"][-1]
+    assert recall > recall_once and visited > visited_once and hops > hops_once and changed > 0.5
+    # The index that users get is built and searched as before: the copy has kernels of its own.
+    index = index_builders.build(task.base, kind="nng", metric="ip", num_threads=1, seed=tp_tree.SEED)
+    found = index.search(task.queries, common.K, indexes.search_params("nng", ef_search=breadth))
+    assert float(found.hops.mean()) == hops
