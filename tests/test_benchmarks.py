@@ -533,6 +533,24 @@ def test_compare_flags_what_is_beyond_the_noise_of_the_rounds() -> None:
     assert flags(result(steady), result(steady, build_s=12.0, weight=500.0))["bytes/vector"] == "better"
 
 
+def test_compare_shows_times_where_both_runs_have_them_and_less_is_better(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new, without = (result([100.0]) for _ in range(3))
+    old["systems"][0]["at"]["0.95"] |= {"p50_ms": [0.0512], "p99_ms": [0.1, 0.12, 0.11]}
+    new["systems"][0]["at"]["0.95"] |= {"p50_ms": [0.04], "p99_ms": [0.2, 0.2, 0.2]}
+    flags = {change.what: change.flag for change in compare.changes(old, new)}
+    assert flags == {"QPS .95": "", "p50 ms .95": "better", "p99 ms .95": "WORSE", "build s": "", "bytes/vector": ""}
+    assert {change.what for change in compare.changes(old, without)} == {"QPS .95", "build s", "bytes/vector"}
+    old["systems"][0]["at"]["0.95"]["p99_ms"] = [0.15, 0.12, 0.21]  # as far apart as the runs are
+    assert {change.what: change.flag for change in compare.changes(old, new)}["p99 ms .95"] == ""
+    for name, figures in (("a", old), ("b", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(figures))
+    compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "p50 ms .95" in line)
+    assert line.split()[-5:] == ["0.0512", "0.04", "0.78", "±3%", "better"]
+
+
 def test_compare_ends_with_1_where_something_is_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, figures in (("a", result([100.0])), ("b", result([50.0]))):
         (tmp_path / f"{name}.json").write_text(json.dumps(figures))
