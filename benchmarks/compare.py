@@ -1,7 +1,7 @@
 """Sets two results of recall_qps.py side by side: `python benchmarks/compare.py A.json B.json`.
 
-QPS move with the machine's mood, so a change counts where it is larger than what was seen between the rounds of
-either run. "x hnswlib" was taken within the rounds and survives a slow day. Exits 1 where B is worse than A.
+QPS and times move with the machine's mood, so a change counts where it is larger than what was seen between the rounds
+of either run. "x hnswlib" was taken within the rounds and survives a slow day. Exits 1 where B is worse than A.
 """
 
 from __future__ import annotations
@@ -56,16 +56,18 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
         if new is None:
             continue
         for at in old["at"]:
-            for what, name in (
-                ("qps", "QPS"),
-                ("qps_x_hnswlib", "x hnswlib"),
-                ("batch_qps", "batch QPS"),
-                ("batch_qps_x_hnswlib", "batch x hnswlib"),
+            for what, name, more_is_better in (
+                ("qps", "QPS", True),
+                ("qps_x_hnswlib", "x hnswlib", True),
+                ("p50_ms", "p50 ms", False),
+                ("p99_ms", "p99 ms", False),
+                ("batch_qps", "batch QPS", True),
+                ("batch_qps_x_hnswlib", "batch x hnswlib", True),
             ):
                 a, b = old["at"][at].get(what), new["at"].get(at, {}).get(what)
                 if a and b:
                     middle = statistics.median(a), statistics.median(b)
-                    yield Change(old["name"], f"{name} {at[1:]}", *middle, noise(a, b), True)
+                    yield Change(old["name"], f"{name} {at[1:]}", *middle, noise(a, b), more_is_better)
         yield Change(old["name"], "build s", old["build_s"], new["build_s"], ONE_BUILD, False)
         weights = [s["bytes_per_vector"] + s["vectors_bytes_per_vector"] for s in (old, new)]
         if all(weights):
@@ -121,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
+    """Three digits at least, for times in ms are small."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

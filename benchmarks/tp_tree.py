@@ -1,10 +1,13 @@
-"""What the papers claim of trinary-projection trees: better than KD-trees at equal work, and good neighbour lists.
+"""What the papers claim of TP-trees, better than KD-trees and good neighbour lists, and of walks that restart.
 
-A KD-forest is the same code with one axis a node (n_top_dims 1), drawn from as many, so that nothing else differs.
+A KD-forest is the same code with one axis a node (n_top_dims 1), drawn from as many, so that nothing else differs. A
+walk without restarts is the same code with one round, through the same graph: on the data given, and on clusters so
+far apart that the graph falls into parts. Restarts are those of the search; the graph was built with them.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
@@ -13,8 +16,9 @@ from common import K, Task, load_task, parser, save, table
 
 import index_builders
 from index_builders.tp_tree import partition
-from vecsvc import indexes
+from vecsvc import indexes, machine_code
 from vecsvc.exact_search import ExactSearch
+from vecsvc.indexes.nng_layout import ROUNDS, SEEDS
 from vecsvc.types import Vectors
 
 FORESTS = {"TP": 5, "TP, 8 axes": 8, "KD": 1}  # name -> n_top_dims
@@ -28,6 +32,10 @@ LIST_LEAF = 800
 LIST_LENGTHS = (16, 32)
 LIST_ROWS = 1000  # rows whose lists are compared with the true ones
 SAMPLES = 1000
+
+EF_SEARCH = (16, 32, 64, 128, 256, 512, 1024)
+FAR_DIM = 64
+FAR_SPREAD = 0.3  # of a cluster, along each axis; their centres' is 1
 SEED = 7
 
 
@@ -127,11 +135,63 @@ def lists(task: Task) -> dict[str, Any]:
     return {"lists": figures}
 
 
+def far_apart(rows: int = 20_000, clusters: int = 20, between: int = 8, queries: int = 1000) -> Task:
+    """Unit vectors in clusters that no edge joins, and queries that lie between several of them.
+
+    Clusters of more than ef_construction vectors have all their neighbours inside. The nearest of a query are in more
+    clusters than a walk's first pivots are, which is where going on from the next ones may matter.
+    """
+    rng = np.random.default_rng(SEED)
+    centres = rng.standard_normal((clusters, FAR_DIM))
+    base = centres[rng.integers(0, clusters, rows)] + FAR_SPREAD * rng.standard_normal((rows, FAR_DIM))
+    asked = np.stack([centres[rng.permutation(clusters)[:between]].mean(axis=0) for _ in range(queries)])
+    asked += 0.3 * FAR_SPREAD * rng.standard_normal(asked.shape)
+    base, asked = ((a / np.linalg.norm(a, axis=1, keepdims=True)).astype(np.float32) for a in (base, asked))
+    bounds = ExactSearch(base, "ip").search(asked, K).distances[:, -1]
+    return Task(f"{clusters} clusters far apart", base, asked, bounds)
+
+
+def restarts(task: Task) -> dict[str, Any]:
+    """What a walk finds and costs that goes on from the next pivots where it is stuck, and one that ends there."""
+    restarting = index_builders.build(task.base, kind="nng", metric="ip", num_threads=1, seed=SEED)
+    once = copy.copy(restarting)
+    once._search = machine_code.load("walk_once_kernels", "nng_search", 1)  # type: ignore[attr-defined]
+    lines = []
+    for breadth in EF_SEARCH:
+        params = indexes.search_params("nng", ef_search=breadth)
+        found = [index.search(task.queries, K, params) for index in (restarting, once)]
+        figures = [[task.recall(n.labels), float(n.visited.mean()), float(n.hops.mean())] for n in found]
+        changed = float((found[0].hops != found[1].hops).mean())
+        lines.append([breadth, *(value for pair in zip(*figures, strict=True) for value in pair), changed])
+    parts, pivots = graph_parts(restarting.parts.graph), len(restarting.parts.pivots)  # type: ignore[attr-defined]
+    head = ["ef_search", f"recall@{K}", "without", "visited", "without", "hops", "without", "queries restarted"]
+    table(
+        f"{task.name}, a graph of {parts} parts and {pivots} pivots: walks from {SEEDS} pivots that restart up to "
+        f"{ROUNDS - 1} times, and without",
+        head,
+        lines,
+    )
+    return {"parts": parts, "pivots": pivots, "walks": lines}
+
+
+def graph_parts(graph: np.ndarray) -> int:
+    """How many parts of a graph (n, degree), -1 after the last edge, no edge joins."""
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    size, degree = graph.shape
+    edges = graph.reshape(-1) >= 0
+    ends = graph.reshape(-1)[edges], np.repeat(np.arange(size), degree)[edges]
+    return int(connected_components(csr_matrix((np.ones(len(ends[0]), np.int8), ends), (size, size)), False)[0])
+
+
 def main() -> None:
     given = parser(__doc__.splitlines()[0]).parse_args()
     task = load_task(given.data)
     print(f"{task.name}: {task.base.shape[0]:,} x {task.base.shape[1]}, {len(task.queries):,} queries, seed {SEED}")
-    save("tp_tree", {"task": task.name, "seed": SEED, **forests(task), **lists(task)}, libraries=("numba", "llvmlite"))
+    figures = {"task": task.name, "seed": SEED, **forests(task), **lists(task)}
+    figures["restarts"] = {one.name: restarts(one) for one in (task, far_apart())}
+    save("tp_tree", figures, libraries=("numba", "llvmlite", "scipy"))
 
 
 if __name__ == "__main__":

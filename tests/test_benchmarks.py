@@ -25,8 +25,12 @@ import compare  # noqa: E402
 import datasets  # noqa: E402
 import probe  # noqa: E402
 import recall_qps  # noqa: E402
+import tp_tree  # noqa: E402
 from datasets import DataError, Dataset  # noqa: E402
 from peers.base import between  # noqa: E402
+
+import index_builders  # noqa: E402
+from vecsvc import indexes  # noqa: E402
 
 N, DIM, Q = 60, 6, 5
 
@@ -128,6 +132,183 @@ def test_vectordbbench_neighbours_are_named_by_id(
         datasets.load(str(tmp_path), metric="l2", k=4)
 
 
+@pytest.mark.parametrize("name", ["train", "shuffle_train"])
+def test_vectordbbench_pieces_are_one_base_in_the_order_of_their_numbers(
+    tmp_path: Path, base: NDArray[np.float32], queries: NDArray[np.float32], name: str
+) -> None:
+    write_parquet(tmp_path / "test.parquet", queries)
+    names = np.random.default_rng(7).permutation(N) + 1000  # as of shuffled vectors
+    for number, rows in enumerate(np.array_split(np.arange(N), 11)):
+        vectors = pa.array(list(base[rows]), pa.list_(pa.float32()))
+        pq.write_table(pa.table({"id": names[rows], "emb": vectors}), tmp_path / f"{name}-{number:02}-of-11.parquet")
+    near = nearest(base, queries, 4)
+    pq.write_table(
+        pa.table({"id": np.arange(Q), "neighbors_id": pa.array(list(names[near]))}), tmp_path / "neighbors.parquet"
+    )
+    found = datasets.load(str(tmp_path), metric="l2", k=4)
+    assert np.array_equal(found.base, base) and found.recall(near) == 1.0
+    raw = datasets.read(str(tmp_path), "dev", None)
+    assert raw.neighbors is not None and np.array_equal(raw.neighbors, near)
+    for number in (3, 10):
+        (tmp_path / f"{name}-{number:02}-of-11.parquet").unlink()
+    with pytest.raises(DataError, match=f"has 9 of 11 pieces: fetch {name}-03-of-11.parquet, {name}-10-of-11.parquet"):
+        datasets.load(str(tmp_path))
+    write_parquet(tmp_path / f"{name}-00-of-02.parquet", base)
+    with pytest.raises(DataError, match=f"has pieces of {name} out of 2 and 11: keep those of one number"):
+        datasets.load(str(tmp_path))
+
+
+def test_vectordbbench_plain_vectors_come_before_shuffled_ones_and_a_whole_file_before_pieces(
+    tmp_path: Path, base: NDArray[np.float32], queries: NDArray[np.float32]
+) -> None:
+    write_parquet(tmp_path / "test.parquet", queries)
+    stems = ("shuffle_train-00-of-01", "shuffle_train", "train-00-of-01", "train")
+    for rows, stem in enumerate(stems, 10):
+        write_parquet(tmp_path / f"{stem}.parquet", base[:rows])
+        assert len(datasets.load(str(tmp_path)).base) == rows
+
+
+def test_vectordbbench_ids_that_do_not_fit_are_named(
+    tmp_path: Path, base: NDArray[np.float32], queries: NDArray[np.float32]
+) -> None:
+    def neighbours(first_query: int, row: list[int]) -> None:
+        table = {"id": np.arange(Q) + first_query, "neighbors_id": pa.array([row] * Q)}
+        pq.write_table(pa.table(table), tmp_path / "neighbors.parquet")
+
+    write_parquet(tmp_path / "test.parquet", queries)
+    for number, first_id in enumerate((0, 30)):
+        write_parquet(tmp_path / f"train-0{number}-of-02.parquet", base[:30], first_id=first_id)
+    for name in (-1, 60, 2**60):
+        neighbours(0, [3, name])
+        with pytest.raises(DataError, match=f"id {name} is in no other file: fetch the files of one data set"):
+            datasets.load(str(tmp_path))
+    neighbours(1, [3, 4])
+    with pytest.raises(DataError, match="id 0 is not in it: fetch the files of one data set"):
+        datasets.load(str(tmp_path))
+    neighbours(0, [3, 4])
+    write_parquet(tmp_path / "train-01-of-02.parquet", base[30:], first_id=29)
+    with pytest.raises(DataError, match="id 29 stands for two vectors: fetch the pieces again"):
+        datasets.load(str(tmp_path))
+    write_parquet(tmp_path / "train-01-of-02.parquet", make_vectors(30, DIM + 1), first_id=30)
+    with pytest.raises(DataError, match=r"train-01-of-02.*'emb'.*expected one dim for all, 6 as before"):
+        datasets.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_parquet_file_is_read_in_blocks_whatever_its_lists_and_row_groups(
+    tmp_path: Path, base: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch, fixed: bool
+) -> None:
+    monkeypatch.setattr(datasets, "BLOCK", 7)
+    lists = pa.list_(pa.float64(), DIM) if fixed else pa.list_(pa.float64())
+    pq.write_table(pa.table({"vector": pa.array(list(base), lists)}), tmp_path / "a.parquet", row_group_size=25)
+    blocks = [len(block) for block in datasets._blocks(tmp_path / "a.parquet", "vector")]
+    assert sum(blocks) == N and max(blocks) <= 7
+    assert np.array_equal(datasets._parquet_rows(tmp_path / "a.parquet"), base)
+    ragged = pa.table({"vector": [[1.0, 2.0]] * 7 + [[1.0]] * 7})
+    pq.write_table(ragged, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="empty or of several lengths, expected one dim for all, 2 as before"):
+        datasets._parquet_rows(tmp_path / "b.parquet")
+    for rows in ([None] * 8, [[1.0, 2.0], None], [[]]):
+        pq.write_table(pa.table({"vector": pa.array(rows, pa.list_(pa.float32()))}), tmp_path / "c.parquet")
+        with pytest.raises(DataError, match=r"empty or of several lengths, expected one dim for all$"):
+            datasets._parquet_rows(tmp_path / "c.parquet")
+    pq.write_table(ragged.slice(0, 0), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match="holds no vectors: name a file with rows"):
+        datasets._parquet_rows(tmp_path / "c.parquet")
+
+
+# ---------------------------------------------------------------------------------- published neighbours
+
+
+def write_ibin(path: Path, rows: NDArray[np.int64]) -> Path:
+    """big-ann's layout: all ids, then all distances."""
+    path.write_bytes(struct.pack("<2i", *rows.shape) + rows.astype("<i4").tobytes() + bytes(4 * rows.size))
+    return path
+
+
+def write_ivecs(path: Path, rows: NDArray[np.int64]) -> Path:
+    return write_vecs(path, rows.astype("<i4"))
+
+
+PUBLISHED = [
+    ("sift_base.fvecs", "sift_query.fvecs", "sift_groundtruth.ivecs"),
+    ("base.fvecs", "queries.fvecs", "groundtruth.ivecs"),
+    ("base.10K.fbin", "query.public.10K.fbin", "groundtruth.public.10K.ibin"),
+    ("base.10K.fbin", "query.public.10K.fbin", "gt.10K.ibin"),
+]
+
+
+@pytest.mark.parametrize(("rows", "asked", "published"), PUBLISHED)
+def test_published_neighbours_are_used_and_no_others_computed(
+    tmp_path: Path,
+    base: NDArray[np.float32],
+    queries: NDArray[np.float32],
+    monkeypatch: pytest.MonkeyPatch,
+    rows: str,
+    asked: str,
+    published: str,
+) -> None:
+    write, write_near = (write_vecs, write_ivecs) if rows.endswith("vecs") else (write_bin, write_ibin)
+    write(tmp_path / rows, base)
+    write(tmp_path / asked, queries)
+    near = nearest(base, queries, 9)
+    write_near(tmp_path / published, near)
+
+    def computed(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(datasets, "truth", computed)
+    for max_queries in (Q, 2):
+        found = datasets.load(str(tmp_path / rows), queries=tmp_path / asked, metric="l2", k=4, max_queries=max_queries)
+        assert len(found.queries) == max_queries and found.recall(near[:max_queries, :4]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("few queries", "has 9 neighbours of 4 queries, expected 4 or more of 5"),
+        ("few neighbours", "has 3 neighbours of 5 queries, expected 4 or more of 5"),
+        ("another base", "name row 60, the base has 60 rows"),
+        ("another metric", "give the --metric that the file was made with"),
+        ("cut off", "which"),
+        ("a header alone", "which"),
+        ("nothing", "which"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["fvecs", "fbin"])
+def test_published_neighbours_that_do_not_fit_are_named_and_the_true_ones_computed(
+    tmp_path: Path,
+    base: NDArray[np.float32],
+    queries: NDArray[np.float32],
+    capsys: pytest.CaptureFixture[str],
+    suffix: str,
+    damage: str,
+    said: str,
+) -> None:
+    write, write_near = (write_vecs, write_ivecs) if suffix == "fvecs" else (write_bin, write_ibin)
+    write(tmp_path / f"base.{suffix}", base)
+    write(tmp_path / f"query.{suffix}", queries)
+    near = nearest(base, queries, 9)
+    file = tmp_path / ("groundtruth.ivecs" if suffix == "fvecs" else "groundtruth.ibin")
+    if damage == "few queries":
+        write_near(file, near[:-1])
+    elif damage == "few neighbours":
+        write_near(file, near[:, :3])
+    elif damage == "another base":
+        write_near(file, np.where(near == near[-1, -1], N, near))
+    elif damage == "another metric":
+        write_near(file, np.argsort(queries @ base.T, axis=1)[:, :9])
+    else:
+        whole = write_near(file, near).read_bytes()
+        file.write_bytes(whole[: {"cut off": len(whole) - 5, "a header alone": 8, "nothing": 0}[damage]])
+    found = datasets.load(str(tmp_path), metric="l2", k=4)
+    assert found.recall(near[:, :4]) == 1.0 and found.recall(near[:, 4:8]) == 0.0
+    printed = capsys.readouterr().out
+    assert said in printed and file.name in printed and printed.endswith("not used, the true neighbours are computed\n")
+    assert datasets.load(str(tmp_path), metric="l2", k=4, limit=30).bounds.shape == (Q,)
+    assert capsys.readouterr().out == ""
+
+
 def test_hdf5_says_its_metric(tmp_path: Path, base: NDArray[np.float32], queries: NDArray[np.float32]) -> None:
     h5py = pytest.importorskip("h5py")
     path = tmp_path / "made-euclidean.hdf5"
@@ -208,6 +389,39 @@ def test_truth_is_kept_by_content_metric_and_k(tmp_path: Path, base: NDArray[np.
         np.savez(file, bounds=np.zeros(3))
     again = datasets.load(str(corpus), queries=corpus, metric="l2", cache=cache)
     assert np.array_equal(again.bounds, first.bounds)
+
+
+def test_a_damaged_kept_truth_is_as_good_as_none(tmp_path: Path) -> None:
+    bounds, file = np.arange(4, dtype=np.float32), tmp_path / "cache" / "truth.npz"
+    datasets._keep(file, bounds)
+    assert [path.name for path in file.parent.iterdir()] == ["truth.npz"]
+    assert np.array_equal(datasets._kept(file, 4), bounds)
+    assert datasets._kept(file, 5) is None and datasets._kept(tmp_path / "none.npz", 4) is None
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        kept = datasets._kept(file, 4)
+        assert kept is None or np.array_equal(kept, bounds)
+        file.write_bytes(whole[:at])
+        assert datasets._kept(file, 4) is None
+    np.save(tmp_path / "array.npy", bounds)
+    file.write_bytes((tmp_path / "array.npy").read_bytes())
+    assert datasets._kept(file, 4) is None
+    np.savez(file, other=bounds)
+    assert datasets._kept(file, 4) is None
+
+
+def test_a_truth_that_cannot_be_kept_is_told_and_leaves_nothing_behind(
+    tmp_path: Path, base: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:10])
+        raise datasets.StorageError("no space left")
+
+    monkeypatch.setattr(datasets, "write_file", full)
+    bounds = datasets.truth("", base, base, "l2", 3, None, tmp_path / "cache")
+    assert bounds.shape == (N,) and not list((tmp_path / "cache").iterdir())
+    assert "not kept for the next run: no space left" in capsys.readouterr().out
 
 
 def test_the_mixture_is_the_same_in_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,6 +531,24 @@ def test_compare_flags_what_is_beyond_the_noise_of_the_rounds() -> None:
         "QPS .95": "", "build s": "WORSE", "bytes/vector": "WORSE"
     }  # fmt: skip
     assert flags(result(steady), result(steady, build_s=12.0, weight=500.0))["bytes/vector"] == "better"
+
+
+def test_compare_shows_times_where_both_runs_have_them_and_less_is_better(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new, without = (result([100.0]) for _ in range(3))
+    old["systems"][0]["at"]["0.95"] |= {"p50_ms": [0.0512], "p99_ms": [0.1, 0.12, 0.11]}
+    new["systems"][0]["at"]["0.95"] |= {"p50_ms": [0.04], "p99_ms": [0.2, 0.2, 0.2]}
+    flags = {change.what: change.flag for change in compare.changes(old, new)}
+    assert flags == {"QPS .95": "", "p50 ms .95": "better", "p99 ms .95": "WORSE", "build s": "", "bytes/vector": ""}
+    assert {change.what for change in compare.changes(old, without)} == {"QPS .95", "build s", "bytes/vector"}
+    old["systems"][0]["at"]["0.95"]["p99_ms"] = [0.15, 0.12, 0.21]  # as far apart as the runs are
+    assert {change.what: change.flag for change in compare.changes(old, new)}["p99 ms .95"] == ""
+    for name, figures in (("a", old), ("b", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(figures))
+    compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "p50 ms .95" in line)
+    assert line.split()[-5:] == ["0.0512", "0.04", "0.78", "±3%", "better"]
 
 
 def test_compare_ends_with_1_where_something_is_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -450,3 +682,21 @@ def test_probing_is_measured_for_a_hash_and_for_clusters(tmp_path: Path, monkeyp
         assert recalls == sorted(recalls) and recalls[-1] == 1.0 and len(recalls) == 3
     assert curves["clusters, 0 %"][0]["recall"] > 0.6 > curves["hash"][0]["recall"]
     assert curves["clusters, 20 %"][2]["rows"] > 1.1 and curves["hash"][2]["rows"] == 1.0
+
+
+def test_a_walk_without_restarts_misses_what_lies_in_other_parts_of_the_graph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tp_tree, "EF_SEARCH", (16, 1024))
+    task = tp_tree.far_apart(rows=3200, clusters=8, queries=100)
+    figures = tp_tree.restarts(task)
+    assert figures["parts"] == 8 and "a graph of 8 parts" in capsys.readouterr().out
+    for _, *pairs, _ in figures["walks"]:
+        assert all(restarting >= once for restarting, once in zip(pairs[::2], pairs[1::2], strict=True))
+    # A pool of 1024 is not full after the 400 of one part: the walk goes on, where it may.
+    breadth, recall, recall_once, visited, visited_once, hops, hops_once, changed = figures["walks"][-1]
+    assert recall > recall_once and visited > visited_once and hops > hops_once and changed > 0.5
+    # The index that users get is built and searched as before: the copy has kernels of its own.
+    index = index_builders.build(task.base, kind="nng", metric="ip", num_threads=1, seed=tp_tree.SEED)
+    found = index.search(task.queries, common.K, indexes.search_params("nng", ef_search=breadth))
+    assert float(found.hops.mean()) == hops
