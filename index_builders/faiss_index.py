@@ -35,6 +35,7 @@ ROWS_A_CELL: Final = 256  # faiss' k-means looks at no more
 MIN_ROWS_A_CELL: Final = 39  # with fewer, faiss warns that cells are ill placed
 PQ_ROUNDS: Final = 10
 PQ_ROWS_A_CENTRE: Final = 64
+SUPER_KMEANS_DIM: Final = 64  # it looks at some dimensions first, and refuses vectors of fewer than 32
 COARSE_GRAPH_CELLS: Final = 4096  # from here on, a graph finds the nearest cells faster than comparing all
 
 
@@ -202,6 +203,11 @@ def _tuned(index: Any, params: BuildParams, what: str) -> BuildParams:
         params = dataclasses.replace(params, ef_construction=breadth)
     elif params.ef_construction is not None:
         raise InvalidParameter(f"{what}: ef_construction is for HNSW factories; leave it out")
+    cells = faiss.try_extract_index_ivf(index)
+    if cells is not None and params.device == "cpu" and cells.d >= SUPER_KMEANS_DIM:
+        # Finds the same cells with fewer products, those of the nearest centres first: 10 s instead of 19 for 4,096
+        # cells of 79,890 x 384, 4 instead of 5 for 1,024, with the same recall.
+        cells.cp.use_super_kmeans = True
     if params.k_factor is not None and "k_factor" not in knobs(index):
         raise InvalidParameter(f"{what}: k_factor is for codes, and this keeps whole vectors; leave it out")
     if params.preset is not None:

@@ -230,6 +230,18 @@ def test_a_graph_is_built_broader_than_faiss_would(factory: str, monkeypatch: py
     assert breadths == [200, 30]
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("dim", "used"), [(63, False), (64, True)])
+def test_cells_are_trained_with_fewer_products_where_there_are_dimensions_enough(
+    metric: Metric, dim: int, used: bool
+) -> None:
+    index = build("IVF16,Flat", metric, WIDE[:, :dim].copy())
+    assert bool(faiss.try_extract_index_ivf(index._index).cp.use_super_kmeans) == used
+    found = index.search(np.ascontiguousarray(WIDE_QUERIES[:, :dim]), 5, settings(nprobe=16))
+    exact = ExactSearch(WIDE[:, :dim].copy(), metric).search(np.ascontiguousarray(WIDE_QUERIES[:, :dim]), 5)
+    np.testing.assert_array_equal(found.labels, exact.labels)
+
+
 def test_a_graph_that_only_finds_cells_is_left_as_faiss_builds_it() -> None:
     assert "ef_construction" not in build(factory="IVF4_HNSW8,Flat").spec.params
 
