@@ -35,7 +35,7 @@ ROWS_A_CELL: Final = 256  # faiss' k-means looks at no more
 MIN_ROWS_A_CELL: Final = 39  # with fewer, faiss warns that cells are ill placed
 PQ_ROUNDS: Final = 10
 PQ_ROWS_A_CENTRE: Final = 64
-SUPER_KMEANS_DIM: Final = 64  # it looks at some dimensions first, and refuses vectors of fewer than 32
+SUPER_KMEANS_DIM: Final = 64  # it looks at some dimensions first: it refuses fewer than 32, and gains with many
 COARSE_GRAPH_CELLS: Final = 4096  # from here on, a graph finds the nearest cells faster than comparing all
 
 

@@ -393,6 +393,37 @@ def test_values_that_are_not_spread_evenly_cost_a_filter_no_recall(shape: str, s
     assert scanned(shape, metric, "vectors", sign, 0.25, far=False) >= 0.98
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_filter_that_leaves_only_vectors_unlike_all_others_keeps_its_recall(metric: Metric) -> None:
+    rng = np.random.default_rng(11)
+    dense_rows = rng.random(20_000) < 0.12
+    active = np.where(dense_rows[:, None], 0.9, 0.06)
+    vectors = (rng.random((20_000, 64)) * (rng.random((20_000, 64)) < active)).astype(np.float32)
+    vectors[:, 0] += 1e-3  # none is all zeros
+    index = build(vectors, metric, ef_construction=16, n_trees=2)
+    reached = []
+    for row in np.flatnonzero(dense_rows)[:10]:
+        query = vectors[row] + 0.01
+        found = search(index, query[None], allowed=dense_rows)
+        assert WAYS[found.ways[0]] == "scan"
+        reached.append(recall(found, exact_distances(query, vectors, metric)[None], dense_rows))
+    assert np.mean(reached) >= 0.98
+
+
+def test_vectors_beyond_the_ends_of_the_codes_are_found_behind_a_filter() -> None:
+    rng = np.random.default_rng(12)
+    vectors = rng.standard_normal((15_000, 48)).astype(np.float32)
+    query = rng.standard_normal(48).astype(np.float32)
+    far = rng.choice(15_000, 18, replace=False)
+    vectors[far] = 8 * query + rng.standard_normal((18, 48))
+    index = build(vectors, "ip", ef_construction=16, n_trees=2)
+    mask = rng.random(15_000) < 0.2
+    mask[far] = True
+    found = search(index, query[None], allowed=mask)
+    assert WAYS[found.ways[0]] == "scan"
+    assert recall(found, exact_distances(query, vectors, "ip")[None], mask) >= 0.9
+
+
 def test_more_time_never_makes_a_filtered_answer_worse() -> None:
     """The mask leaves the few nearest, which the walk finds, and much that is far: what is left to compare is cut."""
     vectors = np.random.default_rng(3).standard_normal((12_000, 32)).astype(np.float32)

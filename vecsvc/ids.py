@@ -112,7 +112,7 @@ class IdColumn:
             found = np.empty(n, np.int64)
             take(id(labels), n, id(self._addresses), id(found))
             return pa.array(found)
-        offsets, data = np.empty(n + 1, np.int32), np.empty(_USUAL * n, np.uint8)
+        offsets, data = np.empty(n + 1, np.int32), np.empty(min(_USUAL * n, _MOST), np.uint8)
         while True:
             length = take(id(labels), n, id(self._addresses), id(offsets), id(data), len(data))
             if length <= len(data):
@@ -159,7 +159,7 @@ def _is_sound(column: pa.Array) -> bool:
         return data is not None and data.size >= 8 * n
     if values is None or values.size < 4 * (n + 1):
         return False
-    starts = np.frombuffer(values, np.int32)[: n + 1]
+    starts = np.frombuffer(values, np.int32, n + 1)
     inside = starts[0] >= 0 and starts[-1] <= (0 if data is None else data.size)
     return bool(inside and (starts[1:] >= starts[:-1]).all())
 

@@ -200,7 +200,7 @@ class NngIndex:
             enough = min(count, max(k, ef // 2))
             wide = min(-(-ef * size // count), size)
             ef = -1 if count <= COMPARE_UP_TO else 0 if count <= SCAN_A_PLACE * wide else wide
-            pool = count if ef < 0 else max(ef, k)
+            pool = count if ef < 0 else max(ef, 9 * depth)  # two heaps: see nearest_allowed
         queries = np.ascontiguousarray(queries)
         answer = Neighbors(
             np.empty((n, k), _I64), np.empty((n, k), _F32), np.empty(n, _I64), np.empty(n, _BOOL), np.empty(n, _I64),

@@ -2,6 +2,7 @@
 
 A pool is an array of int64, sorted: the upper 32 bits are a distance in units of the codes, then the place, then one
 bit that says whether its neighbours were looked at. One comparison orders two entries, and a move is one copy.
+`nearest_allowed` and `gather` keep other things in its memory.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ FAR = 1 << 40  # farther than any key
 # which it is counted, is itself the luckiest of many, by two of them where vectors lie densely.
 SURE_UPPER = 3.0
 SURE_BOTH = 5.0
-MEASURED = 128  # pivots that say how far halves of codes may mislead
+MEASURED = 128  # allowed places that say how far halves of codes may mislead
 
 
 # --------------------------------------------------------------------------------------------- the query
@@ -558,25 +559,48 @@ def answer(index, work, size, k, depth, labels, distances):
 
 
 @inlined
-def lower_halves(index, work):
+def ones(word):
+    """How many of the eight bytes of a word are 1, the others being 0."""
+    return np.int64((np.uint64(word) * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
+@inlined
+def lower_halves(index, work, allowed, left):
     """(mean, standard deviation) of what the upper halves of codes leave out of a product, in its units.
 
-    Measured by the pivots, which lie all over the vectors: lower halves of values that are mostly 0, as those of
-    counts or of what a rectifier lets through, are nothing like uniform.
+    Measured by some of what is allowed, evenly spread over it: lower halves of values that are mostly 0, as those of
+    counts or of what a rectifier lets through, are nothing like uniform, and a filter may leave only such vectors.
     """
-    chunks, low, pivots = get_i64(index, CHUNKS), get_i64(index, LOW), get_i64(index, PIVOTS)
-    code, count = get_i64(work, QUERY_CODE), min(get_i64(index, N_PIVOTS), MEASURED)
-    row = chunks << 6
+    chunks, low, total = get_i64(index, CHUNKS), get_i64(index, LOW), get_i64(index, SIZE)
+    places, code, fresh = get_i64(index, PLACES), get_i64(work, QUERY_CODE), get_i64(work, FRESH)
+    row, stride = chunks << 6, max(1, left // MEASURED)
+    count, met, label = 0, 0, 0
+    wanted = stride >> 1
+    while label < total and count < MEASURED:
+        if label + 8 <= total:
+            more = ones(get_i64(allowed + label, 0))
+            if met + more <= wanted:
+                met += more
+                label += 8
+                continue
+        for _ in range(min(8, total - label)):
+            if get_u8(allowed, label):
+                if met == wanted and count < MEASURED:
+                    place = get_i32(places, label)
+                    put_i32(fresh, count, place)
+                    count += 1
+                    wanted += stride
+                    for line in range(chunks):
+                        prefetch(low + place * row + (line << 6))
+                met += 1
+            label += 1
+    sum_, squares = 0.0, 0.0
     for i in range(count):
-        for line in range(chunks):
-            prefetch(low + get_i32(pivots, i) * row + (line << 6))
-    total, squares = 0.0, 0.0
-    for i in range(count):
-        left_out = float(nibble_dot(low + get_i32(pivots, i) * row, code, chunks))
-        total += left_out
+        left_out = float(nibble_dot(low + get_i32(fresh, i) * row, code, chunks))
+        sum_ += left_out
         squares += left_out * left_out
-    mean = total / count
-    return mean, root(max(0.0, squares / count - mean * mean))
+    mean = sum_ / max(1, count)
+    return mean, root(max(0.0, squares / max(1, count) - mean * mean))
 
 
 @inlined
@@ -620,13 +644,15 @@ def keep_least(heap, size, k, entry):
 
 
 @inlined
-def nearest_allowed(index, work, k, factor, allowed, max_visited, labels, distances):
+def nearest_allowed(index, work, k, depth, factor, allowed, left, max_visited, labels, distances):
     """Answer with the k nearest of all allowed labels; (vectors compared, whether max_visited cut it).
 
-    Each is compared by the upper halves of its codes; by both, if it may then still be one of the k; and exactly, if
-    even so it may be. "May be" is within some standard deviations, of what codes leave open, of the k-th best by both
-    halves that was met. So a few hundred vectors are read where the nearest lie well apart, and thousands where they
-    lie densely, as they do at the edge of a mask that leaves only what is far from the query.
+    Each is compared by the upper halves of its codes; by both, if it may then still be one of the nearest; and exactly,
+    if even so it may be. "May be" is one of the best 8 * DEPTH or DEPTH that were met, or within some deviations
+    of what codes leave open. So a few hundred vectors are read where the nearest lie well apart, and thousands where
+    they lie densely, as they do at the edge of a mask that leaves only what is far from the query; and what codes
+    misrepresent, because it lies beyond their ends, is found where it stands out.
+    POOL holds two heaps of bare distances, by both halves and by the upper ones.
     The mask is read eight labels at a time, so that a filter that leaves few costs little more than those few.
     """
     chunks, total = get_i64(index, CHUNKS), get_i64(index, SIZE)
@@ -634,10 +660,11 @@ def nearest_allowed(index, work, k, factor, allowed, max_visited, labels, distan
     places, code = get_i64(index, PLACES), get_i64(work, QUERY_CODE)
     pool, fresh = get_i64(work, POOL), get_i64(work, FRESH)
     row = chunks << 6
-    mean, deviation = lower_halves(index, work)
+    mean, deviation = lower_halves(index, work, allowed, left)
     left_out, by_upper, by_both = int(mean), int(SURE_UPPER * deviation), int(SURE_BOTH * rounding(index, work))
     constant = constant_part(index, work)
-    ranked, found, visited, label, worst = 0, 0, 0, 0, FAR
+    coarse, breadth = pool + (depth << 3), 8 * depth
+    broad, ranked, found, visited, label, worst = 0, 0, 0, 0, 0, FAR
     while label < total and visited < max_visited:
         count = 0
         while label < total and count < 64:
@@ -656,7 +683,9 @@ def nearest_allowed(index, work, k, factor, allowed, max_visited, labels, distan
         near, limit = 0, worst + by_both + by_upper
         for i in range(count):
             place = get_i32(fresh, i)
-            if whole(high, place, row, chunks, code, bias, factor) - left_out <= limit:
+            key = whole(high, place, row, chunks, code, bias, factor)
+            broad = keep_least(coarse, broad, breadth, key)
+            if key - left_out <= limit or broad < breadth or key <= get_i64(coarse, 0):
                 put_i32(fresh, near, place)
                 near += 1
                 for line in range(chunks):
@@ -669,13 +698,13 @@ def nearest_allowed(index, work, k, factor, allowed, max_visited, labels, distan
                 put_i32(fresh, nearer, place)
                 nearer += 1
                 fetch_vector(index, place)
-                ranked = keep_least(pool, ranked, k, key)
-                if ranked == k:
+                ranked = keep_least(pool, ranked, depth, key)
+                if ranked == depth:
                     worst = get_i64(pool, 0)
         for i in range(nearer):
             found = settle(index, work, get_i32(fresh, i), constant, k, found, labels, distances)
     put_in_order(found, k, labels, distances)
-    return visited, label < total
+    return visited, visited < left
 
 
 def nng_search(call):
@@ -696,7 +725,7 @@ def nng_search(call):
     hops = data_of(get_i64(call, HOPS))
     if allowed != 0:
         allowed = data_of(allowed)
-    ways = get_i64(call, WAYS)
+    left, ways = get_i64(call, LEFT), get_i64(call, WAYS)
     if ways != 0:
         ways = data_of(ways)
     for i in range(get_i64(call, FIRST), end):
@@ -721,12 +750,13 @@ def nng_search(call):
             size, met, cut, steps = walk(index, work, ef, factor, pivots, max_visited)
             if allowed != 0:
                 size = keep_allowed(index, work, size, allowed)
-        if allowed != 0 and size < enough and cut == 0 and size > 0 and max_visited - met < get_i64(call, LEFT):
+        if allowed != 0 and size < enough and cut == 0 and size > 0 and max_visited - met < left:
             cut = 1  # what is left of the bound is not enough to compare all: what the walk found is better than a part
         if allowed != 0 and size < enough and cut == 0:
             more, cut = nearest_allowed(
-                index, work, k, factor, allowed, max_visited - met, labels + i * k * 8, distances + i * k * 4
-            )
+                index, work, k, depth, factor, allowed, left, max_visited - met, labels + i * k * 8,
+                distances + i * k * 4,
+            )  # fmt: skip
             met += more
             put_u8(ways, i, SCAN)
         else:
