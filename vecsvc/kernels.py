@@ -357,3 +357,34 @@ def get_f16(typing: Any, address: Any, index: Any) -> Any:
         return _load_f32(builder, builder.add(address, builder.shl(index, ir.Constant(I64, 1))), F16, 1)
 
     return types.float32(types.int64, types.int64), generate
+
+
+# ----------------------------------------------------------------------------------------------- heaps
+
+
+@inlined
+def push(heap, size, entry):  # type: ignore[no-untyped-def]
+    """Put an int64 into a binary heap of `size` of them, the least first."""
+    at = size
+    while at > 0:
+        parent = (at - 1) >> 1
+        above = get_i64(heap, parent)
+        if above <= entry:
+            break
+        put_i64(heap, at, above)
+        at = parent
+    put_i64(heap, at, entry)
+
+
+@inlined
+def replace_least(heap, size, entry):  # type: ignore[no-untyped-def]
+    """Put an int64 into a heap of `size` of them, in the place of the least."""
+    at, child = 0, 1
+    while child < size:
+        if child + 1 < size and get_i64(heap, child + 1) < get_i64(heap, child):
+            child += 1
+        if get_i64(heap, child) >= entry:
+            break
+        put_i64(heap, at, get_i64(heap, child))
+        at, child = child, 2 * child + 1
+    put_i64(heap, at, entry)

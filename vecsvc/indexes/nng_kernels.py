@@ -81,11 +81,13 @@ from vecsvc.kernels import (
     inlined_sum,
     nibble_dot,
     prefetch,
+    push,
     put_f32,
     put_i8,
     put_i32,
     put_i64,
     put_u8,
+    replace_least,
     root,
     squares_f16,
     squares_f32,
@@ -619,27 +621,13 @@ def rounding(index, work):
 
 
 @inlined
-def keep_least(heap, size, k, entry):
-    """Put an entry into a heap of the k least, of which the first is the greatest; how many those are now."""
+def keep_least(heap, size, k, key):
+    """Keep the k least keys, turned round so that the greatest is the first of a heap; how many those are now."""
     if size < k:
-        at = size
-        while at > 0:
-            above = (at - 1) >> 1
-            if get_i64(heap, above) >= entry:
-                break
-            put_i64(heap, at, get_i64(heap, above))
-            at = above
-        put_i64(heap, at, entry)
+        push(heap, size, -key)
         return size + 1
-    if entry < get_i64(heap, 0):
-        at, child = 0, 1
-        while child < k:
-            child += child + 1 < k and get_i64(heap, child + 1) > get_i64(heap, child)
-            if get_i64(heap, child) <= entry:
-                break
-            put_i64(heap, at, get_i64(heap, child))
-            at, child = child, 2 * child + 1
-        put_i64(heap, at, entry)
+    if key < -get_i64(heap, 0):
+        replace_least(heap, k, -key)
     return k
 
 
@@ -685,7 +673,7 @@ def nearest_allowed(index, work, k, depth, factor, allowed, left, max_visited, l
             place = get_i32(fresh, i)
             key = whole(high, place, row, chunks, code, bias, factor)
             broad = keep_least(coarse, broad, breadth, key)
-            if key - left_out <= limit or broad < breadth or key <= get_i64(coarse, 0):
+            if key - left_out <= limit or broad < breadth or key <= -get_i64(coarse, 0):
                 put_i32(fresh, near, place)
                 near += 1
                 for line in range(chunks):
@@ -700,7 +688,7 @@ def nearest_allowed(index, work, k, depth, factor, allowed, left, max_visited, l
                 fetch_vector(index, place)
                 ranked = keep_least(pool, ranked, depth, key)
                 if ranked == depth:
-                    worst = get_i64(pool, 0)
+                    worst = -get_i64(pool, 0)
         for i in range(nearer):
             found = settle(index, work, get_i32(fresh, i), constant, k, found, labels, distances)
     put_in_order(found, k, labels, distances)

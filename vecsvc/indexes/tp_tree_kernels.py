@@ -45,10 +45,12 @@ from vecsvc.kernels import (
     get_u8,
     inlined,
     prefetch,
+    push,
     put_f32,
     put_i32,
     put_i64,
     put_u8,
+    replace_least,
     squares_f16,
     squares_f32,
 )
@@ -110,32 +112,10 @@ def entry_of(work, value, name):
 
 
 @inlined
-def push(queue, size, entry):
-    """Put an entry into a binary heap of `size` entries, the least first."""
-    at = size
-    while at > 0:
-        parent = (at - 1) >> 1
-        above = get_i64(queue, parent)
-        if above <= entry:
-            break
-        put_i64(queue, at, above)
-        at = parent
-    put_i64(queue, at, entry)
-
-
-@inlined
 def pop(queue, size):
     """The least of `size` entries; the others are a heap again."""
-    least, last = get_i64(queue, 0), get_i64(queue, size - 1)
-    at, child = 0, 1
-    while child < size - 1:
-        if child + 1 < size - 1 and get_i64(queue, child + 1) < get_i64(queue, child):
-            child += 1
-        if get_i64(queue, child) >= last:
-            break
-        put_i64(queue, at, get_i64(queue, child))
-        at, child = child, 2 * child + 1
-    put_i64(queue, at, last)
+    least = get_i64(queue, 0)
+    replace_least(queue, size - 1, get_i64(queue, size - 1))
     return least
 
 
