@@ -34,6 +34,7 @@ from nodes import Cluster, Place, cluster
 
 from vecsvc import remote
 from vecsvc.storage import IndexFolder
+from vecsvc.types import SearchSettings
 
 NAME = "rows"
 ROUNDS = 5
@@ -358,13 +359,11 @@ class ShardClient(asyncio.Protocol):
 
     async def ask(self, shard: int, digest: str, query: np.ndarray) -> float:
         """Seconds of one shard call."""
-        values = dict.fromkeys(remote.Ask.__struct_fields__)
-        values |= {"index": NAME, "digest": digest, "dim": len(query), "vectors": query.astype("<f4").tobytes()}
-        values |= {"k": K, "conditions": b"", "params": [], "exact": False, "include": []}
-        values |= {"of": 1, "partial": False}
+        ask = remote.Ask.made(NAME, digest, len(query), SearchSettings(k=K), k=K, of=1)
+        asked = remote.Common.of(remote.encode_ask(ask), query)
         self.answer = asyncio.get_running_loop().create_future()
         began = time.perf_counter()
-        self.transport.write(remote.search_frame(1, 10_000.0, (shard,), remote.encode_ask(remote.Ask(**values))))
+        self.transport.write(remote.search_frame(1, 10_000.0, (shard,), asked))
         kind, payload = await self.answer
         seconds = time.perf_counter() - began
         if kind is not remote.Kind.PART:

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from vecsvc import errors, remote
 from vecsvc.errors import InternalError, ProtocolError, VecsvcError
-from vecsvc.remote import Ask, Frames, Kind
+from vecsvc.remote import Ask, Common, Frames, Kind
 from vecsvc.types import Condition
 
 CONDITIONS = remote.write_conditions((Condition("year", "$gt", 2**70), Condition("a", "$in", ["é", None, 0.5])))
-ASK = Ask("it", "v1", 2, np.arange(6, dtype="<f4").tobytes(), 3, CONDITIONS, [("ef", 7)], False, 9, 5, 3, False, [])
+VECTORS = np.arange(6, dtype="<f4").reshape(3, 2)
+ASK = Ask("it", "v1", 2, 3, CONDITIONS, [("ef", 7)], False, 9, 5, 3, False, [])
 
 
 def cutter(max_bytes: int = 1 << 20) -> Frames:
@@ -106,23 +107,40 @@ def test_every_kind_that_one_side_sends_is_refused_by_that_side() -> None:
 
 
 def test_a_question_says_the_same_at_the_other_end() -> None:
-    frame = remote.search_frame(5, 250.0, (0, 3, 4095), remote.encode_ask(ASK))
+    frame = remote.search_frame(5, 250.0, (0, 3, 4095), Common.of(remote.encode_ask(ASK), VECTORS))
     [(kind, request, payload)] = Frames(remote.OF_FRONT_DOORS, 1000).feed(frame)
     assert (kind, request) == (Kind.SEARCH, 5)
-    timeout_ms, shards, ask = remote.decode_search(payload)
-    assert (timeout_ms, shards, ask) == (250.0, (0, 3, 4095), ASK)
-    assert ask.rows().tolist() == [[0, 1], [2, 3], [4, 5]]
+    timeout_ms, shards, ask, plain, vectors = remote.decode_search(payload)
+    assert (timeout_ms, shards, ask, plain) == (250.0, (0, 3, 4095), ASK, None)
+    assert vectors.tolist() == [[0, 1], [2, 3], [4, 5]]
     found = ask.settings(timeout_ms)
     assert (found.k, found.params, found.max_visited, found.timeout_ms) == (3, (("ef", 7),), 9, 250.0)
     assert found.conditions == (Condition("year", "$gt", 2**70), Condition("a", "$in", ["é", None, 0.5]))
+
+
+def test_what_stands_around_vectors_is_read_once_and_the_same() -> None:
+    """Asks of any length, and vectors that begin where NumPy likes them to."""
+    for length in (*range(1, 12), remote.MAX_KNOWN_BYTES, 5000):
+        ask = msgspec.structs.replace(ASK, index="i" * length, conditions=b"")
+        for number in range(3):
+            payload = asked(9.0, 1, remote.encode_ask(ask), VECTORS + number)
+            found = remote.decode_search(payload)
+            assert found.ask == ask and found.plain == ask.settings(0.0) and found.shards == (0,)
+            assert found.vectors.flags.aligned and (found.vectors == VECTORS + number).all()
+    assert remote._known_ask.cache_info().hits > 0
 
 
 def changed(**fields: Any) -> bytes:
     return remote.encode_ask(msgspec.structs.replace(ASK, **fields))
 
 
-def asked(timeout_ms: float, n: int, ask: bytes) -> bytes:
-    return struct.pack("<dH", timeout_ms, n) + bytes(2 * n) + ask
+def asked(timeout_ms: float, n: int, ask: bytes, vectors: np.ndarray = VECTORS) -> bytes:
+    return ask + vectors.tobytes() + bytes(2 * n) + struct.pack("<dH", timeout_ms, n)
+
+
+def framed(encoded: bytes) -> bytes:
+    """An Ask that is none."""
+    return struct.pack("<I", len(encoded)) + encoded + bytes(-len(encoded) % 4)
 
 
 @pytest.mark.parametrize(
@@ -138,13 +156,19 @@ def asked(timeout_ms: float, n: int, ask: bytes) -> bytes:
         asked(100.0, 5000, changed()),
         asked(100.0, 3, b""),
         asked(100.0, 1, b"\xc1"),
+        asked(100.0, 1, framed(b"\xc1")),
+        asked(100.0, 1, framed(b"")),
         asked(100.0, 1, changed() + b"x"),
+        asked(100.0, 1, struct.pack("<I", 0xFFFFFFFF) + changed()),
+        asked(100.0, 1, struct.pack("<I", len(changed())) + changed()[4:]),
         asked(100.0, 1, changed(dim=0)),
         asked(100.0, 1, changed(dim=-1)),
         asked(100.0, 1, changed(dim=2**40)),
         asked(100.0, 1, changed(dim=5)),
-        asked(100.0, 1, changed(vectors=b"")),
-        asked(100.0, 1, changed(vectors=bytes(7))),
+        asked(100.0, 1, changed(), np.zeros(0, "<f4")),
+        asked(100.0, 1, changed(), np.zeros(7, np.uint8)),
+        changed(),
+        changed()[:12],
         asked(100.0, 1, changed(k=0)),
         asked(100.0, 1, changed(k=-3)),
         asked(100.0, 1, changed(k=2**60)),
@@ -154,10 +178,10 @@ def asked(timeout_ms: float, n: int, ask: bytes) -> bytes:
         asked(100.0, 1, changed(params=[("ef", 7.5)])),
         asked(100.0, 1, changed(conditions=[("year", "$gt")])),
         asked(100.0, 1, changed(include=["everything"])),
-        asked(100.0, 1, msgspec.msgpack.encode([1, 2, 3])),
-        asked(100.0, 1, b"\x91" * 5000 + b"\xc0"),
+        asked(100.0, 1, framed(msgspec.msgpack.encode([1, 2, 3]))),
+        asked(100.0, 1, framed(b"\x91" * 5000 + b"\xc0")),
     ],
-    ids=range(28),
+    ids=range(34),
 )
 def test_a_question_that_makes_no_sense_is_refused(payload: bytes) -> None:
     with pytest.raises(ProtocolError):
@@ -193,11 +217,11 @@ def test_damaged_questions_are_refused_or_whole() -> None:
         for _ in range(chance.randint(1, 4)):
             data[chance.randrange(len(data))] = chance.randrange(256)
         try:
-            timeout_ms, shards, ask = remote.decode_search(bytes(data))
+            timeout_ms, shards, ask, _, vectors = remote.decode_search(bytes(data))
         except ProtocolError:
             continue
         assert 0 < timeout_ms < 1e9 and 1 <= len(shards) <= remote.MAX_SHARDS
-        assert ask.rows().shape[1] == ask.dim and 1 <= ask.k <= remote.MAX_K
+        assert vectors.shape[1] == ask.dim and 1 <= ask.k <= remote.MAX_K
 
 
 def every_error(cls: type[VecsvcError] = VecsvcError) -> list[type[VecsvcError]]:

@@ -97,7 +97,6 @@ def ask(**changed: Any) -> Ask:
         "index": "sharded",
         "digest": digest(),
         "dim": 8,
-        "vectors": CORPUS.vectors[:1].astype("<f4").tobytes(),
         "k": 3,
         "conditions": b"",
         "params": [],
@@ -112,9 +111,20 @@ def ask(**changed: Any) -> Ask:
 
 
 def question(
-    request: int = 1, shards: tuple[int, ...] = (0, 1, 2), timeout_ms: float = 20_000, **changed: Any
+    request: int = 1,
+    shards: tuple[int, ...] = (0, 1, 2),
+    timeout_ms: float = 20_000,
+    vectors: np.ndarray = CORPUS.vectors[:1],
+    **changed: Any,
 ) -> bytes:
-    return remote.search_frame(request, timeout_ms, shards, remote.encode_ask(ask(**changed)))
+    common = remote.Common.of(remote.encode_ask(ask(**changed)), vectors)
+    return remote.search_frame(request, timeout_ms, shards, common)
+
+
+def asked(**changed: Any) -> remote.Question:
+    """What a node reads of it."""
+    [(_, _, payload)] = remote.Frames(remote.OF_FRONT_DOORS, 1 << 20).feed(question(**changed))
+    return remote.decode_search(payload)
 
 
 def answers(node: Service) -> None:
@@ -144,7 +154,7 @@ def answers(node: Service) -> None:
         remote.frame(Kind.EMBED, 1, b""),
         remote.frame(Kind.HELLO, 1, b"\x93\x01\x02\x03"),
         lambda: question()[:-1] + b"?",
-        remote.search_frame(1, 100.0, (0,), b"\x91" * 2000 + b"\xc0"),
+        remote.search_frame(1, 100.0, (0,), remote.Common.of(b"\x90\x1f\0\0" + b"\x91" * 8080, CORPUS.vectors[:1])),
     ],
     ids=range(15),
 )
@@ -167,9 +177,9 @@ def test_what_is_no_message_ends_its_connection_and_no_other(node: Service, data
         (lambda: question(index="../../etc"), "not_ready"),
         (lambda: question(shards=(0, 3)), "not_ready"),
         (lambda: question(dim=4), "dimension_mismatch"),
-        (lambda: question(vectors=np.full(8, np.nan, "<f4").tobytes()), "invalid_vector"),
-        (lambda: question(vectors=bytes(32)), "invalid_vector"),
-        (lambda: question(vectors=np.ones(800_000, "<f4").tobytes(), k=1000), "invalid"),
+        (lambda: question(vectors=np.full(8, np.nan, "<f4")), "invalid_vector"),
+        (lambda: question(vectors=np.zeros(8, "<f4")), "invalid_vector"),
+        (lambda: question(vectors=np.ones(800_000, "<f4"), k=1000), "invalid"),
         (lambda: question(k=remote.MAX_K), "invalid"),
         (lambda: question(exact=False, params=[("boom", 1)]), "invalid"),
         (lambda: question(exact=False, params=[("ef_search", -1)]), "invalid"),
@@ -215,26 +225,28 @@ def test_a_plain_question_of_one_shard_is_answered_at_once_and_alike(node: Servi
     try:
         for shard in range(3):
             for k in (1, 3, 10):
-                asked = (20_000.0, (shard,), ask(exact=False, k=k))
-                part = long(asked)
-                assert timeless(part_now(engine, asked)) == timeless(part) and len(part.ids) == k
-        whole = (20_000.0, (0, 1, 2), ask(exact=False))
-        odd = [
-            ask(conditions=remote.write_conditions((Condition("year", "$gt", 0),))),
-            ask(include=["fields"]),
-            ask(rerank_depth=10),
-            ask(max_visited=5),
-            ask(exact=True),
-            ask(of=2),
-            ask(vectors=CORPUS.vectors[:2].astype("<f4").tobytes()),
-            ask(k=100_000),
-            ask(vectors=bytes(4 * 7), dim=7),
-            ask(digest="another"),
+                one = asked(shards=(shard,), exact=False, k=k)
+                part = long(one)
+                assert timeless(part_now(engine, one)) == timeless(part) and len(part.ids) == k
+        odd: list[dict[str, Any]] = [
+            {"conditions": remote.write_conditions((Condition("year", "$gt", 0),))},
+            {"include": ["fields"]},
+            {"rerank_depth": 10},
+            {"max_visited": 5},
+            {"exact": True},
+            {"of": 2},
+            {"vectors": CORPUS.vectors[:2]},
+            {"k": 100_000},
+            {"vectors": np.zeros(7, "<f4"), "dim": 7},
+            {"digest": "another"},
+            {"shards": (0, 1, 2)},
+            {"shards": (7,)},
         ]
-        for asked in (whole, *((20_000.0, (0,), one) for one in odd), (20_000.0, (7,), ask(exact=False))):
+        for changed in odd:
+            one = asked(**{"shards": (0,), "exact": False, **changed})
             with contextlib.suppress(VecsvcError):
-                long(asked)
-            assert part_now(engine, asked) is None, asked
+                long(one)
+            assert part_now(engine, one) is None, changed
     finally:
         engine.close()
         catalog.close()

@@ -13,13 +13,14 @@ from vecsvc.fan_out import Call, Group
 from vecsvc.merging import Merge, check_part
 from vecsvc.question_checks import Clock
 from vecsvc.ranking import nearest_shards, queries_of_shards
-from vecsvc.remote import Ask, Kind, Part
+from vecsvc.remote import Ask, Common, Kind, Part
 from vecsvc.router import RoutedVersion, Router
 from vecsvc.telemetry import Metrics
 from vecsvc.types import BatchAnswer, Hit, Id, SearchSettings, Vectors
 
 INLINE_PAIRS: Final = 500  # more queries times centroids are compared in a thread
 INLINE_HITS: Final = 4000  # more candidates than that are merged in a thread
+KNOWN_ASKS: Final = 1024  # questions whose encoded settings are remembered
 SPARE_BYTES: Final = 4096  # of a frame, for the shards that stand before a question
 MERGE_S: Final = 0.02  # of its deadline a question keeps so much back, to merge and answer: at most a tenth of it
 NODES_SHARE: Final = 0.95  # of what is then left, nodes may search so long, so that what they have arrives in time
@@ -60,28 +61,31 @@ class Asked:
     def find_groups(self) -> None:
         """Find out whom to ask, and for which of the queries. Raises InvalidRequest where that is too much to send."""
         version, vectors, settings = self.version, self.vectors, self.settings
+        ask = _ask if settings.conditions else _known_ask
+        head = ask(version.name, version.digest, vectors.shape[1], settings, self._k, len(vectors))
         if settings.probe_shards is None or version.centroids is None:
-            ask, check = self._encode(vectors), self._check(len(vectors))
-            self.groups = [Group(version.name, *of, _framed(of[0], ask), Kind.PART, check) for of in version.groups]
+            common, check = self._common(head, vectors), self._check(len(vectors))
+            self.groups = [Group(version.name, *of, _framed(of[0], common), Kind.PART, check) for of in version.groups]
             return
         chosen = nearest_shards(vectors, version.centroids, settings.probe_shards, version.manifest.metric)
         nodes_of = {shard: nodes for shards, nodes in version.groups for shard in shards}
         self.groups = []
         for shard, queries in queries_of_shards(chosen).items():
-            framed = _framed((shard,), self._encode(vectors[queries]))
+            framed = _framed((shard,), self._common(head, vectors[queries]))
             check = self._check(len(queries))
             group = Group(version.name, (shard,), nodes_of[shard], framed, Kind.PART, check, queries=queries.tolist())
             self.groups.append(group)
 
-    def _encode(self, vectors: Vectors) -> bytes:
+    @staticmethod
+    def _common(head: bytes, vectors: Vectors) -> Common:
         """Raises InvalidRequest where no node would read so long a question."""
-        version, of = self.version, len(self.vectors)
-        ask = remote.encode_ask(Ask.made(version.name, version.digest, vectors, self.settings, k=self._k, of=of))
-        if len(ask) > remote.MAX_REQUEST_BYTES - SPARE_BYTES:
+        common = Common.of(head, vectors)
+        if len(common.data) > remote.MAX_REQUEST_BYTES - SPARE_BYTES:
             raise InvalidRequest(
-                f"the question has {len(ask)} bytes, nodes take {remote.MAX_REQUEST_BYTES}: send fewer queries at once"
+                f"the question has {len(common.data)} bytes, nodes take {remote.MAX_REQUEST_BYTES}: "
+                "send fewer queries at once"
             )
-        return ask
+        return common
 
     def _check(self, n: int) -> Callable[[Part], None]:
         return functools.partial(check_part, n, self._k, self.vectors.shape[1], self.settings.include)
@@ -118,5 +122,13 @@ class Asked:
         return Merge(self.version, self.groups, len(self.vectors), self.settings, self._own)
 
 
-def _framed(shards: tuple[int, ...], ask: bytes) -> Callable[[int, float], bytes]:
-    return lambda request, left_ms: remote.search_frame(request, left_ms * NODES_SHARE, shards, ask)
+def _ask(index: str, digest: str, dim: int, settings: SearchSettings, k: int, of: int) -> bytes:
+    return remote.encode_ask(Ask.made(index, digest, dim, settings, k=k, of=of))
+
+
+# Conditions may hold lists, which are no keys; and they change from question to question.
+_known_ask: Final = functools.lru_cache(KNOWN_ASKS)(_ask)
+
+
+def _framed(shards: tuple[int, ...], common: Common) -> Callable[[int, float], bytes]:
+    return lambda request, left_ms: remote.search_frame(request, left_ms * NODES_SHARE, shards, common)

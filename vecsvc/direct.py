@@ -28,6 +28,7 @@ from vecsvc.access import Key
 from vecsvc.config import HttpSettings
 from vecsvc.door import DRAIN_BYTES, Door
 from vecsvc.errors import Overloaded
+from vecsvc.forms import Forms
 from vecsvc.front_door import Backend, FrontDoor
 from vecsvc.heads import MAX_HEAD_BYTES, STARTS, Head, Heads
 from vecsvc.reaper import Reaper
@@ -88,6 +89,7 @@ class Direct:
         of the answer.
         """
         self.heads = Heads(settings, max_line_bytes)
+        self._forms = Forms(settings)
         self._engine, self._settings, self._request_id, self._open = engine, settings, request_id, open
         self._metrics, self._door, self._refused = metrics, door, refused
         self.closes = closes
@@ -127,7 +129,7 @@ class Direct:
         try:
             query: Query
             if settings is None:
-                query, settings = schemas.parse_search(body, self._settings)
+                query, settings = self._forms.parse(body)
             else:
                 dim = self._engine.catalog.get(head.name).manifest.spec.dim
                 query = VectorQuery(schemas.rows_of(body, dim))

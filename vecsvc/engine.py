@@ -136,12 +136,14 @@ class Engine:
             self._metrics.shortfall(served.name).inc(stats.shortfall)
 
     def part_now(
-        self, served: Served, shard: Shard, query: VectorQuery, settings: SearchSettings
+        self, served: Served, shard: Shard, query: VectorQuery, settings: SearchSettings, deadline: float
     ) -> tuple[Neighbors, float] | None:
-        """As `search_now`: what one shard of a version that the caller has retained finds, and the seconds it took."""
+        """As `search_now`: what one shard of a version that the caller has retained finds, and the seconds it took.
+
+        `deadline` is by time.monotonic(); that of the settings is not looked at.
+        """
         if self.admission.single.full:
             return None
-        deadline = time.monotonic() + settings.timeout_ms / 1e3
         plan = plan_of(served, settings, 1)
         if not plan.is_short(self._inline_s):
             return None

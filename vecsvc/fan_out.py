@@ -183,10 +183,12 @@ class Call:
         self.finished, self._tell = True, _nobody_waits
         if self._timer is not None:
             self._timer.cancel()
+        probes = False
         for group in self.groups:
             if group.attempts:
                 self._cancel(group, probes=not group.done)
-        if any(group.attempts for group in self.groups):
+                probes = probes or bool(group.attempts)
+        if probes:
             left = self.deadline - time.monotonic()
             self._loop.call_later(max(0.0, left) + PROBE_GRACE_S, self._give_up_probes)
 
@@ -346,9 +348,11 @@ class Call:
     # ------------------------------------------------------------------------------------------------- time
 
     def _set_timer(self) -> None:
-        now = time.monotonic()
-        due = min((g.hedge_at for g in self.groups if g.hedge_at and not g.done), default=self.deadline)
-        self._timer = self._loop.call_later(max(0.0, min(due, self.deadline) - now), self._tick)
+        due = self.deadline
+        for group in self.groups:
+            if 0.0 < group.hedge_at < due and not group.done:
+                due = group.hedge_at
+        self._timer = self._loop.call_later(max(0.0, due - time.monotonic()), self._tick)
 
     def _tick(self) -> None:
         now = time.monotonic()

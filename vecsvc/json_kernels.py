@@ -3,7 +3,7 @@
 A decimal of up to 18 digits is an integer times a power of ten. As float64, that is off by at most three units of its
 last place; rounded once more, to float32, it is the value that the correctly rounded float64 gives, unless it lies
 so near the middle between two float32 that those few units decide. Such a number is left to the decoder, and so is
-whatever is out of the ordinary: the text is known to be JSON, and is not judged here.
+whatever is out of the ordinary, and whatever is no JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import numpy as np
 
 from vecsvc.kernels import data_of, get_f64, get_i64, get_u8, get_u64, inlined, put_f32, put_f64
 
-PLUS, COMMA, MINUS, POINT, ZERO, OPEN, CLOSE, SMALL_E = 43, 44, 45, 46, 48, 91, 93, 101
+SPACE, PLUS, COMMA, MINUS, POINT, ZERO, OPEN, CLOSE, SMALL_E = 32, 43, 44, 45, 46, 48, 91, 93, 101
+SPACES = 1 << SPACE | 1 << 9 | 1 << 10 | 1 << 13
 MAX_DIGITS = 18  # so many fit into an int64
 POWERS = 22  # powers of ten up to this one are float64 exactly
 EXACT = 1 << 53  # integers up to here are float64 exactly
@@ -28,7 +29,10 @@ LEAST, MOST = 1.1754943508222875e-38, 3.4028234663852886e38  # the normal float3
 @inlined
 def after_space(at, end):
     """Where the next character stands that is no white space."""
-    while at < end and get_u8(at, 0) <= 32:
+    while at < end:
+        character = get_u8(at, 0)
+        if character > SPACE or not (SPACES >> character) & 1:
+            break
         at += 1
     return at
 
@@ -78,19 +82,25 @@ def digits(at, end, value):
 def number(at, end, out, powers, scratch):
     """Write the number that begins at `at` to `out`; the address behind it, 0 where it is left to the decoder."""
     negative = get_u8(at, 0) == MINUS
-    at, value = digits(at + negative, end, np.int64(0))
+    first = at + negative
+    at, value = digits(first, end, np.int64(0))
+    if at == first or (at > first + 1 and get_u8(first, 0) == ZERO):
+        return 0
     exponent = 0
     if at < end and get_u8(at, 0) == POINT and value >= 0:
         point = at + 1
         at, value = digits(point, end, value)
         exponent = point - at
+        if exponent == 0:
+            return 0
     if value < 0:
         return 0
     if at < end and (get_u8(at, 0) | 32) == SMALL_E:
         at += 1
         down = at < end and get_u8(at, 0) == MINUS
-        at, given = digits(at + (at < end and (down or get_u8(at, 0) == PLUS)), end, np.int64(0))
-        if not 0 <= given < 1000:
+        first = at + (at < end and (down or get_u8(at, 0) == PLUS))
+        at, given = digits(first, end, np.int64(0))
+        if at == first or not 0 <= given < 1000:
             return 0
         exponent += -given if down else given
     if value == 0:
@@ -121,7 +131,7 @@ def json_rows(text, length, out, powers):
     `text` and `out` are the addresses of arrays (see data_of): `length` bytes, and float32 with room for every second
     of them and three more. `powers` is where 10^0 to 10^22 are as float64.
     Returns how many numbers there are, and above 32 bits how many inner arrays, 0 where there are none. -1 where the
-    text holds anything else.
+    text is anything else, JSON or not.
     """
     text, out = data_of(text), data_of(out)
     end = text + length

@@ -16,11 +16,11 @@ _loaded: Final[list[machine_code.Kernel]] = []
 _MORE: Final = 4  # places that the kernel needs beyond one for every second byte
 
 
-def vector(text: msgspec.Raw) -> Vectors | None:
+def vector(text: msgspec.Raw | bytes) -> Vectors | None:
     """The numbers of a JSON array as float32, one row (1, n).
 
-    `text` is valid JSON. Each value is what `numpy.float32(float(digits))` is. None where the text is anything else,
-    or some number needs more care than it gets here; then `msgspec.json` has to look at it.
+    Each value is what `numpy.float32(float(digits))` is. None where the text is anything else, JSON or not, or some
+    number needs more care than it gets here; then `msgspec.json` has to look at it.
     """
     found, rows = _read(text)
     return None if found is None or rows else found.reshape(1, -1)
@@ -32,7 +32,7 @@ def vectors(text: msgspec.Raw) -> Vectors | None:
     return None if found is None or not rows else found.reshape(rows, -1)
 
 
-def _read(text: msgspec.Raw) -> tuple[Vectors | None, int]:
+def _read(text: msgspec.Raw | bytes) -> tuple[Vectors | None, int]:
     """All numbers, and how many inner arrays they are from."""
     if not _loaded:
         return None, 0  # nobody waits until it is compiled

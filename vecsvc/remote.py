@@ -1,18 +1,20 @@
 """The shard protocol: frames for both ends of a front door's connection to a node, and the messages in them.
 
 A frame is a head of 13 bytes (payload length, kind, request id, CRC-32 of the payload; little-endian) and a payload,
-which is MessagePack. A question for shards begins with what differs between the nodes that are asked (deadline and
-shard numbers), so that the rest is encoded once for all of them. Any number of requests share a connection, and are
-answered in any order; an answer carries its request's id. Whoever sees bytes that are no frame closes the connection.
+which is MessagePack. A question for shards is the length of an Ask, the Ask, the vectors as they are, and at its end
+what differs between the nodes that are asked (shard numbers, deadline), so that the rest is encoded and summed once for
+all of them. Any number of requests share a connection, and are answered in any order; an answer carries its request's
+id. Whoever sees bytes that are no frame closes the connection.
 """
 
 from __future__ import annotations
 
+import functools
 import struct
 import zlib
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -24,13 +26,17 @@ from vecsvc.types import INCLUDES, MAX_SHARDS, Condition, Id, Include, SearchSet
 
 T = TypeVar("T")
 
-PROTOCOL: Final = 1  # rises when an older end would not understand
+PROTOCOL: Final = 2  # rises when an older end would not understand
 MAX_REQUEST_BYTES: Final = 64 << 20  # a batch of vectors fits by max_body_bytes
 MAX_ANSWER_BYTES: Final = 512 << 20  # an answer is bounded by the engine's own limit on its size in memory
 MAX_RETRY_S: Final = 3600.0  # a node that tells front doors to come later than that is not believed
 MAX_K: Final = 1_000_000  # and of a rerank's depth; what a front door asks stays below by its own limits
 
+MAX_KNOWN_ASKS: Final = 1024  # what front doors say around their vectors is remembered: they say the same again
+MAX_KNOWN_BYTES: Final = 512  # and longer ones are read anew each time
+
 _HEAD: Final = struct.Struct("<IBII")
+_LENGTH: Final = struct.Struct("<I")
 _ASKED: Final = struct.Struct("<dH")
 
 
@@ -83,12 +89,11 @@ class Holdings(_Message, frozen=True):
 
 
 class Ask(_Message, frozen=True):
-    """Questions for some shards of a version, all with the same settings."""
+    """What questions for some shards of a version have in common, apart from their vectors."""
 
     index: str
     digest: str  # names the version: of its manifest, so that two builds of one name are never taken for each other
     dim: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
-    vectors: bytes  # (n, dim) little-endian float32
     k: Annotated[int, msgspec.Meta(ge=1, le=MAX_K)]
     conditions: bytes  # JSON, which alone carries numbers of any size; empty for none
     params: list[tuple[str, int]]
@@ -100,13 +105,12 @@ class Ask(_Message, frozen=True):
     include: list[Include]
 
     @classmethod
-    def made(cls, index: str, digest: str, vectors: Vectors, settings: SearchSettings, *, k: int, of: int) -> Ask:
-        """What `rows` and `settings` give back; `k` may be more than that of the settings."""
+    def made(cls, index: str, digest: str, dim: int, settings: SearchSettings, *, k: int, of: int) -> Ask:
+        """What `settings` gives back; `k` may be more than that of the settings."""
         return cls(
             index=index,
             digest=digest,
-            dim=vectors.shape[1],
-            vectors=vectors.astype("<f4", copy=False).tobytes(),
+            dim=dim,
             k=k,
             conditions=write_conditions(settings.conditions),
             params=list(settings.params),
@@ -118,10 +122,8 @@ class Ask(_Message, frozen=True):
             include=[name for name in INCLUDES if name in settings.include],
         )
 
-    def rows(self) -> Vectors:
-        return np.frombuffer(self.vectors, "<f4").reshape(-1, self.dim)
-
     def settings(self, timeout_ms: float) -> SearchSettings:
+        """Raises ProtocolError where the conditions cannot be read."""
         return SearchSettings(
             k=self.k,
             conditions=tuple(Condition(*one) for one in read_conditions(self.conditions)),
@@ -214,6 +216,7 @@ MESSAGES: Final[dict[Kind, type[Any]]] = {
     Kind.DESCRIPTION: Description,
     Kind.FAILED: Failed,
 }
+_SEARCH: Final = Kind.SEARCH
 _EMPTY: Final = frozenset((Kind.CANCEL, Kind.PING, Kind.PONG))
 _decoders: Final = {kind: msgspec.msgpack.Decoder(message) for kind, message in MESSAGES.items()}
 _ask_decoder: Final = msgspec.msgpack.Decoder(Ask)
@@ -232,14 +235,29 @@ def message(kind: Kind, request: int, value: Any) -> bytes:
 
 
 def encode_ask(ask: Ask) -> bytes:
-    """What the payloads of one question have in common."""
-    return _encoder.encode(ask)
+    """What stands before the vectors, which begin at a multiple of their size."""
+    encoded = _encoder.encode(ask)
+    return b"".join((_LENGTH.pack(len(encoded)), encoded, bytes(-len(encoded) % 4)))
 
 
-def search_frame(request: int, timeout_ms: float, shards: tuple[int, ...], ask: bytes) -> bytes:
-    head = _ASKED.pack(timeout_ms, len(shards)) + struct.pack(f"<{len(shards)}H", *shards)
-    checksum = zlib.crc32(ask, zlib.crc32(head))
-    return b"".join((_HEAD.pack(len(head) + len(ask), Kind.SEARCH, request, checksum), head, ask))
+class Common(NamedTuple):
+    """What the payloads of one question have in common, and the checksum of that."""
+
+    data: bytes
+    checksum: int
+
+    @classmethod
+    def of(cls, ask: bytes, vectors: Vectors) -> Common:
+        """`ask` is what `encode_ask` made, for vectors (n, dim)."""
+        data = ask + vectors.astype("<f4", copy=False).tobytes()
+        return cls(data, zlib.crc32(data))
+
+
+def search_frame(request: int, timeout_ms: float, shards: tuple[int, ...], asked: Common) -> bytes:
+    n = len(shards)
+    tail = struct.pack(f"<{n}HdH", *shards, timeout_ms, n)
+    size = len(asked.data) + len(tail)
+    return b"".join((_HEAD.pack(size, _SEARCH, request, zlib.crc32(tail, asked.checksum)), asked.data, tail))
 
 
 def write_conditions(conditions: tuple[Condition, ...]) -> bytes:
@@ -260,20 +278,45 @@ def read_conditions(data: bytes) -> list[tuple[str, str, Any]]:
     return found
 
 
-def decode_search(payload: bytes) -> tuple[float, tuple[int, ...], Ask]:
-    """The deadline in ms from now, the shards, and the question. Raises ProtocolError."""
+class Question(NamedTuple):
+    """What a front door asks."""
+
+    timeout_ms: float  # from now
+    shards: tuple[int, ...]
+    ask: Ask
+    plain: SearchSettings | None  # those of the Ask but for the deadline; None where it has conditions
+    vectors: Vectors  # (n, ask.dim), read-only
+
+
+def decode_search(payload: bytes) -> Question:
+    """Raises ProtocolError."""
     try:
-        timeout_ms, n = _ASKED.unpack_from(payload)
+        [length] = _LENGTH.unpack_from(payload)
+        timeout_ms, n = _ASKED.unpack_from(payload, len(payload) - _ASKED.size)
         if not 1 <= n <= MAX_SHARDS or not 0 < timeout_ms < 1e9:
             raise ProtocolError(f"a question for {n} shards within {timeout_ms:g} ms")
-        at = _ASKED.size + 2 * n
-        shards = struct.unpack_from(f"<{n}H", payload, _ASKED.size)
-        ask = _ask_decoder.decode(memoryview(payload)[at:])
+        start = _LENGTH.size + length + -length % 4
+        end = len(payload) - _ASKED.size - 2 * n
+        if start > end:
+            raise ProtocolError(f"a question of {len(payload)} bytes whose parts do not fit into it")
+        shards = struct.unpack_from(f"<{n}H", payload, end)
+        encoded = payload[_LENGTH.size : _LENGTH.size + length]
+        ask, plain = _known_ask(encoded) if length <= MAX_KNOWN_BYTES else _read_ask(encoded)
     except (struct.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"a question that cannot be read: {error}") from error
-    if not ask.vectors or len(ask.vectors) % (4 * ask.dim):
-        raise ProtocolError(f"a question whose {len(ask.vectors)} bytes are no rows of {ask.dim} float32")
-    return timeout_ms, shards, ask
+    size = end - start
+    if not size or size % (4 * ask.dim):
+        raise ProtocolError(f"a question whose {size} bytes are no rows of {ask.dim} float32")
+    vectors = np.frombuffer(payload, "<f4", size // 4, start).reshape(-1, ask.dim)
+    return Question(timeout_ms, shards, ask, plain, vectors)
+
+
+def _read_ask(encoded: bytes) -> tuple[Ask, SearchSettings | None]:
+    ask = _ask_decoder.decode(encoded)
+    return ask, None if ask.conditions else ask.settings(0.0)
+
+
+_known_ask: Final = functools.lru_cache(MAX_KNOWN_ASKS)(_read_ask)
 
 
 def decode(kind: Kind, payload: bytes) -> Any:

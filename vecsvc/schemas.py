@@ -134,6 +134,12 @@ def parse_search(body: bytes, limits: HttpSettings) -> tuple[Query, SearchSettin
     return IdQuery(_id(wire.id, limits)), settings  # type: ignore[arg-type]
 
 
+def vector_text(body: bytes) -> bytes | None:
+    """The text of a JSON question's vector, as it stands there; None where it has none."""
+    found = decode(_search_text_decoder, body).vector
+    return bytes(found) if found is not UNSET else None
+
+
 def parse_batch(body: bytes, limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """A JSON batch. Exactly one of `texts` and `vectors` must be there."""
     wire = decode(_batch_text_decoder, body)

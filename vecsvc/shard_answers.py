@@ -20,19 +20,20 @@ from vecsvc.shard import Found, Shard
 from vecsvc.types import Id, Neighbors, VectorQuery
 
 
-def part_now(engine: Engine, asked: tuple[float, tuple[int, ...], remote.Ask]) -> Part | None:
+def part_now(engine: Engine, asked: remote.Question) -> Part | None:
     """The part of a plain question of one shard, before anything else happens; None where it takes the long way.
 
     Errors take it too, so that what is said of them is written once.
     """
-    timeout_ms, wanted, ask = asked
-    if len(wanted) != 1 or ask.of != 1 or len(ask.vectors) != 4 * ask.dim or ask.conditions or ask.include:
+    ask, settings = asked.ask, asked.plain
+    if settings is None or len(asked.shards) != 1 or ask.of != 1 or len(asked.vectors) != 1 or ask.include:
         return None
     try:
         served = _retained(engine, ask.index, ask.digest)
         try:
-            shard = served.some(wanted)[0]
-            quick = engine.part_now(served, shard, VectorQuery(ask.rows()), ask.settings(timeout_ms))
+            shard = served.some(asked.shards)[0]
+            deadline = time.monotonic() + asked.timeout_ms / 1e3
+            quick = engine.part_now(served, shard, VectorQuery(asked.vectors), settings, deadline)
             return _quick_part(shard, *quick) if quick is not None else None
         finally:
             served.release()
@@ -60,12 +61,12 @@ def _quick_part(shard: Shard, found: Neighbors, seconds: float) -> Part:
     )
 
 
-async def _search(engine: Engine, asked: tuple[float, tuple[int, ...], remote.Ask]) -> tuple[Kind, Part]:
-    timeout_ms, wanted, ask = asked
-    settings, vectors = ask.settings(timeout_ms), ask.rows()
+async def _search(engine: Engine, asked: remote.Question) -> tuple[Kind, Part]:
+    ask, vectors = asked.ask, asked.vectors
+    settings = ask.settings(asked.timeout_ms)
     served = _retained(engine, ask.index, ask.digest)
     try:
-        shards = served.some(wanted)
+        shards = served.some(asked.shards)
         search, found, clock = await engine.search_part(served, shards, VectorQuery(vectors), settings, of=ask.of)
         if any(part.stopped for part in found) and clock.passed() and not settings.partial:
             raise DeadlineExceeded("the search was cut short by the deadline")
