@@ -129,6 +129,77 @@ def test_what_is_odd_goes_the_long_way(
     assert "short" not in ways(short)[before:]
 
 
+MANY = np.array([VECTOR, VECTOR[::-1], [1.0, *VECTOR[1:]]], np.float32)
+ARROW = {"Accept": "application/vnd.apache.arrow.stream"}
+BATCHES: dict[str, tuple[str, bytes, dict[str, str], int]] = {
+    "json": ("/search/batch", json.dumps({"vectors": MANY.tolist(), "k": 5}).encode(), JSON, 200),
+    "raw": ("/search/batch?k=5", MANY.tobytes(), BINARY, 200),
+    "named index": ("/indexes/products/search/batch?k=5", MANY.tobytes(), BINARY, 200),
+    "fields": ("/search/batch?k=5&include=fields", MANY.tobytes(), BINARY, 200),
+    "a filter": ("/search/batch", json.dumps({"vectors": [VECTOR], "filter": {"year": 2000}}).encode(), JSON, 200),
+    "many hits": ("/search/batch?k=200", np.tile(MANY, (20, 1)).tobytes(), BINARY, 200),
+    "arrow": ("/search/batch?k=5", MANY.tobytes(), {**BINARY, **ARROW}, 200),
+    "json to arrow": ("/search/batch", json.dumps({"vectors": MANY.tolist()}).encode(), {**JSON, **ARROW}, 200),
+    "texts and no encoder": ("/search/batch", b'{"texts": ["rivers", "a lake"], "k": 3}', JSON, 422),
+    "a wrong dim": ("/search/batch", b'{"vectors": [[1, 2]]}', JSON, 422),
+    "no number": ("/search/batch", np.full(DIM, np.nan, np.float32).tobytes(), BINARY, 422),
+    "no such field": ("/search/batch", json.dumps({"vectors": [VECTOR], "filter": {"x": 1}}).encode(), JSON, 422),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "headers", "status"), BATCHES.values(), ids=BATCHES)
+def test_batches_are_answered_as_on_the_long_way(
+    short: Service, long: Service, path: str, body: bytes, headers: dict[str, str], status: int
+) -> None:
+    before = len(ways(short))
+    operation = "/indexes/{name}/search/batch" if "/indexes/" in path else "/search/batch"
+    requests = [one.metric("vecsvc_requests_total", operation=operation, status=str(status)) for one in (short, long)]
+    replies = [at_once(running, path, body, headers) for running in (short, long)]
+    assert ways(short)[before:] == ["short"] and [reply.status for reply in replies] == [status] * 2
+    if "Accept" in headers:
+        assert len({reply.headers["content-type"] for reply in replies}) == 1
+        first, second = (pa.ipc.open_stream(reply.body).read_all() for reply in replies)
+        assert first.equals(second) and len(first) > 0
+    else:
+        assert plain(replies[0]) == plain(replies[1])
+    for running, count in zip((short, long), requests, strict=True):
+        assert running.metric("vecsvc_requests_total", operation=operation, status=str(status)) == count + 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers"),
+    [
+        ("/search/batch?include=fields", MANY.tobytes(), {**BINARY, **ARROW}),
+        ("/search/batch", MANY.tobytes()[:-1], BINARY),
+        ("/search/batch", b"", BINARY),
+        ("/search/batch", b'{"vectors": []}', JSON),
+        ("/search/batch?k=5", b'{"vectors": [[1]]}', JSON),
+        ("/search/batch", b'{"vectors": [[1]], "texts": ["a"]}', JSON),
+        ("/indexes/none/search/batch", MANY.tobytes(), BINARY),
+    ],
+    ids=["include in Arrow", "a broken row", "nothing", "no vectors", "settings in the URL", "both", "no such index"],
+)
+def test_odd_batches_go_the_long_way(
+    short: Service, long: Service, path: str, body: bytes, headers: dict[str, str]
+) -> None:
+    before = len(ways(short))
+    first, second = (at_once(running, path, body, headers) for running in (short, long))
+    assert plain(first) == plain(second) and first.status >= 400
+    assert "short" not in ways(short)[before:]
+
+
+def test_a_batch_whose_client_leaves_is_called_off(short: Service) -> None:
+    body = json.dumps({"vectors": [VECTOR] * 64, "k": 1000, "params": {"exact": True}}).encode()
+    for _ in range(10):
+        with short.socket() as sock:
+            sock.sendall(post(body, "/search/batch"))
+    end = time.monotonic() + 20
+    while short.metric("vecsvc_in_flight") and time.monotonic() < end:
+        time.sleep(0.05)
+    assert short.metric("vecsvc_in_flight") == 0
+    assert short.ask("POST", "/search", QUESTION, JSON).status == 200
+
+
 def test_both_ways_count_alike(short: Service) -> None:
     labels = {"operation": "/search", "status": "200"}
     requests, timed = short.metric("vecsvc_requests_total", **labels), "vecsvc_request_seconds_count"

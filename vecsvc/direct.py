@@ -4,8 +4,8 @@ Most of what an HTTP question costs is not the search: a parser's objects, a tas
 response, and the way back through all of them. A question that came whole, by a vector, and whose like was measured to
 take less than `inline_ms`, needs none of it: its head is known by its bytes (heads.py), its vector goes from the body's
 text straight into float32, and the answer is written in the callback that brought the bytes; at a front door, in the
-callback that brought the last shard's part. A question that there is no place for is refused in the same callback,
-before its body is looked at. Whatever is out of the ordinary (a question that is wrong, a text, a header that means
+callback that brought the last shard's part. A batch that came whole has a task, and otherwise goes the same way. A
+message that there is no place for is refused in the same callback, before its body is looked at. Whatever is out of the ordinary (a question that is wrong, a text, a header that means
 something) is left to the long way, which begins anew with the same bytes, so that rules are written once.
 
 This file, and no other, leans on what aiohttp keeps to itself. Where a version of it keeps other things, `usable` says
@@ -31,13 +31,15 @@ from vecsvc.errors import Overloaded
 from vecsvc.forms import Forms
 from vecsvc.front_door import Backend, FrontDoor
 from vecsvc.heads import MAX_HEAD_BYTES, STARTS, Head, Heads
+from vecsvc.question_checks import count
 from vecsvc.reaper import Reaper
 from vecsvc.telemetry import Metrics
-from vecsvc.types import Query, SearchAnswer, SearchSettings, VectorQuery
+from vecsvc.types import BatchAnswer, ColumnsAnswer, Query, SearchAnswer, SearchSettings, VectorQuery
 
 HOLD_S: Final = 0.01  # so long may the rest of a message be under way; then it goes the long way
-MAX_HELD_BYTES: Final = 65_536  # longer bodies go the long way at once, where they are counted
+MAX_HELD_BYTES: Final = 262_144  # longer bodies go the long way at once, where they are counted
 MAX_BEHIND_BYTES: Final = 65_536  # of what a client sends before it is answered; past that it is not read
+_ANSWERED: Final = frozenset(at + path for at in ("", "/indexes/{name}") for path in ("/search", "/search/batch"))
 LOST: Final = -1  # where one message ends and the next begins is known to aiohttp's parser alone
 
 _HANDLER: Final = (
@@ -111,14 +113,17 @@ class Direct:
             return self._failed(head, error, 0.0, key)
         return None
 
-    def answer(self, head: Head, data: bytes, later: Callable[[bytes], None]) -> bytes | Callable[[], None] | None:
+    def answer(self, head: Head, data: bytes, later: Callable[[bytes], None]) -> bytes | Callable[[], object] | None:
         """The answer's bytes, head and body; None where the long way has to be gone.
 
-        Where others must be asked, what calls the question off: then `later` is called once with the answer's bytes.
+        Where the answer takes a thread or other nodes, what calls the question off: then `later` is called once with
+        the answer's bytes.
         """
         started = time.perf_counter()
-        settings = head.settings
-        if head.load != "single" or not self._open() or head.length > self._settings.max_query_bytes:
+        if head.operation not in _ANSWERED or not self._open():
+            return None
+        single = head.load == "single"
+        if head.length > (self._settings.max_query_bytes if single else self._settings.max_body_bytes):
             return None
         body = data[head.size :]
         try:
@@ -127,43 +132,87 @@ class Direct:
         except Exception:
             return None
         try:
-            query: Query
-            if settings is None:
-                query, settings = self._forms.parse(body)
-            else:
-                dim = self._engine.catalog.get(head.name).manifest.spec.dim
-                query = VectorQuery(schemas.rows_of(body, dim))
-            if type(query) is VectorQuery and len(query.vectors) == 1:
-                engine = self._engine
-                if isinstance(engine, FrontDoor):
-
-                    def done(result: SearchAnswer | Exception) -> None:
-                        later(self._told(head, result, started, key))
-
-                    if (stop := engine.search_soon(head.name, query, settings, done)) is not None:
-                        return stop
-                elif (answer := engine.search_now(head.name, query, settings)) is not None:
-                    return self._written(head, answer, started)
+            found = (self._one if single else self._many)(head, body, started, key, later)
         except Exception:
+            found = None
+        if found is None:
             self._door.give_back(key)
-            return None
-        self._door.give_back(key)
+        return found
+
+    def _one(
+        self, head: Head, body: bytes, started: float, key: Key | None, later: Callable[[bytes], None]
+    ) -> bytes | Callable[[], object] | None:
+        """As `answer`, of one question; what is raised is met again on the long way."""
+        engine, settings = self._engine, head.settings
+        query: Query
+        if settings is None:
+            query, settings = self._forms.parse(body)
+        else:
+            dim = engine.catalog.get(head.name).manifest.spec.dim
+            query = VectorQuery(schemas.rows_of(body, dim))
+        if type(query) is VectorQuery and len(query.vectors) == 1:
+            if isinstance(engine, FrontDoor):
+
+                def done(result: SearchAnswer | Exception) -> None:
+                    later(self._told(head, result, started, key))
+
+                if (stop := engine.search_soon(head.name, query, settings, done)) is not None:
+                    return stop
+            elif (answer := engine.search_now(head.name, query, settings)) is not None:
+                return self._written(head, schemas.encode(answer), started)
         self._parsed = body, query, settings
         return None
+
+    def _many(
+        self, head: Head, body: bytes, started: float, key: Key | None, later: Callable[[bytes], None]
+    ) -> Callable[[], object] | None:
+        """As `answer`, of a batch: a task for it costs little, a request and a response of aiohttp's more."""
+        engine, settings = self._engine, head.settings
+        query: Query
+        if settings is None:
+            query, settings = schemas.parse_batch(body, self._settings)
+        else:
+            query = schemas.raw_batch(body, engine.catalog.get(head.name).manifest.spec.dim, self._settings)
+        if head.arrow and settings.include:
+            return None
+        self._door.owe(key, count(query))
+        asking = self._asked(head, query, settings, started, key, later)
+        return asyncio.get_running_loop().create_task(asking).cancel
+
+    async def _asked(
+        self,
+        head: Head,
+        query: Query,
+        settings: SearchSettings,
+        started: float,
+        key: Key | None,
+        later: Callable[[bytes], None],
+    ) -> None:
+        """Send what becomes of a batch."""
+        engine, name = self._engine, head.name
+        try:
+            if head.arrow:
+                body = await engine.encoded(name, query, settings, ColumnsAnswer, schemas.encode_arrow)
+            else:
+                body = await engine.encoded(name, query, settings, BatchAnswer, schemas.encode)
+            written = self._written(head, body, started)
+        except Exception as error:
+            written = self._failed(head, error, time.perf_counter() - started, key)
+        later(written)
 
     def _told(self, head: Head, result: SearchAnswer | Exception, started: float, key: Key | None) -> bytes:
         """The bytes of what a question that others were asked came to."""
         if not isinstance(result, Exception):
             try:
-                return self._written(head, result, started)
+                return self._written(head, schemas.encode(result), started)
             except Exception as error:
                 result = error
         return self._failed(head, result, time.perf_counter() - started, key)
 
-    def _written(self, head: Head, result: SearchAnswer, started: float) -> bytes:
+    def _written(self, head: Head, body: bytes, started: float) -> bytes:
         """The bytes of an answer, counted."""
-        lines = _ANSWER_HEADERS % self._request_id(head.request_id).encode()
-        written = self._message(b"200 OK", lines, schemas.encode(result))
+        headers = _ARROW_HEADERS if head.arrow and head.load == "many" else _JSON_HEADERS
+        written = self._message(b"200 OK", headers % self._request_id(head.request_id).encode(), body)
         self._metrics.requests(head.operation, "200").inc()
         self._metrics.latency(head.operation).observe(time.perf_counter() - started)
         return written
@@ -190,7 +239,8 @@ class Direct:
 
 
 _CLOSES: Final = b"Connection: close\r\n"
-_ANSWER_HEADERS: Final = f"{hdrs.CONTENT_TYPE}: {schemas.JSON}; charset=utf-8\r\nX-Request-Id: %b\r\n".encode()
+_JSON_HEADERS: Final = f"{hdrs.CONTENT_TYPE}: {schemas.JSON}; charset=utf-8\r\nX-Request-Id: %b\r\n".encode()
+_ARROW_HEADERS: Final = f"{hdrs.CONTENT_TYPE}: {schemas.ARROW}\r\nX-Request-Id: %b\r\n".encode()
 
 
 class DirectHandler(web.RequestHandler):
@@ -205,7 +255,7 @@ class DirectHandler(web.RequestHandler):
         self._release: asyncio.TimerHandle | None = None
         self._drop = 0  # bytes to come of a body that nobody will read
         self._left = 0  # bytes to come of a message that goes the long way, or LOST
-        self._call_off: Callable[[], None] | None = None  # ends the question whose answer comes later
+        self._call_off: Callable[[], object] | None = None  # ends the question whose answer comes later
         self._behind = b""  # what came meanwhile
 
     def data_received(self, data: bytes) -> None:

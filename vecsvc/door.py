@@ -60,12 +60,11 @@ class Door:
         if key is not None:
             key.owe(-1)
 
-    def owe(self, request: web.Request, queries: int) -> None:
-        """Tell how many queries or texts a request turned out to hold; one was counted when it came.
+    def owe(self, key: Key | None, queries: int) -> None:
+        """Tell how many queries or texts a request of a key turned out to hold; one was counted when it came.
 
         Raises InvalidRequest where they are more than the key may ever ask at once.
         """
-        key = request.get(_KEY)
         if key is None:
             return
         if key.rate_per_s is not None and queries > key.burst:
@@ -74,10 +73,9 @@ class Door:
             )
         key.owe(queries - 1)
 
-    def name(self, request: web.Request) -> str | None:
-        """The name of the key that a request was let in with."""
-        key = request.get(_KEY)
-        return key.name if key is not None else None
+    def key(self, request: web.Request) -> Key | None:
+        """The key that a request was let in with."""
+        return request.get(_KEY)
 
 
 def presented(headers: Mapping[str, str]) -> str | None:

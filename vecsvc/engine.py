@@ -15,14 +15,13 @@ from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.errors import DeadlineExceeded
 from vecsvc.gather import Gather
 from vecsvc.question import A, Search
-from vecsvc.question_checks import Clock, count, encoder_of, plan_of
+from vecsvc.question_checks import INLINE_HITS, Clock, count, encoder_of, plan_of
 from vecsvc.quick import is_plain, quick_find, quick_search
 from vecsvc.shard import Found, Shard
 from vecsvc.telemetry import Metrics
 from vecsvc.together import run_together
 from vecsvc.types import (
     BatchAnswer,
-    ColumnsAnswer,
     Embedded,
     Neighbors,
     Query,
@@ -56,15 +55,24 @@ class Engine:
 
     async def search(self, name: str | None, query: Query, settings: SearchSettings) -> SearchAnswer:
         """Answer one question. Raises what errors.py lists under RequestError and ServiceError."""
-        return await self._answer(name, query, settings, SearchAnswer)
+        return await self._answer(name, query, settings, SearchAnswer, _as_it_is)
 
     async def search_batch(self, name: str | None, query: Query, settings: SearchSettings) -> BatchAnswer:
         """Answer many questions that share their settings."""
-        return await self._answer(name, query, settings, BatchAnswer)
+        return await self._answer(name, query, settings, BatchAnswer, _as_it_is)
 
-    async def search_columns(self, name: str | None, query: Query, settings: SearchSettings) -> ColumnsAnswer:
-        """Answer many questions with columns over all hits, for those who want no `include`."""
-        return await self._answer(name, query, settings, ColumnsAnswer)
+    async def encoded(
+        self, name: str | None, query: Query, settings: SearchSettings, kind: type[A], encode: Callable[[A], bytes]
+    ) -> bytes:
+        """The answer to many questions as bytes, which are made in the thread that found it, before its caches cool.
+
+        `kind` is BatchAnswer, or ColumnsAnswer for those who want no `include`.
+        """
+        if settings.k * count(query) <= INLINE_HITS:
+            return await self._answer(name, query, settings, kind, encode)
+        # What was found in time is answered, however long that takes to write.
+        answer = await self._answer(name, query, settings, kind, _as_it_is)
+        return await self.in_thread(lambda: encode(answer))
 
     def search_now(self, name: str | None, query: VectorQuery, settings: SearchSettings) -> SearchAnswer | None:
         """Answer one question by its vector before anything else happens in the event loop.
@@ -101,7 +109,10 @@ class Engine:
         self._count(served, answer.stats, seconds)
         return answer
 
-    async def _answer(self, name: str | None, query: Query, settings: SearchSettings, kind: type[A]) -> A:
+    async def _answer(
+        self, name: str | None, query: Query, settings: SearchSettings, kind: type[A], make: Callable[[A], T]
+    ) -> T:
+        """What `make` makes of the answer, in the thread that found it."""
         clock = Clock(time.perf_counter(), time.monotonic() + settings.timeout_ms / 1e3)
         budget = self.admission.of(count(query))
         budget.check()
@@ -114,21 +125,27 @@ class Engine:
             if isinstance(query, TextQuery):
                 await search.encode(query.texts)
             measurable = search.measurable
+
+            def run() -> tuple[Stats, T]:
+                answer = search.run(kind)
+                return answer.stats, make(answer)
+
             # A hop to a thread and back costs more than a search of a graph; a long search in the event loop
             # costs everybody. So a question goes to a thread until its like was measured to be short.
             if measurable and search.plan.is_short(self._inline_s):
-                answer = search.run(kind)
+                stats, made = run()
             elif kind is SearchAnswer and search.shares_work:
                 answer = await self._gathered(work, search)
+                stats, made = answer.stats, make(answer)
             else:
                 grace_s = PARTIAL_GRACE_S if settings.partial else 0.0
-                answer = await self._in_thread(work, lambda: search.run(kind), clock, grace_s)
+                stats, made = await self._in_thread(work, run, clock, grace_s)
             if measurable and not search.together:
                 search.plan.learn(clock.search + clock.rerank)
         finally:
             work.leave()
-        self._count(served, answer.stats, clock.search)
-        return answer
+        self._count(served, stats, clock.search)
+        return made
 
     def _count(self, served: Served, stats: Stats, seconds: float) -> None:
         self._metrics.search(served.name, stats.strategy).observe(seconds)
@@ -290,3 +307,7 @@ class _Work:
             future.exception()  # nobody else will ask for it
         self.budget.leave(self._entered)
         self._served.release()
+
+
+def _as_it_is(answer: A) -> A:
+    return answer

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -28,8 +28,10 @@ from vecsvc.errors import (
 )
 from vecsvc.fan_out import Call, Group
 from vecsvc.ids import id_hash
-from vecsvc.question import columns_of
+from vecsvc.manifest import Manifest
+from vecsvc.question import A, columns_of
 from vecsvc.question_checks import (
+    INLINE_HITS,
     Clock,
     check_question,
     check_vectors,
@@ -163,11 +165,17 @@ class FrontDoor:
         now = self.router.serving.get(version.name)
         return now if now is not None and now.digest != version.digest and not clock.passed() else None
 
-    async def search_columns(self, name: str | None, query: Query, settings: SearchSettings) -> ColumnsAnswer:
-        """Answer many questions with columns over all hits, for those who want no `include`."""
+    async def encoded(
+        self, name: str | None, query: Query, settings: SearchSettings, kind: type[A], encode: Callable[[A], bytes]
+    ) -> bytes:
+        """As `Engine.encoded`."""
         version, a = await self._ask(name, query, settings)
-        columns = columns_of(a.results, 0, version.manifest.id_type == "int", version.manifest.metric)
-        return ColumnsAnswer(columns, a.took_ms, a.coverage, a.stats, a.index, a.encoder, a.explain)
+
+        def make() -> bytes:
+            return encode(_as(kind, a, version.manifest))
+
+        long = settings.k * len(a.results) > INLINE_HITS
+        return await self.in_thread(make) if long else make()
 
     async def _answer(
         self, version: RoutedVersion, query: Query, settings: SearchSettings, clock: Clock
@@ -352,6 +360,15 @@ class _Soon:
 
 def _single(a: BatchAnswer) -> SearchAnswer:
     return SearchAnswer(a.results[0], a.took_ms, a.coverage, a.stats, a.index, a.encoder, a.explain)
+
+
+def _as(kind: type[A], a: BatchAnswer, manifest: Manifest) -> A:
+    """The answer in the shape that is asked for."""
+    answer: Any = a
+    if cast(type, kind) is ColumnsAnswer:
+        columns = columns_of(a.results, 0, manifest.id_type == "int", manifest.metric)
+        answer = ColumnsAnswer(columns, a.took_ms, a.coverage, a.stats, a.index, a.encoder, a.explain)
+    return cast(A, answer)
 
 
 Backend: TypeAlias = Engine | FrontDoor  # whoever answers what came over HTTP

@@ -38,6 +38,7 @@ class Head(msgspec.Struct, frozen=True):
     load: Load = "none"
     path: str = ""
     settings: SearchSettings | None = None  # those of the URL, where the body is raw vectors; None for JSON
+    arrow: bool = False  # whether a batch is to be answered as Arrow
     request_id: str | None = None
     key: bytes | None = None  # digest of the API key that it brings; the key itself is not kept
 
@@ -123,8 +124,9 @@ class Heads:
                 return Head(size, length)
         elif kind not in _JSON or mark:
             return Head(size, length)
+        arrow = schemas.ARROW in headers.get(hdrs.ACCEPT, "")
         request_id, key = headers.get("X-Request-Id"), presented(headers)
-        return Head(size, length, operation, name, load, path, settings, request_id, mark_of(key))
+        return Head(size, length, operation, name, load, path, settings, arrow, request_id, mark_of(key))
 
 
 def _route(target: str) -> tuple[str, str | None, Load]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -121,6 +122,7 @@ def load(module: str, name: str, arity: int, path: str | None = None) -> Kernel:
         return known
 
 
+@functools.cache  # on a virtual machine the question is answered by the host, which takes longer than a search
 def best_path() -> str:
     features = llvm.get_host_cpu_features()
     if all(features.get(f) for f in ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma")):

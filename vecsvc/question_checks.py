@@ -21,6 +21,7 @@ MAX_ANSWER_BYTES: Final = 1 << 28
 _HIT_BYTES: Final = 256
 _FIELD_BYTES: Final = 256
 _VALUE_BYTES: Final = 32
+INLINE_HITS: Final = 10_000  # longer answers are encoded in a thread
 MAX_CANDIDATES: Final = 100_000  # of one query: k or rerank.depth, times k_factor
 
 

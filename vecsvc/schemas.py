@@ -49,7 +49,6 @@ K_ALIASES: Final = ("limit", "top_k", "topK")
 MAX_URL_TEXT_CHARS: Final = 2000
 _BODY_ONLY: Final = ("text", "vector", "id", "texts", "vectors", "filter", "params", "rerank")
 MAX_PARAMS: Final = 64
-INLINE_HITS: Final = 10_000  # longer answers are encoded in a thread
 EXPLAINED_BYTES: Final = 1 << 20  # a larger body is not decoded again for the sake of its error message
 _MAX_SHOWN: Final = 80
 _NOTHING: Final[frozenset[str]] = frozenset()
@@ -166,13 +165,18 @@ def parse_batch(body: bytes, limits: HttpSettings) -> tuple[Query, SearchSetting
 def parse_binary(body: bytes, dim: int, query: Mapping[str, str], limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """Rows of little-endian float32, with the settings in the URL: `?k=10&ef_search=64`."""
     settings = url_settings(query, limits)
+    return raw_batch(body, dim, limits), settings
+
+
+def raw_batch(body: bytes, dim: int, limits: HttpSettings) -> VectorQuery:
+    """The queries of a body of raw vectors."""
     if not body or len(body) % (4 * dim):
         raise InvalidRequest(
             f"the body has {len(body)} bytes, expected a multiple of {4 * dim}: rows of {dim} little-endian float32"
         )
     vectors = rows_of(body, dim)
     _check_batch(len(vectors), limits)
-    return VectorQuery(vectors), settings
+    return VectorQuery(vectors)
 
 
 def rows_of(body: bytes, dim: int) -> Vectors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import logging
 import math
@@ -52,7 +51,7 @@ from vecsvc.reaper import Reaper
 from vecsvc.server_embed import EmbedRoutes
 from vecsvc.storage import index_folders
 from vecsvc.telemetry import COUNTED_CONTENT_TYPE, METRICS_CONTENT_TYPE, LineBudget, Metrics
-from vecsvc.types import Query, SearchSettings
+from vecsvc.types import BatchAnswer, ColumnsAnswer, Query, SearchSettings
 
 log: Final = logging.getLogger("vecsvc.server")
 
@@ -209,7 +208,7 @@ class Service:
         resource = request.match_info.route.resource
         operation = resource.canonical if resource is not None else "unknown"
         data = {"request_id": request_id, "method": request.method, "path": request.path[:200]}
-        self._note(operation, response.status, time.perf_counter() - started, data, self.door.name(request), why)
+        self._note(operation, response.status, time.perf_counter() - started, data, self.door.key(request), why)
         return response
 
     def _explain(self, error: Exception, path: str) -> tuple[int, str, dict[str, str], bytes]:
@@ -226,7 +225,7 @@ class Service:
         return 500, f"{type(error).__name__}: {error}", *parts
 
     def _note(
-        self, operation: str, status: int, seconds: float, data: dict[str, Any], key: str | None, why: str
+        self, operation: str, status: int, seconds: float, data: dict[str, Any], key: Key | None, why: str
     ) -> None:
         """Count a request that is answered, and log it where that is asked for or it failed."""
         self.metrics.requests(operation, str(status)).inc()
@@ -235,7 +234,7 @@ class Service:
         if self._log_all or (why and self._log_errors and self.may_log(lines)):
             data = {**data, "status": status, "ms": round(seconds * 1e3, 3)}
             if key is not None:
-                data["key"] = key
+                data["key"] = key.name
             log.info("request", extra={"data": {**data, "why": why} if why else data})
 
     def _named(self, given: str | None) -> str:
@@ -251,7 +250,7 @@ class Service:
         status, why, headers, body = self._explain(error, head.path)
         request_id = self._named(head.request_id)
         data = {"request_id": request_id, "method": "POST", "path": head.path[:200]}
-        self._note(head.operation, status, seconds, data, key.name if key is not None else None, why)
+        self._note(head.operation, status, seconds, data, key, why)
         return status, {**headers, "X-Request-Id": request_id}, body
 
     def _short_way_is_open(self) -> bool:
@@ -358,18 +357,11 @@ class Service:
         arrow = schemas.ARROW in request.headers.get(hdrs.ACCEPT, "")
         if arrow and settings.include:
             raise InvalidRequest("Arrow answers hold ids, scores and distances; ask for include as JSON")
-        self.door.owe(request, count(query))
-        encode: Callable[[], bytes]
+        self.door.owe(self.door.key(request), count(query))
         if arrow:
-            columns = await self.engine.search_columns(name, query, settings)
-            encode = functools.partial(schemas.encode_arrow, columns)
-            hits = len(columns.results.distances)
+            data = await self.engine.encoded(name, query, settings, ColumnsAnswer, schemas.encode_arrow)
         else:
-            answer = await self.engine.search_batch(name, query, settings)
-            encode = functools.partial(schemas.encode, answer)
-            hits = settings.k * len(answer.results)
-        # So many hits take long enough to encode to hold up the event loop.
-        data = await self.engine.in_thread(encode) if hits > schemas.INLINE_HITS else encode()
+            data = await self.engine.encoded(name, query, settings, BatchAnswer, schemas.encode)
         return web.Response(body=data, headers={hdrs.CONTENT_TYPE: schemas.ARROW if arrow else _JSON})
 
     def _binary(self, name: str | None, body: bytes, request: web.Request) -> tuple[Query, SearchSettings]:

@@ -58,13 +58,13 @@ class EmbedRoutes:
     async def _openai(self, request: web.Request) -> web.Response:
         started = time.perf_counter()
         asked = parse_openai(await self._body(request), self._settings)
-        self._door.owe(request, len(asked.texts))
+        self._door.owe(self._door.key(request), len(asked.texts))
         return await self._answer(asked, None, started, lambda made: encode_openai(made, as_base64=asked.base64))
 
     async def _tei(self, request: web.Request) -> web.Response:
         started = time.perf_counter()
         asked = parse_tei(await self._body(request), self._settings)
-        self._door.owe(request, len(asked.texts))
+        self._door.owe(self._door.key(request), len(asked.texts))
         return await self._answer(asked, request.match_info.get("name"), started, encode_tei)
 
     async def _body(self, request: web.Request) -> bytes:

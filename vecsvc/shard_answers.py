@@ -13,7 +13,7 @@ from vecsvc.catalog import Served
 from vecsvc.engine import Engine
 from vecsvc.errors import DeadlineExceeded, NotReady, ProtocolError
 from vecsvc.manifest import Manifest
-from vecsvc.question_checks import encoder_of
+from vecsvc.question_checks import INLINE_HITS, encoder_of
 from vecsvc.ranking import merge_top_k
 from vecsvc.remote import Kind, Part
 from vecsvc.shard import Found, Shard
@@ -71,7 +71,7 @@ async def _search(engine: Engine, asked: remote.Question) -> tuple[Kind, Part]:
         if any(part.stopped for part in found) and clock.passed() and not settings.partial:
             raise DeadlineExceeded("the search was cut short by the deadline")
         # Many hits take long enough to name to hold up the event loop.
-        long = settings.k * len(vectors) > schemas.INLINE_HITS
+        long = settings.k * len(vectors) > INLINE_HITS
 
         def make() -> Part:
             explain = search.explain(found) if "explain" in settings.include else None
