@@ -5,8 +5,9 @@ response, and the way back through all of them. A question that came whole, by a
 take less than `inline_ms`, needs none of it: its head is known by its bytes (heads.py), its vector goes from the body's
 text straight into float32, and the answer is written in the callback that brought the bytes; at a front door, in the
 callback that brought the last shard's part. A batch that came whole has a task, and otherwise goes the same way. A
-message that there is no place for is refused in the same callback, before its body is looked at. Whatever is out of the ordinary (a question that is wrong, a text, a header that means
-something) is left to the long way, which begins anew with the same bytes, so that rules are written once.
+message that there is no place for is refused in the same callback, before its body is looked at. Whatever is out of the
+ordinary (a question that is wrong, a header that means something) is left to the long way, which begins anew with the
+same bytes, so that rules are written once.
 
 This file, and no other, leans on what aiohttp keeps to itself. Where a version of it keeps other things, `usable` says
 so, and all go the long way.
