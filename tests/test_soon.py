@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from local_cluster import Cluster, cluster, end, nodes, wait_until
 from service import BINARY, DIM, JSON, TOLD, Reply, Service, answers, ask, at_once, index, plain, post, read_all, ways
 
 from vecsvc import front_door
+from vecsvc.access import added, new_key
 from vecsvc.config import RouteSettings
 from vecsvc.direct import DirectHandler
 from vecsvc.errors import NodeFailed, ShardsMissing
@@ -91,6 +93,52 @@ def test_what_is_asked_by_a_text_or_an_id_goes_the_long_way(both: Cluster) -> No
         found = [plain(door.ask("POST", "/search", json.dumps(one).encode(), JSON)) for door in both.doors]
         assert found[0] == found[1], one
     assert "short" not in ways(both.door)[before:]
+
+
+def test_keys_and_rates_hold_as_on_the_long_way(shared: Cluster, tmp_path: Path) -> None:
+    """Of one question and of a batch, whose queries are all counted."""
+    names = {"reader": {"scopes": ["read"]}, "meter": {"scopes": ["metrics"]}}
+    limited = {f"slow{n}": {"scopes": ["read"], "rate_per_s": 0.01, "burst": 4} for n in range(2)}
+    keys, data = {name: new_key() for name in (*names, *limited)}, b""
+    for name, facts in (names | limited).items():
+        data = added(data, name, keys[name], **facts)
+    file = tmp_path / "keys.toml"
+    file.write_bytes(data)
+    file.chmod(0o600)
+    batch = json.dumps({"vectors": [VECTOR] * 3, "k": 2}).encode()
+    doors = [shared.add_door(keys=str(file), prelude=TOLD), shared.add_door(keys=str(file), log="all")]
+    try:
+        for door in doors:
+            door.wait_for("ready")
+        asked: list[tuple[str, bytes, str | None, int]] = [
+            ("/search", question(), None, 401),
+            ("/search", question(), "nobody", 401),
+            ("/search", question(), "meter", 403),
+            ("/search", question(), "reader", 200),
+            ("/search/batch", batch, None, 401),
+            ("/search/batch", batch, "meter", 403),
+            ("/search/batch", batch, "reader", 200),
+            ("/search", question(), "slow0", 200),
+            ("/search/batch", batch, "slow0", 200),
+            ("/search", question(), "slow0", 429),
+            ("/search/batch", batch, "slow1", 200),
+            ("/search", question(), "slow1", 200),
+            ("/search/batch", batch, "slow1", 429),
+        ]
+        for path, body, name, status in asked:
+            headers = {**JSON, **({"Authorization": f"Bearer {keys.get(name, 'nothing')}"} if name else {})}
+            before = len(ways(doors[0]))
+            found = [at_once(door, path, body, headers) for door in doors]
+            assert [reply.status for reply in found] == [status] * 2, (path, name)
+            assert (ways(doors[0])[before:] == ["short"]) == (status == 200)
+            if status == 200:
+                assert plain(found[0]) == plain(found[1])
+            else:
+                assert json.loads(found[0].body)["error"]["code"] == json.loads(found[1].body)["error"]["code"]
+    finally:
+        for door in doors:
+            shared.doors.remove(door)
+            end(door)
 
 
 def test_a_shard_that_is_gone_is_said_as_on_the_long_way(both: Cluster) -> None:

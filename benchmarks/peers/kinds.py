@@ -18,6 +18,15 @@ SEED = 7
 BREADTHS = (10, 12, 14, 17, 20, 24, 29, 35, 42, 50, 60, 72, 86, 104, 125, 150, 180, 216, 260, 310, 375, 450, 540, 800)
 # These hold the vectors themselves, so that nothing is read beside their own files.
 WHOLE = frozenset(("hnsw",))
+# Other choices of a kind: name, package, parameters, and whether it reads the raw vectors beside its own files.
+VARIANTS: tuple[tuple[str, str, Point, bool], ...] = (
+    ("nng rerank float16", "vecsvc", {"kind": "nng", "rerank": "float16"}, False),
+    ("nng rerank none", "vecsvc", {"kind": "nng", "rerank": "none"}, False),
+    ("faiss HNSW32", "faiss-cpu", {"kind": "faiss", "factory": "HNSW32"}, False),
+    ("faiss HNSW32_SQ8", "faiss-cpu", {"kind": "faiss", "factory": "HNSW32_SQ8"}, True),
+    ("faiss ivf-pq-fast", "faiss-cpu", {"kind": "faiss", "preset": "ivf-pq-fast"}, True),
+    ("faiss rabitq", "faiss-cpu", {"kind": "faiss", "preset": "rabitq"}, True),
+)
 
 
 class Kind:
@@ -55,7 +64,7 @@ def points(searcher: Searcher) -> list[Point]:
 
 
 def kinds() -> list[System]:
-    """One system a kind with its default parameters; faiss with the factories that stand among the peers too."""
+    """One system a kind with its default parameters, then its other choices; faiss has no default worth a curve."""
     found = []
     for kind in indexes.kinds():
         if kind == "faiss":
@@ -72,14 +81,14 @@ def kinds() -> list[System]:
                 reranks=kind not in WHOLE,
             )
         )
-    for factory, reranks in (("HNSW32", False), ("HNSW32_SQ8", True)):
+    for name, package, params, reranks in VARIANTS:
         found.append(
             System(
-                name=f"vecsvc faiss {factory}",
-                package="faiss-cpu",
+                name=f"vecsvc {name}",
+                package=package,
                 build=Kind,
                 points=points,
-                params={"kind": "faiss", "factory": factory},
+                params=params,
                 ours=True,
                 unit=False,
                 reranks=reranks,

@@ -238,6 +238,14 @@ LIBRARIES = (
         params={"dtype": "f16", "m": 16, "ef_construction": 200},
     ),
     System(
+        name="usearch i8 M16",
+        package="usearch",
+        build=Usearch,
+        points=knob("ef", *BREADTHS),
+        params={"dtype": "i8", "m": 16, "ef_construction": 200},
+        note="8 bits without a rerank",
+    ),
+    System(
         name="SVS Vamana R32",
         package="scalable-vs",
         build=Svs,
