@@ -130,9 +130,10 @@ def test_what_is_odd_goes_the_long_way(
 
 
 MANY = np.array([VECTOR, VECTOR[::-1], [1.0, *VECTOR[1:]]], np.float32)
+JSON_BATCH = json.dumps({"vectors": MANY.tolist(), "k": 5}).encode()
 ARROW = {"Accept": "application/vnd.apache.arrow.stream"}
 BATCHES: dict[str, tuple[str, bytes, dict[str, str], int]] = {
-    "json": ("/search/batch", json.dumps({"vectors": MANY.tolist(), "k": 5}).encode(), JSON, 200),
+    "json": ("/search/batch", JSON_BATCH, JSON, 200),
     "raw": ("/search/batch?k=5", MANY.tobytes(), BINARY, 200),
     "named index": ("/indexes/products/search/batch?k=5", MANY.tobytes(), BINARY, 200),
     "fields": ("/search/batch?k=5&include=fields", MANY.tobytes(), BINARY, 200),
@@ -176,8 +177,10 @@ def test_batches_are_answered_as_on_the_long_way(
         ("/search/batch?k=5", b'{"vectors": [[1]]}', JSON),
         ("/search/batch", b'{"vectors": [[1]], "texts": ["a"]}', JSON),
         ("/indexes/none/search/batch", MANY.tobytes(), BINARY),
+        ("/indexes/none/search/batch", JSON_BATCH, JSON),
+        ("/indexes//search/batch", JSON_BATCH, JSON),
+        ("/indexes/%7Bx%7D/search/batch", JSON_BATCH, JSON),
     ],
-    ids=["include in Arrow", "a broken row", "nothing", "no vectors", "settings in the URL", "both", "no such index"],
 )
 def test_odd_batches_go_the_long_way(
     short: Service, long: Service, path: str, body: bytes, headers: dict[str, str]
@@ -186,6 +189,41 @@ def test_odd_batches_go_the_long_way(
     first, second = (at_once(running, path, body, headers) for running in (short, long))
     assert plain(first) == plain(second) and first.status >= 400
     assert "short" not in ways(short)[before:]
+
+
+def test_an_encoded_name_is_found_on_the_long_way(short: Service) -> None:
+    before = len(ways(short))
+    for body, headers in ((JSON_BATCH, JSON), (MANY.tobytes(), BINARY)):
+        assert at_once(short, "/indexes/product%73/search/batch", body, headers).status == 200
+    assert ways(short)[before:] == ["long", "long"]
+
+
+def test_a_batch_that_comes_to_no_answer_ends_its_connection(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nobody waits for ever where its task is cancelled from below, or fails by a bug of ours."""
+
+    async def fails() -> None:
+        raise KeyError("a bug")
+
+    async def main() -> None:
+        for what in (asyncio.sleep(0), fails()):
+            told: list[bytes | None] = []
+            task = asyncio.get_running_loop().create_task(what)
+            task.add_done_callback(lambda done, told=told: direct._over(told.append, done))
+            await asyncio.wait([task])
+            await asyncio.sleep(0)
+            assert told == ([] if task.exception() is None else [None])
+        told = []
+        task = asyncio.get_running_loop().create_task(asyncio.sleep(9))
+        task.add_done_callback(lambda done: direct._over(told.append, done))
+        task.cancel()
+        await asyncio.wait([task])
+        await asyncio.sleep(0)
+        assert told == [None]
+
+    asyncio.run(main())
+    assert "a bug of ours" in caplog.text
 
 
 def test_a_batch_whose_client_leaves_is_called_off(short: Service) -> None:

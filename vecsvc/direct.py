@@ -16,10 +16,12 @@ so, and all go the long way.
 from __future__ import annotations
 
 import asyncio
+import functools
+import logging
 import time
 from collections.abc import Callable
 from email.utils import formatdate
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from aiohttp import StreamReader, hdrs, web
 from aiohttp.http import RESPONSES, SERVER_SOFTWARE
@@ -37,8 +39,10 @@ from vecsvc.reaper import Reaper
 from vecsvc.telemetry import Metrics
 from vecsvc.types import BatchAnswer, ColumnsAnswer, Query, SearchAnswer, SearchSettings, VectorQuery
 
+log: Final = logging.getLogger("vecsvc.server")
+
 HOLD_S: Final = 0.01  # so long may the rest of a message be under way; then it goes the long way
-MAX_HELD_BYTES: Final = 262_144  # longer bodies go the long way at once, where they are counted
+MAX_HELD_BYTES: Final = 65_536  # longer bodies go the long way at once, where they are counted
 MAX_BEHIND_BYTES: Final = 65_536  # of what a client sends before it is answered; past that it is not read
 _ANSWERED: Final = frozenset(at + path for at in ("", "/indexes/{name}") for path in ("/search", "/search/batch"))
 LOST: Final = -1  # where one message ends and the next begins is known to aiohttp's parser alone
@@ -48,6 +52,10 @@ _HANDLER: Final = (
     *("_request_factory", "_request_handler", "_keepalive_timeout", "_next_keepalive_close_time"),
     *("_buffer_paused", "_reading_paused", "_loop"),
 )
+
+
+# Takes the bytes of an answer, once; None where there will be none, and the connection ends.
+Later: TypeAlias = Callable[[bytes | None], None]
 
 
 def usable() -> bool:
@@ -82,11 +90,11 @@ class Direct:
         max_line_bytes: int,
         *,
         request_id: Callable[[str | None], str],
-        open: Callable[[], bool],
+        open: Callable[[int], bool],
         closes: Callable[[], bool],
         refused: Callable[[Head, Exception, float, Key | None], tuple[int, dict[str, str], bytes]],
     ) -> None:
-        """`open` says for each message whether it may go the short way now, `closes` whether connections end.
+        """`open` says of a body's length whether it may go the short way now, `closes` whether connections end.
 
         `refused` tells what became of a message after so many seconds, and gives the status, the headers and the body
         of the answer.
@@ -105,7 +113,7 @@ class Direct:
         try:
             self._engine.admission.check(head.load, head.length)
         except Overloaded as error:
-            if not self._open() or head.length > DRAIN_BYTES:
+            if not self._open(head.length) or head.length > DRAIN_BYTES:
                 return None
             try:
                 key = self._door.knock(head.key, "read")
@@ -114,14 +122,14 @@ class Direct:
             return self._failed(head, error, 0.0, key)
         return None
 
-    def answer(self, head: Head, data: bytes, later: Callable[[bytes], None]) -> bytes | Callable[[], object] | None:
+    def answer(self, head: Head, data: bytes, later: Later) -> bytes | Callable[[], object] | None:
         """The answer's bytes, head and body; None where the long way has to be gone.
 
         Where the answer takes a thread or other nodes, what calls the question off: then `later` is called once with
         the answer's bytes.
         """
         started = time.perf_counter()
-        if head.operation not in _ANSWERED or not self._open():
+        if head.operation not in _ANSWERED or not self._open(head.length):
             return None
         single = head.load == "single"
         if head.length > (self._settings.max_query_bytes if single else self._settings.max_body_bytes):
@@ -141,7 +149,7 @@ class Direct:
         return found
 
     def _one(
-        self, head: Head, body: bytes, started: float, key: Key | None, later: Callable[[bytes], None]
+        self, head: Head, body: bytes, started: float, key: Key | None, later: Later
     ) -> bytes | Callable[[], object] | None:
         """As `answer`, of one question; what is raised is met again on the long way."""
         engine, settings = self._engine, head.settings
@@ -165,20 +173,23 @@ class Direct:
         return None
 
     def _many(
-        self, head: Head, body: bytes, started: float, key: Key | None, later: Callable[[bytes], None]
+        self, head: Head, body: bytes, started: float, key: Key | None, later: Later
     ) -> Callable[[], object] | None:
         """As `answer`, of a batch: a task for it costs little, a request and a response of aiohttp's more."""
-        engine, settings = self._engine, head.settings
+        settings = head.settings
+        dim = self._engine.catalog.get(head.name).manifest.spec.dim  # a name that is none may be an encoded one
         query: Query
         if settings is None:
             query, settings = schemas.parse_batch(body, self._settings)
         else:
-            query = schemas.raw_batch(body, engine.catalog.get(head.name).manifest.spec.dim, self._settings)
+            query = schemas.raw_batch(body, dim, self._settings)
         if head.arrow and settings.include:
             return None
         self._door.owe(key, count(query))
         asking = self._asked(head, query, settings, started, key, later)
-        return asyncio.get_running_loop().create_task(asking).cancel
+        task = asyncio.get_running_loop().create_task(asking)
+        task.add_done_callback(functools.partial(_over, later))
+        return task.cancel
 
     async def _asked(
         self,
@@ -187,7 +198,7 @@ class Direct:
         settings: SearchSettings,
         started: float,
         key: Key | None,
-        later: Callable[[bytes], None],
+        later: Later,
     ) -> None:
         """Send what becomes of a batch."""
         engine, name = self._engine, head.name
@@ -237,6 +248,15 @@ class Direct:
         if self.closes():
             lines += _CLOSES
         return b"HTTP/1.1 %b\r\n%bContent-Length: %d\r\n%b\r\n%b" % (status, lines, len(body), self._date, body)
+
+
+def _over(later: Later, task: asyncio.Task[None]) -> None:
+    """A batch's task is over. Where it was cancelled, or failed by a bug, whoever waits still must not wait for ever."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        log.error("a bug of ours", exc_info=error)
+    if error is not None or task.cancelled():
+        later(None)
 
 
 _CLOSES: Final = b"Connection: close\r\n"
@@ -322,12 +342,14 @@ class DirectHandler(web.RequestHandler):
         if self._direct.closes():
             self.transport.close()
 
-    def _later(self, answer: bytes) -> None:
+    def _later(self, answer: bytes | None) -> None:
         """The answer to the question that was asked last; called where a node's arrives, so nothing is raised."""
         self._call_off = None
         transport = self.transport
-        if transport is None or transport.is_closing():
+        if answer is None or transport is None or transport.is_closing():
             self._reaper.left(self)
+            if transport is not None and not transport.is_closing():
+                transport.close()
             return
         self._answered(answer)
         if self._behind:

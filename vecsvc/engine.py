@@ -68,7 +68,7 @@ class Engine:
 
         `kind` is BatchAnswer, or ColumnsAnswer for those who want no `include`.
         """
-        if settings.k * count(query) <= INLINE_HITS:
+        if settings.k * count(query) <= INLINE_HITS and not (settings.include or settings.partial):
             return await self._answer(name, query, settings, kind, encode)
         # What was found in time is answered, however long that takes to write.
         answer = await self._answer(name, query, settings, kind, _as_it_is)

@@ -10,7 +10,6 @@ from typing import Final
 
 from vecsvc import json_vectors, schemas
 from vecsvc.config import HttpSettings
-from vecsvc.errors import VecsvcError
 from vecsvc.types import MAX_DIM, Query, SearchSettings, VectorQuery
 
 MAX_FORM_BYTES: Final = 512  # longer ones are read anew each time
@@ -36,20 +35,19 @@ class Forms:
             row = json_vectors.vector(body[opens:closes])
             if row is not None and row.shape[1] <= MAX_DIM:
                 return VectorQuery(row), settings
+            return schemas.parse_search(body, self._limits)
         query, settings = schemas.parse_search(body, self._limits)
-        if isinstance(query, VectorQuery) and self._is_of_vector(body[:opens], body[closes:]):
+        if isinstance(query, VectorQuery) and _is_of_vector(body[:opens], body[closes:]):
             if len(self._known) >= MAX_REMEMBERED:
                 self._known.clear()
             self._known[form] = settings
         return query, settings
 
-    def _is_of_vector(self, before: bytes, behind: bytes) -> bool:
-        """Whether what was cut out is the value of `vector`, and not part of a text or of some other field.
 
-        It is where other values in its place are what the decoder then finds. Two of them, because one may be what
-        stands in another place already.
-        """
-        try:
-            return all(schemas.vector_text(b"".join((before, value, behind))) == value for value in (b"[0]", b"[1]"))
-        except VecsvcError:
-            return False
+def _is_of_vector(before: bytes, behind: bytes) -> bool:
+    """Whether what was cut out is the value of `vector`, and not part of a text or of some other field.
+
+    It is where other values in its place are what the decoder then finds. Two of them, because one may be what stands
+    in another place already.
+    """
+    return all(schemas.vector_text(b"".join((before, value, behind))) == value for value in (b"[0]", b"[1]"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import repeat
 from operator import itemgetter
-from struct import unpack
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -65,14 +64,13 @@ class Merge:
 
     def _nearest(self, parts: list[Part]) -> list[Hit]:
         """Those of one query of which nothing more is wanted: the common case, without an object for each candidate."""
-        found: list[tuple[float, int, Id]] = []
-        for part in parts:
-            n = len(part.ids)
-            found += zip(unpack(f"<{n}f", part.distances), unpack(f"<{n}q", part.rows), part.ids, strict=True)
-        found.sort()  # rows are distinct, so that no ids are compared
-        distances, _, ids = zip(*found[: self.settings.k], strict=True) if found else ((), (), ())
-        scores = score(np.array(distances, np.float32), self.version.manifest.metric)
-        return list(map(Hit, ids, scores.tolist(), distances))
+        ids = [id for part in parts for id in part.ids]
+        distances = np.frombuffer(b"".join([part.distances for part in parts]), "<f4")
+        rows = np.frombuffer(b"".join([part.rows for part in parts]), "<i8")
+        order = np.lexsort((rows, distances))[: self.settings.k]
+        kept = distances[order]
+        scores = score(kept, self.version.manifest.metric)
+        return list(map(Hit, [ids[at] for at in order.tolist()], scores.tolist(), kept.tolist()))
 
     def _one(self, candidates: list[_Candidate]) -> list[Hit]:
         # Each part's are in order already, which Python's sort sees.

@@ -134,8 +134,11 @@ def parse_search(body: bytes, limits: HttpSettings) -> tuple[Query, SearchSettin
 
 
 def vector_text(body: bytes) -> bytes | None:
-    """The text of a JSON question's vector, as it stands there; None where it has none."""
-    found = decode(_search_text_decoder, body).vector
+    """The text of a JSON question's vector, as it stands there; None where there is none, or no question."""
+    try:
+        found = _search_text_decoder.decode(body).vector
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
     return bytes(found) if found is not UNSET else None
 
 

@@ -253,9 +253,10 @@ class Service:
         self._note(head.operation, status, seconds, data, key, why)
         return status, {**headers, "X-Request-Id": request_id}, body
 
-    def _short_way_is_open(self) -> bool:
-        """Whether a question may go the short way, past the border, where nobody is told of it."""
-        return not (self.draining or self._log_all)
+    def _short_way_is_open(self, length: int) -> bool:
+        """Whether a message with so long a body may go the short way, past the border, where nobody is told of it."""
+        full = length > LARGE_BYTES and self._buffered + length > self.settings.max_buffered_bytes
+        return not (self.draining or self._log_all or full)
 
     def refuse(self, why: str) -> web.Response:
         """The answer to bytes that are no HTTP, and so never became a request."""
