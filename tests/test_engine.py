@@ -398,6 +398,35 @@ def test_an_answer_that_would_fill_the_memory_is_refused_beforehand(queries: int
         run(ask(engine, Spy(engine)))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SearchSettings(timeout_ms=300, include=frozenset(("fields",))),
+        SearchSettings(timeout_ms=300, partial=True),
+        SearchSettings(timeout_ms=300, k=4000),
+    ],
+    ids=["fields", "partial", "many hits"],
+)
+def test_what_was_found_in_time_is_answered_however_long_it_takes_to_write(settings: SearchSettings) -> None:
+    def write(answer: BatchAnswer) -> bytes:
+        time.sleep(0.5)
+        return b"%d" % len(answer.results)
+
+    with opened(service.index("products")) as engine:
+        query = VectorQuery(service.vectors(3, seed=53))
+        assert run(engine.encoded(None, query, settings, BatchAnswer, write)) == b"3"
+
+
+@pytest.mark.parametrize("kind", [BatchAnswer, ColumnsAnswer])
+def test_a_short_answer_is_written_in_the_thread_that_found_it(kind: Any) -> None:
+    def write(answer: Any) -> bytes:
+        return threading.current_thread().name.encode()
+
+    with opened(service.index("products")) as engine:
+        query = VectorQuery(service.vectors(3, seed=53))
+        assert run(engine.encoded(None, query, SearchSettings(), kind, write)).startswith(b"vecsvc-search")
+
+
 def test_the_largest_batch_of_the_largest_k_is_answered_where_nothing_more_is_asked_for() -> None:
     limits = ServeSettings()
     with opened(service.index("texts")) as engine:

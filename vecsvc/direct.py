@@ -251,7 +251,7 @@ class Direct:
 
 
 def _over(later: Later, task: asyncio.Task[None]) -> None:
-    """A batch's task is over. Where it was cancelled, or failed by a bug, whoever waits still must not wait for ever."""
+    """A batch's task is over. Where it was cancelled, or failed by a bug, who waits must not wait for ever."""
     error = None if task.cancelled() else task.exception()
     if error is not None:
         log.error("a bug of ours", exc_info=error)
