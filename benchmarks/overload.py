@@ -1,13 +1,18 @@
 """What one node does when it is asked for several times what it can answer: goodput, refusals, memory, and afterwards.
 
 python benchmarks/overload.py --data DIR --seconds 15       # the figures
+python benchmarks/overload.py --data DIR --apart            # the node on one core, what asks it on another
 python benchmarks/overload.py                               # a look whether it runs
+
+On two cores the load that is too much for a node takes one of them from it, and the share of the peak that is left is
+then not the node's doing; `--apart` measures the peak, too, on one core.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import tempfile
 import threading
@@ -171,6 +176,18 @@ def report(found: list[dict[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
+def on_cores(some: set[int] | None) -> Iterator[None]:
+    """This process, and those that it starts meanwhile, keep to these cores; None for all that it had."""
+    before = os.sched_getaffinity(0)
+    if some is not None:
+        os.sched_setaffinity(0, some)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
 def serving(directory: Path, *flags: str) -> Iterator[Place]:
     with tempfile.TemporaryDirectory() as logs:
         node = Place(["serve", str(directory), "--encoder-cache", "0", "--log", "none", *flags], Path(logs) / "log")
@@ -187,6 +204,7 @@ def main() -> None:
     arguments.add_argument("--seconds", type=float, default=2.0, help="how long each overload lasts")
     arguments.add_argument("--texts", type=int, default=2000, help="texts in the index of texts")
     arguments.add_argument("--rows", type=int, help="only so many vectors")
+    arguments.add_argument("--apart", action="store_true", help="the node on one core, what asks it on another")
     arguments.add_argument("--serve", nargs="*", default=[], help="more flags of vecsvc serve, without their dashes")
     read = arguments.parse_args()
     task = load_task(read.data)
@@ -196,12 +214,16 @@ def main() -> None:
         directory = build(task, work, read.texts)
         asked = questions(task)
         found = []
-        with serving(directory, *(f"--{flag}" for flag in read.serve)) as node:
+        node_core, own_core = [{core} for core in sorted(os.sched_getaffinity(0))[:2]] if read.apart else (None, None)
+        with contextlib.ExitStack() as stack:
+            with on_cores(node_core):
+                node = stack.enter_context(serving(directory, *(f"--{flag}" for flag in read.serve)))
+            stack.enter_context(on_cores(own_core))
             for name, requests in asked.items():
                 for factor in (1.5, 2.0) if name == "vectors" else (5.0,):
                     found.append(overload(node, name, requests, factor, read.seconds))
     report(found)
-    save("overload", {"task": task.name, "serve": read.serve, "loads": found})
+    save("overload", {"task": task.name, "serve": read.serve, "apart": read.apart, "loads": found})
 
 
 if __name__ == "__main__":

@@ -77,9 +77,8 @@ SHORT: dict[str, tuple[str, bytes, dict[str, str]]] = {
     "a bad request id": ("/search", QUESTION, {**JSON, "X-Request-Id": "no good"}),
 }
 ODD: dict[str, tuple[str, str, bytes, dict[str, str]]] = {
-    "an id": ("POST", "/search", b'{"id": "p-20"}', JSON),
-    "a filter": ("POST", "/search", json.dumps({"vector": VECTOR, "filter": {"year": 2000}}).encode(), JSON),
-    "another setting": ("POST", "/search?k=3&exact=true", RAW, BINARY),
+    "an encoded name, by an id": ("POST", "/indexes/product%73/search", b'{"id": "p-20"}', JSON),
+    "no such index, by an id": ("POST", "/indexes/none/search", b'{"id": "p-20"}', JSON),
     "no JSON": ("POST", "/search", b"{", JSON),
     "no field of ours": ("POST", "/search", b'{"vektor": []}', JSON),
     "a wrong dim": ("POST", "/search", b'{"vector": [1, 2]}', JSON),
@@ -117,6 +116,28 @@ def test_the_short_way_answers_as_the_long_one_does(
         assert made == given if given == "mine" else re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]+", made)
         assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", reply.headers["date"])
         assert int(reply.headers["content-length"]) == len(reply.body)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "status"),
+    [
+        ("/search", b'{"id": "p-20"}', JSON, 200),
+        ("/indexes/products/search", b'{"id": "p-20", "k": 3, "include": ["fields"]}', JSON, 200),
+        ("/search", json.dumps({"vector": VECTOR, "filter": {"year": 2000}}).encode(), JSON, 200),
+        ("/search?k=3&exact=true", RAW, BINARY, 200),
+        ("/search", b'{"id": "nobody"}', JSON, 404),
+        ("/search", b'{"text": "rivers"}', JSON, 422),
+        ("/search", b'{"id": "p-20", "params": {"boom": 1}}', JSON, 422),
+    ],
+    ids=["id", "all of an id", "filter", "exact", "no such id", "a text and no encoder", "no such setting"],
+)
+def test_what_takes_a_task_is_answered_as_on_the_long_way(
+    short: Service, long: Service, path: str, body: bytes, headers: dict[str, str], status: int
+) -> None:
+    before = len(ways(short))
+    replies = [at_once(running, path, body, headers) for running in (short, long)]
+    assert plain(replies[0]) == plain(replies[1]) and replies[0].status == status
+    assert ways(short)[before:] == ["short"]
 
 
 @pytest.mark.parametrize(("method", "path", "body", "headers"), ODD.values(), ids=ODD)
@@ -236,6 +257,27 @@ def test_a_batch_whose_client_leaves_is_called_off(short: Service) -> None:
         time.sleep(0.05)
     assert short.metric("vecsvc_in_flight") == 0
     assert short.ask("POST", "/search", QUESTION, JSON).status == 200
+
+
+@pytest.mark.parametrize("n", [40])
+def test_no_more_are_let_in_than_there_are_places_for(n: int) -> None:
+    """Of many that come in one turn of the loop, before any of them has taken its place."""
+    with service.running(service.index("products"), TOLD, max_in_flight=4, reload_poll_s=0) as running:
+        asked = post(json.dumps({"id": "p-20", "params": {"exact": True}}).encode())
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(running.socket()) for _ in range(n)]
+            for sock in sockets:
+                sock.sendall(WHOLE)
+                answers(sock, 1)
+            before = len(ways(running))
+            running.process.send_signal(signal.SIGSTOP)
+            for sock in sockets:
+                sock.sendall(asked)
+            running.process.send_signal(signal.SIGCONT)
+            statuses = [int(sock.recv(1 << 16)[9:12]) for sock in sockets]
+        assert set(statuses) == {200, 429} and statuses.count(200) >= 4
+        # Those that are refused are so at once: no task was made to find out.
+        assert len(ways(running)[before:]) == statuses.count(200)
 
 
 def test_both_ways_count_alike(short: Service) -> None:

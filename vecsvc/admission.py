@@ -21,20 +21,21 @@ Load: TypeAlias = Literal["none", "single", "many"]
 class Budget:
     """Places for requests at work. Belongs to one event loop."""
 
-    __slots__ = ("_seconds", "in_flight", "limit", "setting")
+    __slots__ = ("_seconds", "coming", "in_flight", "limit", "setting")
 
     def __init__(self, setting: str, limit: int) -> None:
         self.setting, self.limit = setting, limit
         self.in_flight = 0
+        self.coming = 0  # let in, and about to take a place
         self._seconds: float | None = None  # that a request held its place lately
 
     @property
     def full(self) -> bool:
         return self.in_flight >= self.limit
 
-    def check(self) -> None:
-        """Raise Overloaded where no place is free."""
-        if self.in_flight >= self.limit:
+    def check(self, coming: int = 0) -> None:
+        """Raise Overloaded where no place is free beside so many that are about to take one."""
+        if self.in_flight + coming >= self.limit:
             raise Overloaded(
                 f"{self.limit} requests are in flight, the limit {self.setting}", retry_after_s=self.retry_after_s
             )
@@ -81,8 +82,8 @@ class Admission:
         `body_bytes` is None where even that is not.
         """
         if load == "single":
-            self.single.check()
-        elif load == "many" and self.bulk.full:
+            self.single.check(self.single.coming)
+        elif load == "many" and self.bulk.in_flight + self.bulk.coming >= self.bulk.limit:
             if body_bytes is None or body_bytes > LARGE_BYTES:
-                self.bulk.check()
-            self.single.check()  # the body is small, and so may be what it asks
+                self.bulk.check(self.bulk.coming)
+            self.single.check(self.single.coming)  # the body is small, and so may be what it asks

@@ -1,13 +1,13 @@
-"""The short way of a question by its vector: from the bytes of a connection to the bytes of the answer, in one step.
+"""The short way of a question: from the bytes of a connection to the bytes of the answer, past aiohttp.
 
 Most of what an HTTP question costs is not the search: a parser's objects, a task, a route to look up, a request and a
 response, and the way back through all of them. A question that came whole, by a vector, and whose like was measured to
 take less than `inline_ms`, needs none of it: its head is known by its bytes (heads.py), its vector goes from the body's
 text straight into float32, and the answer is written in the callback that brought the bytes; at a front door, in the
-callback that brought the last shard's part. A batch that came whole has a task, and otherwise goes the same way. A
-message that there is no place for is refused in the same callback, before its body is looked at. Whatever is out of the
-ordinary (a question that is wrong, a header that means something) is left to the long way, which begins anew with the
-same bytes, so that rules are written once.
+callback that brought the last shard's part. Other questions and batches that came whole have a task, and otherwise go
+the same way. A message that there is no place for is refused in the same callback, before its body is looked at.
+Whatever is out of the ordinary (a question that is wrong, a header that means something) is left to the long way, which
+begins anew with the same bytes, so that rules are written once.
 
 This file, and no other, leans on what aiohttp keeps to itself. Where a version of it keeps other things, `usable` says
 so, and all go the long way.
@@ -28,6 +28,7 @@ from aiohttp.http import RESPONSES, SERVER_SOFTWARE
 
 from vecsvc import schemas
 from vecsvc.access import Key
+from vecsvc.admission import Budget
 from vecsvc.config import HttpSettings
 from vecsvc.door import DRAIN_BYTES, Door
 from vecsvc.errors import Overloaded
@@ -105,7 +106,6 @@ class Direct:
         self._metrics, self._door, self._refused = metrics, door, refused
         self.closes = closes
         self.longest_s = settings.max_timeout_ms / 1e3  # that a question may take
-        self._parsed: tuple[bytes, Query, SearchSettings] | None = None
         self._second, self._date = 0, b""
 
     def refusal(self, head: Head) -> bytes | None:
@@ -159,7 +159,9 @@ class Direct:
         else:
             dim = engine.catalog.get(head.name).manifest.spec.dim
             query = VectorQuery(schemas.rows_of(body, dim))
-        if type(query) is VectorQuery and len(query.vectors) == 1:
+            if len(query.vectors) != 1:
+                return None
+        if type(query) is VectorQuery:
             if isinstance(engine, FrontDoor):
 
                 def done(result: SearchAnswer | Exception) -> None:
@@ -169,15 +171,15 @@ class Direct:
                     return stop
             elif (answer := engine.search_now(head.name, query, settings)) is not None:
                 return self._written(head, schemas.encode(answer), started)
-        self._parsed = body, query, settings
-        return None
+        engine.catalog.get(head.name)  # a name that is none may be an encoded one
+        return self._asked(head, query, settings, started, key, later)
 
     def _many(
         self, head: Head, body: bytes, started: float, key: Key | None, later: Later
     ) -> Callable[[], object] | None:
-        """As `answer`, of a batch: a task for it costs little, a request and a response of aiohttp's more."""
+        """As `answer`, of a batch."""
         settings = head.settings
-        dim = self._engine.catalog.get(head.name).manifest.spec.dim  # a name that is none may be an encoded one
+        dim = self._engine.catalog.get(head.name).manifest.spec.dim
         query: Query
         if settings is None:
             query, settings = schemas.parse_batch(body, self._settings)
@@ -186,24 +188,30 @@ class Direct:
         if head.arrow and settings.include:
             return None
         self._door.owe(key, count(query))
-        asking = self._asked(head, query, settings, started, key, later)
-        task = asyncio.get_running_loop().create_task(asking)
+        return self._asked(head, query, settings, started, key, later)
+
+    def _asked(
+        self, head: Head, query: Query, settings: SearchSettings, started: float, key: Key | None, later: Later
+    ) -> Callable[[], object]:
+        """Answer in a task of its own, which costs little: what costs is aiohttp's request and response."""
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(self._ask(head, query, settings, started, key, later))
         task.add_done_callback(functools.partial(_over, later))
+        # Many may come in one turn of the loop, and none of them takes its place before the next.
+        budget = self._engine.admission.of(count(query))
+        budget.coming += 1
+        loop.call_soon(_came, budget)
         return task.cancel
 
-    async def _asked(
-        self,
-        head: Head,
-        query: Query,
-        settings: SearchSettings,
-        started: float,
-        key: Key | None,
-        later: Later,
+    async def _ask(
+        self, head: Head, query: Query, settings: SearchSettings, started: float, key: Key | None, later: Later
     ) -> None:
-        """Send what becomes of a batch."""
+        """Send what becomes of a question, or of a batch."""
         engine, name = self._engine, head.name
         try:
-            if head.arrow:
+            if head.load == "single":
+                body = schemas.encode(await engine.search(name, query, settings))
+            elif head.arrow:
                 body = await engine.encoded(name, query, settings, ColumnsAnswer, schemas.encode_arrow)
             else:
                 body = await engine.encoded(name, query, settings, BatchAnswer, schemas.encode)
@@ -234,11 +242,6 @@ class Direct:
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return self._message(f"{status} {RESPONSES[status][0]}".encode(), lines.encode(), body)
 
-    def parsed(self, body: bytes) -> tuple[Query, SearchSettings] | None:
-        """What this very body was found to ask, where it was just left to the long way; only once."""
-        known, self._parsed = self._parsed, None
-        return known[1:] if known is not None and known[0] == body else None
-
     def _message(self, status: bytes, lines: bytes, body: bytes) -> bytes:
         """The bytes of an answer; `lines` are its own headers."""
         now = int(time.time())
@@ -250,8 +253,13 @@ class Direct:
         return b"HTTP/1.1 %b\r\n%bContent-Length: %d\r\n%b\r\n%b" % (status, lines, len(body), self._date, body)
 
 
+def _came(budget: Budget) -> None:
+    """The task that was made before this was called for has begun, and taken its place."""
+    budget.coming -= 1
+
+
 def _over(later: Later, task: asyncio.Task[None]) -> None:
-    """A batch's task is over. Where it was cancelled, or failed by a bug, who waits must not wait for ever."""
+    """A question's task is over. Where it was cancelled, or failed by a bug, who waits must not wait for ever."""
     error = None if task.cancelled() else task.exception()
     if error is not None:
         log.error("a bug of ours", exc_info=error)
@@ -267,19 +275,38 @@ _ARROW_HEADERS: Final = f"{hdrs.CONTENT_TYPE}: {schemas.ARROW}\r\nX-Request-Id: 
 class DirectHandler(web.RequestHandler):
     """aiohttp's connection, but a message that `direct` answers at once never reaches its parser."""
 
-    __slots__ = ("_behind", "_call_off", "_direct", "_drop", "_held", "_left", "_reaper", "_release")
+    __slots__ = (*("_behind", "_call_off", "_direct", "_drop", "_finished", "_held", "_left", "_reaper", "_release"),)
 
     def __init__(self, server: web.Server | None, *, direct: Direct | None, reaper: Reaper, **options: Any) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **options)  # type: ignore[arg-type]
         self._direct, self._reaper = direct, reaper
         self._held = b""  # a message whose rest is on its way
         self._release: asyncio.TimerHandle | None = None
+        self._finished = 0  # messages that had come when the last answer of the long way was written
         self._drop = 0  # bytes to come of a body that nobody will read
         self._left = 0  # bytes to come of a message that goes the long way, or LOST
         self._call_off: Callable[[], object] | None = None  # ends the question whose answer comes later
         self._behind = b""  # what came meanwhile
 
     def data_received(self, data: bytes) -> None:
+        self._take(data)
+
+    async def finish_response(self, *message: Any) -> Any:
+        done = await super().finish_response(*message)
+        self._finished = self._request_count
+        return done
+
+    def _is_coming_back(self) -> bool:
+        """Whether all that came is answered, and the connection's task is about to wait for more."""
+        return self._waiter is None and 0 < self._request_count == self._finished and not self._messages
+
+    def _again(self) -> None:
+        """With what was held a turn ago."""
+        data, self._held = self._held, b""
+        if data:
+            self._take(data, again=True)
+
+    def _take(self, data: bytes, *, again: bool = False) -> None:
         direct = self._direct
         if direct is None or not data:
             super().data_received(data)
@@ -309,6 +336,12 @@ class DirectHandler(web.RequestHandler):
                 self._the_long_way(data, None)
             return
         missing = head.size + head.length - len(data)
+        if head.operation and missing >= 0 and self._is_coming_back() and not again:
+            # Its client was faster than its task, which waits for messages again a turn of the loop later. On the long
+            # way this one would find the next as little free, and so on: for as long as there is too much to do.
+            self._held = data
+            self._loop.call_soon(self._again)
+            return
         if head.operation and missing >= 0 and self._idle():
             refusal = direct.refusal(head)
             if refusal is not None:

@@ -330,8 +330,7 @@ class Service:
         name = request.match_info.get("name")
         body = await self._read(request, self.settings.max_query_bytes)
         if request.content_type == schemas.JSON:
-            known = self.direct.parsed(body) if self.direct is not None else None
-            query, settings = known or schemas.parse_search(body, self.settings)
+            query, settings = schemas.parse_search(body, self.settings)
         else:
             query, settings = self._binary(name, body, request)
             if len(body) != 4 * (dim := self._dim(name)):
