@@ -259,6 +259,35 @@ def test_a_batch_whose_client_leaves_is_called_off(short: Service) -> None:
     assert short.ask("POST", "/search", QUESTION, JSON).status == 200
 
 
+def test_what_takes_its_place_for_a_moment_keeps_nobody_out() -> None:
+    """More texts in one turn than there are places, each answered at once from what is remembered of it."""
+    with service.running(service.index("texts"), TOLD, max_in_flight=4, inline_ms=100, reload_poll_s=0) as running:
+        asked = post(b'{"text": "a river", "k": 3}')
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(running.socket()) for _ in range(40)]
+            for _ in range(3):
+                for sock in sockets:
+                    sock.sendall(asked)
+                    answers(sock, 1)
+            running.process.send_signal(signal.SIGSTOP)
+            for sock in sockets:
+                sock.sendall(asked)
+            running.process.send_signal(signal.SIGCONT)
+            assert {int(sock.recv(1 << 16)[9:12]) for sock in sockets} == {200}
+
+
+def test_a_connection_whose_answer_takes_longer_than_keepalive_is_kept() -> None:
+    slow = (
+        TOLD + "import time; import vecsvc.schemas as s; e = s.encode; s.encode = lambda a: (time.sleep(2.5), e(a))[1]"
+    )
+    settings = {"keepalive_s": 1, "max_timeout_ms": 500, "timeout_ms": 500, "reload_poll_s": 0}
+    with service.running(service.index("products"), slow, **settings) as running, running.socket() as sock:
+        for _ in range(2):
+            sock.sendall(post(json.dumps({"vectors": [VECTOR], "include": ["fields"]}).encode(), "/search/batch"))
+            [found] = answers(sock, 1)
+            assert len(found["results"]) == 1
+
+
 @pytest.mark.parametrize("n", [40])
 def test_no_more_are_let_in_than_there_are_places_for(n: int) -> None:
     """Of many that come in one turn of the loop, before any of them has taken its place."""

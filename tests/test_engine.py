@@ -34,8 +34,10 @@ from vecsvc.errors import (
 from vecsvc.indexes import nng
 from vecsvc.question import Search
 from vecsvc.question_checks import Clock
+from vecsvc.shard import Shard
 from vecsvc.storage import IndexFolder, Lease
 from vecsvc.telemetry import Metrics
+from vecsvc.together import run_together
 from vecsvc.types import (
     BatchAnswer,
     ColumnsAnswer,
@@ -415,6 +417,36 @@ def test_what_was_found_in_time_is_answered_however_long_it_takes_to_write(setti
     with opened(service.index("products")) as engine:
         query = VectorQuery(service.vectors(3, seed=53))
         assert run(engine.encoded(None, query, settings, BatchAnswer, write)) == b"3"
+
+
+def test_one_that_leaves_a_shared_search_does_not_cut_it_short_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SearchSettings(k=5, exact=True)
+    with opened(service.index("sharded")) as engine:
+        served = engine.retained(None)
+        try:
+            queries = service.vectors(3, seed=57)
+            now = time.monotonic()
+            searches = [
+                Search(served, VectorQuery(row[None]), settings, Clock(0.0, now + 30 + at), 1)
+                for at, row in enumerate(queries)
+            ]
+            expected = [
+                Search(served, VectorQuery(row[None]), settings, Clock(0.0, now + 30), 1).run(SearchAnswer)
+                for row in queries
+            ]
+            search = Shard.search
+
+            def leaves(*given: Any, **named: Any) -> Any:
+                searches[-1].clock.deadline = 0.0
+                return search(*given, **named)
+
+            monkeypatch.setattr(Shard, "search", leaves)
+            found = run_together(searches)
+        finally:
+            served.release()
+    for answer, alone in zip(found[:2], expected[:2], strict=True):
+        assert isinstance(answer, SearchAnswer) and answer.coverage == alone.coverage
+        assert [hit.id for hit in answer.results] == [hit.id for hit in alone.results]
 
 
 @pytest.mark.parametrize("kind", [BatchAnswer, ColumnsAnswer])

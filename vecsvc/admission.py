@@ -26,16 +26,21 @@ class Budget:
     def __init__(self, setting: str, limit: int) -> None:
         self.setting, self.limit = setting, limit
         self.in_flight = 0
-        self.coming = 0  # let in, and about to take a place
+        self.coming = 0  # let in, and not begun
         self._seconds: float | None = None  # that a request held its place lately
 
     @property
     def full(self) -> bool:
         return self.in_flight >= self.limit
 
-    def check(self, coming: int = 0) -> None:
-        """Raise Overloaded where no place is free beside so many that are about to take one."""
-        if self.in_flight + coming >= self.limit:
+    @property
+    def crowded(self) -> bool:
+        """Whether those that were let in and have not begun may take all that is free: a turn of the loop tells."""
+        return self.in_flight < self.limit <= self.in_flight + self.coming
+
+    def check(self) -> None:
+        """Raise Overloaded where no place is free."""
+        if self.in_flight >= self.limit:
             raise Overloaded(
                 f"{self.limit} requests are in flight, the limit {self.setting}", retry_after_s=self.retry_after_s
             )
@@ -82,8 +87,8 @@ class Admission:
         `body_bytes` is None where even that is not.
         """
         if load == "single":
-            self.single.check(self.single.coming)
-        elif load == "many" and self.bulk.in_flight + self.bulk.coming >= self.bulk.limit:
+            self.single.check()
+        elif load == "many" and self.bulk.full:
             if body_bytes is None or body_bytes > LARGE_BYTES:
-                self.bulk.check(self.bulk.coming)
-            self.single.check(self.single.coming)  # the body is small, and so may be what it asks
+                self.bulk.check()
+            self.single.check()  # the body is small, and so may be what it asks

@@ -51,7 +51,7 @@ LOST: Final = -1  # where one message ends and the next begins is known to aioht
 _HANDLER: Final = (
     *("_messages", "_waiter", "_paused", "_upgraded", "_payload_parser", "_close", "_force_close", "_request_count"),
     *("_request_factory", "_request_handler", "_keepalive_timeout", "_next_keepalive_close_time"),
-    *("_buffer_paused", "_reading_paused", "_loop"),
+    *("_buffer_paused", "_reading_paused", "_loop", "_current_request"),
 )
 
 
@@ -62,8 +62,11 @@ Later: TypeAlias = Callable[[bytes | None], None]
 def usable() -> bool:
     """Whether this aiohttp keeps what is needed here under the names that are known here."""
     slots = {name for base in web.RequestHandler.__mro__ for name in getattr(base, "__slots__", ())}
-    return slots.issuperset(_HANDLER) and {"_buffer", "_size", "_protocol", "total_bytes"} <= set(
-        getattr(StreamReader, "__slots__", ())
+    methods = hasattr(web.RequestHandler, "finish_response") and hasattr(web.RequestHandler, "_process_keepalive")
+    return (
+        methods
+        and slots.issuperset(_HANDLER)
+        and {"_buffer", "_size", "_protocol", "total_bytes"} <= set(getattr(StreamReader, "__slots__", ()))
     )
 
 
@@ -105,8 +108,12 @@ class Direct:
         self._engine, self._settings, self._request_id, self._open = engine, settings, request_id, open
         self._metrics, self._door, self._refused = metrics, door, refused
         self.closes = closes
-        self.longest_s = settings.max_timeout_ms / 1e3  # that a question may take
         self._second, self._date = 0, b""
+
+    def crowded(self, head: Head) -> bool:
+        """Whether the message had better wait a turn of the loop, until those before it have taken their places."""
+        admission = self._engine.admission
+        return (admission.single if head.load == "single" else admission.bulk).crowded
 
     def refusal(self, head: Head) -> bytes | None:
         """The answer to a message that there is no place for; None where there is one, or it is not that simple."""
@@ -197,7 +204,7 @@ class Direct:
         loop = asyncio.get_running_loop()
         task = loop.create_task(self._ask(head, query, settings, started, key, later))
         task.add_done_callback(functools.partial(_over, later))
-        # Many may come in one turn of the loop, and none of them takes its place before the next.
+        # Many may come in one turn of the loop, and none of them takes its place before the next (see `crowded`).
         budget = self._engine.admission.of(count(query))
         budget.coming += 1
         loop.call_soon(_came, budget)
@@ -296,9 +303,20 @@ class DirectHandler(web.RequestHandler):
         self._finished = self._request_count
         return done
 
+    def _process_keepalive(self) -> None:
+        if self._call_off is not None:
+            # aiohttp sees a connection that waits for messages, and this one waits for an answer.
+            self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        super()._process_keepalive()
+
     def _is_coming_back(self) -> bool:
         """Whether all that came is answered, and the connection's task is about to wait for more."""
-        return self._waiter is None and 0 < self._request_count == self._finished and not self._messages
+        finished = self._current_request is None and 0 < self._request_count == self._finished
+        return finished and self._waiter is None and not self._messages
+
+    def _hold_a_turn(self, data: bytes) -> None:
+        self._held = data
+        self._loop.call_soon(self._again)
 
     def _again(self) -> None:
         """With what was held a turn ago."""
@@ -339,14 +357,16 @@ class DirectHandler(web.RequestHandler):
         if head.operation and missing >= 0 and self._is_coming_back() and not again:
             # Its client was faster than its task, which waits for messages again a turn of the loop later. On the long
             # way this one would find the next as little free, and so on: for as long as there is too much to do.
-            self._held = data
-            self._loop.call_soon(self._again)
+            self._hold_a_turn(data)
             return
         if head.operation and missing >= 0 and self._idle():
             refusal = direct.refusal(head)
             if refusal is not None:
                 self._drop = missing
                 self._answered(refusal)
+                return
+            if missing == 0 and direct.crowded(head):
+                self._hold_a_turn(data)
                 return
             if missing == 0:
                 answer = direct.answer(head, data, self._later)
@@ -356,7 +376,6 @@ class DirectHandler(web.RequestHandler):
                 if answer is not None:
                     self._free()
                     self._call_off = answer
-                    self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout + direct.longest_s
                     self._reaper.asked(self)
                     return
             elif head.length <= MAX_HELD_BYTES:

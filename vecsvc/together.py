@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 import time
 from typing import Final
@@ -49,7 +51,10 @@ def _together(going: dict[int, Search]) -> dict[int, SearchAnswer | Exception]:
     before = time.perf_counter()
     vectors = np.concatenate([search.vectors for search in going.values() if search.vectors is not None])
     last = max(going.values(), key=lambda search: search.clock.deadline)
-    found = last.recall(vectors, {})
+    # One whose caller leaves has no deadline left from then on, which must not cut short what the others wait for.
+    asker = copy.copy(last)
+    asker.clock = dataclasses.replace(last.clock)
+    found = asker.recall(vectors, {})
     seconds = time.perf_counter() - before
     answers: dict[int, SearchAnswer | Exception] = {}
     for row, (place, search) in enumerate(going.items()):
