@@ -82,6 +82,15 @@ def arrived(content: StreamReader) -> bytes | None:
     return b"".join(content._buffer)
 
 
+async def answer_batch(
+    engine: Backend, name: str | None, query: Query, settings: SearchSettings, *, arrow: bool
+) -> bytes:
+    """The body of the answer to a batch, as Arrow or as JSON."""
+    if arrow:
+        return await engine.encoded(name, query, settings, ColumnsAnswer, schemas.encode_arrow)
+    return await engine.encoded(name, query, settings, BatchAnswer, schemas.encode)
+
+
 class Direct:
     """Answers messages in the event loop, or leaves them alone."""
 
@@ -214,24 +223,21 @@ class Direct:
         self, head: Head, query: Query, settings: SearchSettings, started: float, key: Key | None, later: Later
     ) -> None:
         """Send what becomes of a question, or of a batch."""
-        engine, name = self._engine, head.name
+        result: SearchAnswer | bytes | Exception
         try:
             if head.load == "single":
-                body = schemas.encode(await engine.search(name, query, settings))
-            elif head.arrow:
-                body = await engine.encoded(name, query, settings, ColumnsAnswer, schemas.encode_arrow)
+                result = await self._engine.search(head.name, query, settings)
             else:
-                body = await engine.encoded(name, query, settings, BatchAnswer, schemas.encode)
-            written = self._written(head, body, started)
+                result = await answer_batch(self._engine, head.name, query, settings, arrow=head.arrow)
         except Exception as error:
-            written = self._failed(head, error, time.perf_counter() - started, key)
-        later(written)
+            result = error
+        later(self._told(head, result, started, key))
 
-    def _told(self, head: Head, result: SearchAnswer | Exception, started: float, key: Key | None) -> bytes:
-        """The bytes of what a question that others were asked came to."""
+    def _told(self, head: Head, result: SearchAnswer | bytes | Exception, started: float, key: Key | None) -> bytes:
+        """The bytes of what a question came to that was not answered at once."""
         if not isinstance(result, Exception):
             try:
-                return self._written(head, schemas.encode(result), started)
+                return self._written(head, result if isinstance(result, bytes) else schemas.encode(result), started)
             except Exception as error:
                 result = error
         return self._failed(head, result, time.perf_counter() - started, key)
@@ -299,6 +305,7 @@ class DirectHandler(web.RequestHandler):
         self._take(data)
 
     async def finish_response(self, *message: Any) -> Any:
+        """As aiohttp's, which does not say afterwards that a message is answered and its task on the way back."""
         done = await super().finish_response(*message)
         self._finished = self._request_count
         return done

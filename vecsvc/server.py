@@ -22,7 +22,7 @@ from vecsvc.access import Key, Keyring
 from vecsvc.admission import LARGE_BYTES
 from vecsvc.catalog import Catalog
 from vecsvc.config import HttpSettings
-from vecsvc.direct import Direct, DirectHandler, arrived, usable
+from vecsvc.direct import Direct, DirectHandler, answer_batch, arrived, usable
 from vecsvc.door import CHALLENGE, Door, Handler, Route, invite, leave_body
 from vecsvc.errors import (
     BodyTooLarge,
@@ -51,7 +51,7 @@ from vecsvc.reaper import Reaper
 from vecsvc.server_embed import EmbedRoutes
 from vecsvc.storage import index_folders
 from vecsvc.telemetry import COUNTED_CONTENT_TYPE, METRICS_CONTENT_TYPE, LineBudget, Metrics
-from vecsvc.types import BatchAnswer, ColumnsAnswer, Query, SearchSettings
+from vecsvc.types import Query, SearchSettings
 
 log: Final = logging.getLogger("vecsvc.server")
 
@@ -358,10 +358,7 @@ class Service:
         if arrow and settings.include:
             raise InvalidRequest("Arrow answers hold ids, scores and distances; ask for include as JSON")
         self.door.owe(self.door.key(request), count(query))
-        if arrow:
-            data = await self.engine.encoded(name, query, settings, ColumnsAnswer, schemas.encode_arrow)
-        else:
-            data = await self.engine.encoded(name, query, settings, BatchAnswer, schemas.encode)
+        data = await answer_batch(self.engine, name, query, settings, arrow=arrow)
         return web.Response(body=data, headers={hdrs.CONTENT_TYPE: schemas.ARROW if arrow else _JSON})
 
     def _binary(self, name: str | None, body: bytes, request: web.Request) -> tuple[Query, SearchSettings]:

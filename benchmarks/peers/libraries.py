@@ -230,20 +230,16 @@ LIBRARIES = (
         points=cells,
         params={"factory": "IVF{cells},PQ{codes}x4fsr,RFlat"},
     ),
-    System(
-        name="usearch f16 M16",
-        package="usearch",
-        build=Usearch,
-        points=knob("ef", *BREADTHS),
-        params={"dtype": "f16", "m": 16, "ef_construction": 200},
-    ),
-    System(
-        name="usearch i8 M16",
-        package="usearch",
-        build=Usearch,
-        points=knob("ef", *BREADTHS),
-        params={"dtype": "i8", "m": 16, "ef_construction": 200},
-        note="8 bits without a rerank",
+    *(
+        System(
+            name=f"usearch {dtype} M16",
+            package="usearch",
+            build=Usearch,
+            points=knob("ef", *BREADTHS),
+            params={"dtype": dtype, "m": 16, "ef_construction": 200},
+            note=note,
+        )
+        for dtype, note in (("f16", ""), ("i8", "8 bits without a rerank, for vectors of length 1"))
     ),
     System(
         name="SVS Vamana R32",
