@@ -1,7 +1,8 @@
 """Builds kind `nng`: leaves of TP-trees give neighbour lists, the graph drawn from them is searched for better ones.
 
-1. Vectors become int8 codes, by which everything here is compared. One TP-tree puts them into an order in which
-   neighbours lie near each other; from then on they are places in that order.
+1. Vectors become int8 codes, by which everything here is compared, unless neighbours lie within what codes round off:
+   then it is by the vectors. One TP-tree puts them into an order in which neighbours lie near each other; from then on
+   they are places in that order.
 2. In the leaves of several TP-trees every pair is compared; each place keeps a list of the nearest it met (Wang et
    al., Scalable k-NN graph construction for visual descriptors, CVPR 2012, section 3).
 3. Occlusion pruning picks edges out of the lists, and each edge is offered to its other end too.
@@ -9,6 +10,7 @@
    places that the search ends with are pruned to the edges of the next graph (Subramanya et al., DiskANN: Fast
    Accurate Billion-point Nearest Neighbor Search on a Single Node, NeurIPS 2019, section 2).
 5. What cannot be reached from the pivots becomes a pivot.
+6. Searches for some of the vectors show whether the graph has to be walked by vectors, too.
 
 Every phase reads one graph and writes another, so that the result does not depend on the number of threads.
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
@@ -32,7 +34,7 @@ from vecsvc import machine_code
 from vecsvc.blocks import checked_blocks
 from vecsvc.config import option
 from vecsvc.distance import unit
-from vecsvc.errors import BackendMissing
+from vecsvc.errors import BackendMissing, InvalidParameter
 from vecsvc.indexes import nng_layout as at
 from vecsvc.indexes.addresses import Block
 from vecsvc.indexes.base import params_dict
@@ -42,11 +44,13 @@ from vecsvc.indexes.nng import (
     MAX_PIVOTS,
     NngIndex,
     NngParts,
+    SearchParams,
     Workspace,
     aligned,
     bounded,
     code_bytes,
 )
+from vecsvc.storage import release_pages
 from vecsvc.types import IndexSpec, Labels, Metric, StoredVectors, Vectors
 
 EF_SEARCH: Final = (10, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
@@ -67,7 +71,18 @@ BLOCK: Final = 1024  # places that a thread takes at a time
 # vectors, and nothing among eighty thousand.
 N_PIVOTS: Final = 128
 FIRST_DEGREE: Final = 32  # edges in the graphs on the way
+MOST_UNITS: Final = float(1 << 30)  # squared distances of vectors become integers up to this
 SLACK_PERCENT: Final = 110  # distances between neighbours count so much when edges are pruned
+
+# Neighbours that lie nearer to each other than so many times what rounding to codes moves them are blurred.
+BLURRED: Final = 10.0
+BLURRED_RANK: Final = 10  # the neighbour that is looked at
+
+MISLED_ROWS: Final = 200  # vectors that are searched for, to see whether codes mislead a walk
+MISLED_K: Final = 10
+MISLED_EF: Final = 64
+# Recall that a walk by codes may miss: a walk twice as broad finds so much, at half of what vectors cost.
+MISLED: Final = 0.05
 
 # What share of the time each phase takes, for progress; the last search takes the rest.
 SHARE_LISTS: Final = 0.15
@@ -101,6 +116,12 @@ class BuildParams:
         "so that the others may leave memory; or none, and answers carry the distances of 8-bit codes",
         choices=("vectors", "float16", "none"),
     )
+    walk: str = option(
+        "auto",
+        "what the graph is walked by: 4-bit codes, or what rerank names, which is right where neighbours lie so near "
+        "each other that codes cannot tell them apart, and slower; auto finds out, and the manifest says what it took",
+        choices=("auto", "codes", "vectors"),
+    )
 
 
 def build(
@@ -110,22 +131,29 @@ def build(
 
     Raises InvalidVector, or BackendMissing where there is no GPU for `device` cuda.
     """
+    if params.walk == "vectors" and params.rerank == "none":
+        raise InvalidParameter("walk 'vectors' needs vectors, but rerank is 'none'; choose vectors or float16")
     size, dim = vectors.shape
-    spec = IndexSpec("nng", dim, metric, size, params_dict(params), exact_distances=params.rerank == "vectors")
     rng = np.random.default_rng(seed)
     neighbours = _gpu_neighbours(vectors, metric) if params.device == "cuda" and size > 1 else None
     work = _Work(size, num_threads, progress)
     codes = _Codes(vectors, metric)
     order, _ = partition(codes.bytes, leaf_size=ORDER_LEAF, n_samples=1000, n_top_dims=5, rng=rng)
     codes.reorder(order)
-    pivots = np.unique(np.append(np.linspace(0, size - 1, N_PIVOTS).astype(np.int32), codes.longest(N_PIVOTS)))
+    pivots = np.unique(np.append(np.linspace(0, size - 1, N_PIVOTS).astype(np.int32), codes.outliers(N_PIVOTS)))
     builder = _Builder(codes, params, pivots, work)
-    if neighbours is not None:
-        known = builder.given(neighbours, order)
-    else:
-        known = builder.lists(
+
+    def lists() -> Lists:
+        if neighbours is not None:
+            return builder.given(neighbours, order)
+        return builder.lists(
             lambda: partition(codes.bytes, leaf_size=params.leaf_size, n_samples=1000, n_top_dims=5, rng=rng)
         )
+
+    known = lists()
+    if codes.blur(known):
+        codes.compare_rows(vectors, order)
+        known = lists()
     graph = builder.first(known)
     first_ef = min(FIRST_EF, params.ef_construction)
     graph = builder.refined(graph, known, first_ef, FIRST_DEGREE, "first search", SHARE_FIRST_SEARCH)
@@ -140,7 +168,33 @@ def build(
         bias=codes.bias,
         vectors=_float16(vectors, order, metric) if params.rerank == "float16" else None,
     )
-    return NngIndex(spec, parts, vectors, mmap=True)
+    walk = "codes" if params.walk == "auto" else params.walk
+    made = params_dict(replace(params, walk=walk))
+    spec = IndexSpec("nng", dim, metric, size, made, exact_distances=params.rerank == "vectors")
+    index = NngIndex(spec, parts, vectors, mmap=True)
+    if params.walk == "auto" and params.rerank != "none" and _misled(index, vectors):
+        return index.walked_by("vectors")
+    return index
+
+
+def _misled(index: NngIndex, vectors: StoredVectors) -> bool:
+    """Whether walks by codes miss so much of what walks by vectors find that a broader walk is no remedy.
+
+    Asked for by some of the rows themselves. What no walk would find is no fault of the codes.
+    """
+    size = len(vectors)
+    rows = np.asarray(vectors[:: max(1, size // MISLED_ROWS)][:MISLED_ROWS], np.float32)
+    rows = rows[np.any(rows != 0, axis=1)]  # cosine has no word for a query of zeros
+    if len(rows) == 0:
+        return False
+    k = min(MISLED_K, size)
+    by_vectors = index.walked_by("vectors")
+    wanted = by_vectors.search(rows, k, SearchParams(ef_search=4 * MISLED_EF)).distances[:, -1:]
+
+    def recall(walked: NngIndex) -> float:
+        return float((walked.search(rows, k, SearchParams(ef_search=MISLED_EF)).distances <= wanted).mean())
+
+    return recall(by_vectors) - recall(index) > MISLED
 
 
 def _gpu_neighbours(vectors: StoredVectors, metric: Metric) -> Labels:
@@ -168,6 +222,7 @@ class _Codes:
     low: NDArray[np.uint8]
     bias: NDArray[np.float32] | None  # l2: the squared distance from the mean
     lengths: NDArray[np.float64] | None  # ip: squared
+    rows: NDArray[np.float32] | None = None  # (size, dim) by place, where codes blur: what `between` compares then
     augment: NDArray[np.float32] | None  # ip: the dimension that makes vectors equally long, 0 for the longest
 
     def __init__(self, vectors: StoredVectors, metric: Metric) -> None:
@@ -230,6 +285,33 @@ class _Codes:
         step = 1.2 * float(np.quantile(far.reshape(-1)[:: max(1, far.size // 5_000_000)], 1 - CLIPPED)) / 127
         return scale, step or 1.0
 
+    def blur(self, known: Lists) -> bool:
+        """Whether half of all places have neighbours so near that rounding to codes has a say in which are nearest.
+
+        Rounding moves a value by a variance of 1/12 of a step, so two vectors by dim / 6.
+        """
+        lists, filled = known
+        enough = filled >= BLURRED_RANK
+        if not enough.any():
+            return False
+        apart = float(np.median(lists[enough, BLURRED_RANK - 1] >> 32))
+        return bool(apart < BLURRED * self.scale.shape[1] / 6)
+
+    def compare_rows(self, vectors: StoredVectors, order: NDArray[np.int32]) -> None:
+        """From now on compare the vectors themselves: a copy of them, by place, is kept until the graph is built."""
+        mean, most = self.scale[0], 0.0
+        self.rows = np.empty(vectors.shape, np.float32)
+        for start in range(0, len(order), BLOCK):
+            part = slice(start, start + BLOCK)
+            rows = self._as_compared(np.asarray(vectors[order[part]], np.float32))
+            self.rows[part] = rows
+            most = max(most, float(np.einsum("ij,ij->i", rows - mean, rows - mean).max()))
+        release_pages(vectors)
+        farthest = 4 * most + (0.0 if self.augment is None else float(self.augment.max()) ** 2)
+        self.block.put(here.ROWS, self.rows)
+        self.block.values[here.WIDTH] = self.scale.shape[1]
+        self.block.put(here.UNITS, np.array([MOST_UNITS / farthest if farthest > 0 else 1.0], np.float32))
+
     def reorder(self, order: NDArray[np.int32]) -> None:
         """From labels to places, and from arrays to what the kernels read."""
         self.bytes, self.high, self.low = (aligned(a[order]) for a in (self.bytes, self.high, self.low))
@@ -254,12 +336,19 @@ class _Codes:
             },
         )
 
-    def longest(self, count: int) -> NDArray[np.int32]:
-        """Up to `count` places, for ip, of vectors so long that walks from anywhere else would seldom come by."""
-        if self.lengths is None:
+    def outliers(self, count: int) -> NDArray[np.int32]:
+        """Up to `count` places of vectors so far out that walks from anywhere else would seldom come by.
+
+        Those are far from the mean for l2, and long for ip; cosine has none.
+        """
+        if self.lengths is not None:
+            out, usual = self.lengths, FAR_BEYOND * self._bound
+        elif self.bias is not None:
+            out, usual = self.bias.astype(np.float64), bounded(self.bias)[1]
+        else:
             return np.empty(0, np.int32)
-        order = np.argsort(-self.lengths, kind="stable")[:count]
-        return order[self.lengths[order] > FAR_BEYOND * self._bound].astype(np.int32)
+        order = np.argsort(-out, kind="stable")[:count]
+        return order[out[order] > usual].astype(np.int32)
 
 
 def halves(values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -368,7 +457,8 @@ class _Builder:
 
     def refined(self, graph: Graph, known: Lists, ef: int, degree: int, name: str, share: float) -> Graph:
         """The graph of what a search of `graph` with breadth `ef` finds for every place."""
-        refine = machine_code.load("index_builders.nng_kernels", "nng_refine", 13)
+        kernel = "nng_refine" if self.codes.rows is None else "nng_refine_vectors"
+        refine = machine_code.load("index_builders.nng_kernels", kernel, 13)
         lists, filled = known
         index = self._walked(graph)
         new = np.empty((self.size, degree), np.int32)
@@ -388,6 +478,7 @@ class _Builder:
         """The index block that a search of the graph under way needs: Euclidean, whatever the metric."""
         codes = self.codes
         bias, most = bounded(codes.bias)
+        euclidean = codes.bias is not None or (codes.rows is not None and codes.augment is None)
         if codes.augment is not None:
             bias, most = codes.augment, float(codes.augment.max(initial=0.0)) ** 2
         return Block(
@@ -397,7 +488,8 @@ class _Builder:
                 at.DIM: codes.scale.shape[1],
                 at.DEGREE: graph.shape[1],
                 at.CHUNKS: codes.high.shape[1] // CHUNK_BYTES,
-                at.METRIC: at.L2 if codes.bias is not None else at.IP,
+                at.METRIC: at.L2 if euclidean else at.IP,
+                at.VECTORS_BY_PLACE: 1,
                 at.N_PIVOTS: len(self.pivots),
             },
             {
@@ -409,6 +501,8 @@ class _Builder:
                 at.BIAS_MOST: np.array([most], np.float32),
                 at.PIVOTS: self.pivots,
                 at.PIVOT_CODES: aligned(codes.high[self.pivots]),
+                at.ORDER: np.arange(self.size, dtype=np.int32),
+                at.VECTORS: codes.rows,
             },
         )
 

@@ -10,8 +10,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from index_builders.nng_layout import AUGMENT, BYTES, LINES, SHIFTS, SQUARES, STEP
-from vecsvc.indexes.nng_kernels import place_of, prepare, rank_pivots, walk
+from index_builders.nng_layout import AUGMENT, BYTES, LINES, ROWS, SHIFTS, SQUARES, STEP, UNITS, WIDTH
+from vecsvc.indexes.nng_kernels import (
+    place_of,
+    prepare,
+    rank_by_codes,
+    rank_by_vectors,
+    walk_by_codes,
+    walk_by_vectors,
+)
 from vecsvc.indexes.nng_layout import (
     CHUNKS,
     DIM,
@@ -22,6 +29,7 @@ from vecsvc.indexes.nng_layout import (
     POOL,
     QUERY,
     SCALE,
+    VECTORS,
 )
 from vecsvc.kernels import (
     byte_dot,
@@ -36,6 +44,7 @@ from vecsvc.kernels import (
     put_i32,
     put_i64,
     put_u8,
+    squares_f32,
 )
 
 FAR = (1 << 31) - 1
@@ -44,11 +53,18 @@ FAR = (1 << 31) - 1
 @inlined
 def between(codes, a, b):
     """The squared distance (int) of two places."""
+    rows, augment = get_i64(codes, ROWS), get_i64(codes, AUGMENT)
+    if rows != 0:
+        width = get_i64(codes, WIDTH)
+        exact = squares_f32(rows + a * width * 4, rows + b * width * 4, width)
+        if augment != 0:
+            beyond = get_f32(augment, a) - get_f32(augment, b)
+            exact += beyond * beyond
+        return int(min(np.float32(FAR), exact * get_f32(get_i64(codes, UNITS), 0)))
     lines = get_i64(codes, LINES)
     bytes, squares, shifts = get_i64(codes, BYTES), get_i64(codes, SQUARES), get_i64(codes, SHIFTS)
     product = byte_dot(bytes + a * (lines << 6), bytes + b * (lines << 6), lines) - get_i32(shifts, b)
     distance = get_i32(squares, a) + get_i32(squares, b) - 2 * product
-    augment = get_i64(codes, AUGMENT)
     if augment != 0:
         apart = (get_f32(augment, a) - get_f32(augment, b)) / get_f32(get_i64(codes, STEP), 0)
         distance += int(min(1e9, apart * apart))
@@ -233,43 +249,58 @@ def decode(index, work, place):
         put_f32(query, j, get_f32(scale, dim + j) + get_f32(scale, 2 * dim + j) * code)
 
 
-def nng_refine(index, work, codes, ef, lists, width, filled, pool, slack_percent, graph, degree, start, stop):
-    """Choose the edges of the places start to stop anew, among what a search of the graph for each one finds.
+def refine_by(rank_pivots, walk, by_vectors):
+    """A refinement whose walk compares in that way."""
 
-    The candidates are the `ef` places that the walk ends with, and those of its list. Returns how many vectors were
-    compared on the way.
-    """
-    lists, filled, pool, graph = data_of(lists), data_of(filled), data_of(pool), data_of(graph)
-    compared = 0
-    lines, bytes = get_i64(codes, LINES), get_i64(codes, BYTES)
-    augment = get_i64(codes, AUGMENT)
-    for place in range(start, stop):
-        decode(index, work, place)
-        unit = prepare(index, work, get_i64(work, QUERY), np.float32(1.0))
-        factor = 0.0
-        if get_i64(index, METRIC) == L2:
-            factor = 1.0 / (32.0 * unit)
-        elif augment != 0:
-            # Among vectors made equally long by one more dimension, the nearest have the greatest product.
-            factor = -get_f32(augment, place) / (16.0 * unit)
-        pivots = rank_pivots(index, work, factor)
-        size, met, _, _ = walk(index, work, ef, factor, pivots, 1 << 60)
-        compared += met
-        found = get_i64(work, POOL)
-        for i in range(size):
-            row = bytes + place_of(get_i64(found, i)) * (lines << 6)
-            for line in range(lines):
-                prefetch(row + (line << 6))
-        room, count = ef + width, 0
-        for i in range(size):
-            other = place_of(get_i64(found, i))
-            if other != place:
-                count = insert_once(pool, count, room, candidate_of(place, other, between(codes, place, other)))
-        for i in range(get_i32(filled, place)):
-            count = insert_once(pool, count, room, get_i64(lists + place * width * 8, i))
-        edges = graph + place * degree * 4
-        end_row(edges, prune(codes, place, pool, count, edges, degree, slack_percent / 100.0), degree)
-    return compared
+    def refine(index, work, codes, ef, lists, width, filled, pool, slack_percent, graph, degree, start, stop):
+        """Choose the edges of the places start to stop anew, among what a search of the graph for each one finds.
+
+        The candidates are the `ef` places that the walk ends with, and those of its list. Returns how many vectors were
+        compared on the way.
+        """
+        lists, filled, pool, graph = data_of(lists), data_of(filled), data_of(pool), data_of(graph)
+        compared = 0
+        lines, bytes = get_i64(codes, LINES), get_i64(codes, BYTES)
+        augment = get_i64(codes, AUGMENT)
+        for place in range(start, stop):
+            if by_vectors:
+                query, row = get_i64(work, QUERY), get_i64(index, VECTORS) + place * get_i64(index, DIM) * 4
+                for j in range(get_i64(index, DIM)):
+                    put_f32(query, j, get_f32(row, j))
+                unit = 1.0 / 16.0
+            else:
+                decode(index, work, place)
+                unit = prepare(index, work, get_i64(work, QUERY), np.float32(1.0))
+            factor = 0.0
+            if get_i64(index, METRIC) == L2:
+                factor = 1.0 / (32.0 * unit)
+            elif augment != 0:
+                # Among vectors made equally long by one more dimension, the nearest have the greatest product.
+                factor = -get_f32(augment, place) / (16.0 * unit)
+            pivots = rank_pivots(index, work, factor)
+            size, met, _, _ = walk(index, work, ef, factor, pivots, 1 << 60)
+            compared += met
+            found = get_i64(work, POOL)
+            for i in range(size):
+                row = bytes + place_of(get_i64(found, i)) * (lines << 6)
+                for line in range(lines):
+                    prefetch(row + (line << 6))
+            room, count = ef + width, 0
+            for i in range(size):
+                other = place_of(get_i64(found, i))
+                if other != place:
+                    count = insert_once(pool, count, room, candidate_of(place, other, between(codes, place, other)))
+            for i in range(get_i32(filled, place)):
+                count = insert_once(pool, count, room, get_i64(lists + place * width * 8, i))
+            edges = graph + place * degree * 4
+            end_row(edges, prune(codes, place, pool, count, edges, degree, slack_percent / 100.0), degree)
+        return compared
+
+    return refine
+
+
+nng_refine = refine_by(rank_by_codes, walk_by_codes, False)
+nng_refine_vectors = refine_by(rank_by_vectors, walk_by_vectors, True)
 
 
 def nng_reach(graph, degree, seeds, count, reached, queue):

@@ -1,17 +1,19 @@
 """Kind `nng`: a neighbourhood graph over 4-bit codes, read side. The fastest here, and what `auto` picks.
 
 A search ranks a few hundred pivots, walks the graph from the nearest of them towards the query by the upper halves of
-8-bit codes, orders what it found by both halves, and compares the head of that with the vectors themselves. How the
-graph is built is told in index_builders/nng.py; the walk is in nng_kernels.py.
+8-bit codes, orders what it found by both halves, and compares the head of that with the vectors themselves. Where
+codes cannot tell neighbours apart, it walks by the vectors. How the graph is built is told in
+index_builders/nng.py; the walk is in nng_kernels.py.
 """
 
 from __future__ import annotations
 
+import copy
 import struct
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,6 +68,9 @@ _CALL: Final = struct.Struct(f"{at.CALL_SLOTS}q")
 # Made once: NumPy takes half the time to recognise them.
 _I64, _F32, _BOOL, _U8 = np.dtype(np.int64), np.dtype(np.float32), np.dtype(np.bool_), np.dtype(np.uint8)
 
+# The kernel that searches, by what the walk compares.
+SEARCHES: Final = {"codes": "nng_search", "vectors": "nng_search_vectors"}
+
 METRICS: Final[dict[Metric, int]] = {"l2": at.L2, "ip": at.IP, "cosine": at.COSINE}
 
 
@@ -87,6 +92,9 @@ def load(directory: Path, spec: IndexSpec, *, vectors: StoredVectors, mmap: bool
     size, width, degree = spec.size, code_bytes(spec.dim), spec.params.get("degree")
     if not isinstance(degree, int) or not 1 <= degree <= at.MAX_DEGREE:
         raise ArtifactDamaged(f"{directory / GRAPH}: built with degree {degree}, expected 1 to {at.MAX_DEGREE}")
+    walk, rerank = spec.params.get("walk", "codes"), spec.params.get("rerank")
+    if walk not in SEARCHES or (walk == "vectors" and rerank == "none"):
+        raise ArtifactDamaged(f"{directory / GRAPH}: walked by {walk!r} with rerank {rerank!r}, which cannot be")
 
     def array(name: str, dtype: Any, *shape: int | None) -> NDArray[Any]:
         return open_array(directory / name, dtype, shape, mmap=True)
@@ -125,7 +133,7 @@ class NngIndex:
         self.spec = spec
         self.parts = parts
         self.compares_the_allowed = spec.params["rerank"] == "vectors"  # in a fifth of the time of exact search
-        self._search = machine_code.load("vecsvc.indexes.nng_kernels", "nng_search", 1)
+        self._search = machine_code.load("vecsvc.indexes.nng_kernels", SEARCHES[spec.params.get("walk", "codes")], 1)
         keep = (lambda a: a) if mmap else aligned
         places = np.empty(spec.size, dtype=np.int32)
         places[parts.order] = np.arange(spec.size, dtype=np.int32)
@@ -272,6 +280,14 @@ class NngIndex:
                 raise
             checked = first
         self._idle.append(work)
+
+    def walked_by(self, walk: str) -> NngIndex:
+        """The same index, whose graph is walked by `codes` or by `vectors`."""
+        other = copy.copy(self)
+        other.spec = replace(self.spec, params={**self.spec.params, "walk": walk})
+        other._search = machine_code.load("vecsvc.indexes.nng_kernels", SEARCHES[walk], 1)
+        other._idle = deque()
+        return other
 
     def save(self, directory: Path) -> None:
         for name, array in (

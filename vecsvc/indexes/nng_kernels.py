@@ -1,7 +1,7 @@
 """The walk through the graph of `nng`, and what stands around it: compiled by machine_code, never imported to serve.
 
-A pool is an array of int64, sorted: the upper 32 bits are a distance in units of the codes, then the place, then one
-bit that says whether its neighbours were looked at. One comparison orders two entries, and a move is one copy.
+A pool is an array of int64, sorted: the upper 32 bits are a distance, then the place, then one bit that says whether
+its neighbours were looked at. One comparison orders two entries, and a move is one copy.
 `nearest_allowed` and `gather` keep other things in its memory.
 """
 
@@ -221,12 +221,174 @@ def next_epoch(index, work):
 
 
 @inlined
-def key_of(high, place, chunks, code, bias, factor):
+def fetch_vector(index, place):
+    """Ask for the vector of a place, where there is one."""
+    vectors, width = get_i64(index, VECTORS), get_i64(index, DIM) * (2 if get_i64(index, VECTORS_HALF) else 4)
+    if vectors != 0:
+        row = vectors + (place if get_i64(index, VECTORS_BY_PLACE) else get_i32(get_i64(index, ORDER), place)) * width
+        for line in range((width + 63) >> 6):
+            prefetch(row + (line << 6))
+
+
+@inlined
+def exact_distance(index, query, place, label, dim):
+    """The distance of the query to one of the vectors, as `distance.py` defines it."""
+    row = place if get_i64(index, VECTORS_BY_PLACE) else label
+    half, metric = get_i64(index, VECTORS_HALF), get_i64(index, METRIC)
+    vector = get_i64(index, VECTORS) + row * dim * (2 if half else 4)
+    if metric == L2:
+        return squares_f16(vector, query, dim) if half else squares_f32(vector, query, dim)
+    product = dot_f16(vector, query, dim) if half else dot_f32(vector, query, dim)
+    norms = get_i64(index, INVERSE_NORMS)
+    return 1.0 - (product * get_f32(norms, label) if norms != 0 else product)
+
+
+@inlined
+def code_key(index, work, high, place, chunks, code, bias, factor):
     """The distance of a place in units of 16 products, by the upper halves of its codes."""
     key = ZERO_AT - nibble_dot(high + place * (chunks << 6), code, chunks)
     if bias != 0:
         key += int(get_f32(bias, place) * factor)
     return key
+
+
+@inlined
+def fetch_code(index, high, place, chunks):
+    for line in range(chunks):
+        prefetch(high + place * (chunks << 6) + (line << 6))
+
+
+@inlined
+def vector_key(index, work, high, place, chunks, code, bias, factor):
+    """The distance of a place by its vector, as an integer that orders as it does."""
+    label = get_i32(get_i64(index, ORDER), place)
+    distance = exact_distance(index, get_i64(work, QUERY), place, label, get_i64(index, DIM))
+    if bias != 0 and get_i64(index, METRIC) != L2:
+        distance += get_f32(bias, place) * factor
+    scratch = get_i64(work, WEIGHTS)
+    put_f32(scratch, 0, distance)
+    # Floats of one sign order as the integers that their bits are; of negative ones, the other way round.
+    bits = np.int64(get_i32(scratch, 0))
+    return bits if bits >= 0 else -(bits & 0x7FFFFFFF)
+
+
+@inlined
+def fetch_row(index, high, place, chunks):
+    fetch_vector(index, place)
+
+
+def walks_by(key_of, fetch, side_by_side):
+    """(rank_pivots, walk) that compare places by that key; `side_by_side` where it is that of codes.
+
+    The pivots' codes lie one behind the other, which is what makes ranking them cheap.
+    """
+
+    @inlined
+    def rank_pivots(index, work, factor):
+        """Compare the query with every pivot, whose codes lie side by side; RANKED begins with the nearest, sorted.
+
+        As many are kept as the walk may ever start from. Returns how many those are.
+        """
+        chunks, count = get_i64(index, CHUNKS), get_i64(index, N_PIVOTS)
+        codes, pivots, bias = get_i64(index, PIVOT_CODES), get_i64(index, PIVOTS), get_i64(index, BIAS)
+        high = get_i64(index, HIGH)
+        code, ranked = get_i64(work, QUERY_CODE), get_i64(work, RANKED)
+        size = 0
+        for i in range(count):
+            place = get_i32(pivots, i)
+            if side_by_side:
+                key = ZERO_AT - nibble_dot(codes + i * (chunks << 6), code, chunks)
+                if bias != 0:
+                    key += int(get_f32(bias, place) * factor)
+            else:
+                key = key_of(index, work, high, place, chunks, code, bias, factor)
+            if insert(ranked, size, SEEDS * ROUNDS, (key << 32) | (place << 1)) >= 0 and size < SEEDS * ROUNDS:
+                size += 1
+        return size
+
+    @inlined
+    def walk(index, work, ef, factor, pivots, max_visited):
+        """Best-first search of the graph; the pool ends up with the `ef` nearest places that were met.
+
+        Starts from the nearest of the `pivots` in RANKED. When every place of the pool was looked at, the walk is in a
+        local optimum: it goes on from the next pivots, as long as one of them is nearer than the worst of the pool
+        (Wang and Li, Query-Driven Iterated Neighborhood Graph Search for Large Scale Indexing, ACM MM 2012, section 3).
+        Returns (size of the pool, places compared, whether max_visited cut it short, hops: places that were expanded).
+        """
+        chunks, degree = get_i64(index, CHUNKS), get_i64(index, DEGREE)
+        graph, high, bias = get_i64(index, GRAPH), get_i64(index, HIGH), get_i64(index, BIAS)
+        pool, fresh, seen = get_i64(work, POOL), get_i64(work, FRESH), get_i64(work, SEEN)
+        code, ranked = get_i64(work, QUERY_CODE), get_i64(work, RANKED)
+        epoch = next_epoch(index, work)
+        size, offered, at, visited, stopped, hops = 0, 0, 0, get_i64(index, N_PIVOTS), 0, 0
+        while True:
+            if at >= size:
+                end = min(offered + SEEDS, pivots)
+                while offered < end:
+                    entry = get_i64(ranked, offered)
+                    offered += 1
+                    place = place_of(entry)
+                    if get_u8(seen, place) != epoch:
+                        put_u8(seen, place, epoch)
+                        position = insert(pool, size, ef, entry)
+                        if position >= 0:
+                            size += size < ef
+                            at = min(at, position)
+                if at >= size:
+                    break
+            if visited >= max_visited:
+                stopped = 1
+                break
+            entry = get_i64(pool, at)
+            put_i64(pool, at, entry | 1)
+            hops += 1
+            edges = graph + place_of(entry) * (degree << 2)
+            following = at + 1
+            while following < size and get_i64(pool, following) & 1:
+                following += 1
+            if following < size:
+                probable = graph + place_of(get_i64(pool, following)) * (degree << 2)
+                for line in range((degree + 15) >> 4):
+                    prefetch(probable + (line << 6))
+            # The neighbours are collected before any is compared, so that their codes are on the way together.
+            # Which of them are new cannot be foreseen, so that nothing branches on it.
+            count = 0
+            for j in range(degree):
+                place = get_i32(edges, j)
+                if place < 0:
+                    break
+                put_i32(fresh, count, place)
+                new = get_u8(seen, place) != epoch
+                put_u8(seen, place, epoch)
+                count += new
+                if count <= AHEAD:
+                    fetch(index, high, place, chunks)
+            best = size
+            for i in range(count):
+                if i + AHEAD < count:
+                    fetch(index, high, get_i32(fresh, i + AHEAD), chunks)
+                place = get_i32(fresh, i)
+                key = key_of(index, work, high, place, chunks, code, bias, factor)
+                position = insert(pool, size, ef, (key << 32) | (place << 1))
+                if position >= 0:
+                    size += size < ef
+                    best = min(best, position)
+            visited += count
+            at = min(at, best)
+            while at < size and get_i64(pool, at) & 1:
+                at += 1
+            if at < size:
+                # Whatever is nearest now is very likely looked at next.
+                edges = graph + place_of(get_i64(pool, at)) * (degree << 2)
+                for line in range((degree + 15) >> 4):
+                    prefetch(edges + (line << 6))
+        return size, visited, stopped, hops
+
+    return rank_pivots, walk
+
+
+rank_by_codes, walk_by_codes = walks_by(code_key, fetch_code, True)
+rank_by_vectors, walk_by_vectors = walks_by(vector_key, fetch_row, False)
 
 
 @inlined
@@ -236,109 +398,6 @@ def whole(high, place, row, chunks, code, bias, factor):
     if bias != 0:
         key += int(16.0 * get_f32(bias, place) * factor)
     return key
-
-
-@inlined
-def rank_pivots(index, work, factor):
-    """Compare the query with every pivot, whose codes lie side by side; RANKED begins with the nearest, sorted.
-
-    As many are kept as the walk may ever start from. Returns how many those are.
-    """
-    chunks, count = get_i64(index, CHUNKS), get_i64(index, N_PIVOTS)
-    codes, pivots, bias = get_i64(index, PIVOT_CODES), get_i64(index, PIVOTS), get_i64(index, BIAS)
-    code, ranked = get_i64(work, QUERY_CODE), get_i64(work, RANKED)
-    size = 0
-    for i in range(count):
-        place = get_i32(pivots, i)
-        key = ZERO_AT - nibble_dot(codes + i * (chunks << 6), code, chunks)
-        if bias != 0:
-            key += int(get_f32(bias, place) * factor)
-        if insert(ranked, size, SEEDS * ROUNDS, (key << 32) | (place << 1)) >= 0 and size < SEEDS * ROUNDS:
-            size += 1
-    return size
-
-
-@inlined
-def walk(index, work, ef, factor, pivots, max_visited):
-    """Best-first search of the graph; the pool ends up with the `ef` nearest places that were met.
-
-    Starts from the nearest of the `pivots` in RANKED. When every place of the pool was looked at, the walk is in a
-    local optimum: it goes on from the next pivots, as long as one of them is nearer than the worst of the pool
-    (Wang and Li, Query-Driven Iterated Neighborhood Graph Search for Large Scale Indexing, ACM MM 2012, section 3).
-    Returns (size of the pool, places compared, whether max_visited cut it short, hops: places that were expanded).
-    """
-    chunks, degree = get_i64(index, CHUNKS), get_i64(index, DEGREE)
-    graph, high, bias = get_i64(index, GRAPH), get_i64(index, HIGH), get_i64(index, BIAS)
-    pool, fresh, seen = get_i64(work, POOL), get_i64(work, FRESH), get_i64(work, SEEN)
-    code, ranked = get_i64(work, QUERY_CODE), get_i64(work, RANKED)
-    row = chunks << 6
-    epoch = next_epoch(index, work)
-    size, offered, at, visited, stopped, hops = 0, 0, 0, get_i64(index, N_PIVOTS), 0, 0
-    while True:
-        if at >= size:
-            end = min(offered + SEEDS, pivots)
-            while offered < end:
-                entry = get_i64(ranked, offered)
-                offered += 1
-                place = place_of(entry)
-                if get_u8(seen, place) != epoch:
-                    put_u8(seen, place, epoch)
-                    position = insert(pool, size, ef, entry)
-                    if position >= 0:
-                        size += size < ef
-                        at = min(at, position)
-            if at >= size:
-                break
-        if visited >= max_visited:
-            stopped = 1
-            break
-        entry = get_i64(pool, at)
-        put_i64(pool, at, entry | 1)
-        hops += 1
-        edges = graph + place_of(entry) * (degree << 2)
-        following = at + 1
-        while following < size and get_i64(pool, following) & 1:
-            following += 1
-        if following < size:
-            probable = graph + place_of(get_i64(pool, following)) * (degree << 2)
-            for line in range((degree + 15) >> 4):
-                prefetch(probable + (line << 6))
-        # The neighbours are collected before any is compared, so that their codes are on the way together.
-        # Which of them are new cannot be foreseen, so that nothing branches on it.
-        count = 0
-        for j in range(degree):
-            place = get_i32(edges, j)
-            if place < 0:
-                break
-            put_i32(fresh, count, place)
-            new = get_u8(seen, place) != epoch
-            put_u8(seen, place, epoch)
-            count += new
-            if count <= AHEAD:
-                for line in range(chunks):
-                    prefetch(high + place * row + (line << 6))
-        best = size
-        for i in range(count):
-            if i + AHEAD < count:
-                ahead = high + get_i32(fresh, i + AHEAD) * row
-                for line in range(chunks):
-                    prefetch(ahead + (line << 6))
-            place = get_i32(fresh, i)
-            key = key_of(high, place, chunks, code, bias, factor)
-            position = insert(pool, size, ef, (key << 32) | (place << 1))
-            if position >= 0:
-                size += size < ef
-                best = min(best, position)
-        visited += count
-        at = min(at, best)
-        while at < size and get_i64(pool, at) & 1:
-            at += 1
-        if at < size:
-            # Whatever is nearest now is very likely looked at next.
-            edges = graph + place_of(get_i64(pool, at)) * (degree << 2)
-            for line in range((degree + 15) >> 4):
-                prefetch(edges + (line << 6))
-    return size, visited, stopped, hops
 
 
 @inlined
@@ -404,19 +463,6 @@ def refine(index, work, size, factor):
 
 
 @inlined
-def exact_distance(index, query, place, label, dim):
-    """The distance of the query to one of the vectors, as `distance.py` defines it."""
-    row = place if get_i64(index, VECTORS_BY_PLACE) else label
-    half, metric = get_i64(index, VECTORS_HALF), get_i64(index, METRIC)
-    vector = get_i64(index, VECTORS) + row * dim * (2 if half else 4)
-    if metric == L2:
-        return squares_f16(vector, query, dim) if half else squares_f32(vector, query, dim)
-    product = dot_f16(vector, query, dim) if half else dot_f32(vector, query, dim)
-    norms = get_i64(index, INVERSE_NORMS)
-    return 1.0 - (product * get_f32(norms, label) if norms != 0 else product)
-
-
-@inlined
 def weigh(index, work):
     """Make the float32 weights of single codes, and what is the same for all."""
     dim, chunks, scale = get_i64(index, DIM), get_i64(index, CHUNKS), get_i64(index, SCALE)
@@ -463,16 +509,6 @@ def code_distance(index, work, place, constant):
 def closer(distance, label, labels, distances, i):
     other = get_f32(distances, i)
     return distance < other or (distance == other and label < get_i64(labels, i))
-
-
-@inlined
-def fetch_vector(index, place):
-    """Ask for the vector of a place, where there is one."""
-    vectors, width = get_i64(index, VECTORS), get_i64(index, DIM) * (2 if get_i64(index, VECTORS_HALF) else 4)
-    if vectors != 0:
-        row = vectors + (place if get_i64(index, VECTORS_BY_PLACE) else get_i32(get_i64(index, ORDER), place)) * width
-        for line in range((width + 63) >> 6):
-            prefetch(row + (line << 6))
 
 
 @inlined
@@ -695,64 +731,75 @@ def nearest_allowed(index, work, k, depth, factor, allowed, left, max_visited, l
     return visited, visited < left
 
 
-def nng_search(call):
-    """Answer some queries as the block of the call says.
+def search_by(rank_pivots, walk, by_codes):
+    """A search whose walk compares in that way; `by_codes` says that both halves of the codes order better."""
 
-    With a mask, EF is wide enough to hold what the mask will take away. Where fewer than ENOUGH allowed places are in
-    the pool after the walk, the mask lies far from the query, and every allowed vector is compared after all, as
-    `nearest_allowed` does. EF 0 does that at once, and EF -1 compares every allowed vector as those at the head of a
-    pool are.
-    Returns END, or the number of a query whose values have to be looked at before going on.
-    """
-    index, work, end = get_i64(call, INDEX), get_i64(call, WORK), get_i64(call, END)
-    k, ef, depth, enough = get_i64(call, K), get_i64(call, EF), get_i64(call, DEPTH), get_i64(call, ENOUGH)
-    max_visited, dim = get_i64(call, VISITS), get_i64(index, DIM)
-    queries, allowed = data_of(get_i64(call, QUERIES)), get_i64(call, ALLOWED)
-    labels, distances = data_of(get_i64(call, LABELS)), data_of(get_i64(call, DISTANCES))
-    visited, stopped = data_of(get_i64(call, VISITED)), data_of(get_i64(call, STOPPED))
-    hops = data_of(get_i64(call, HOPS))
-    if allowed != 0:
-        allowed = data_of(allowed)
-    left, ways = get_i64(call, LEFT), get_i64(call, WAYS)
-    if ways != 0:
-        ways = data_of(ways)
-    for i in range(get_i64(call, FIRST), end):
-        query = queries + i * dim * 4
-        factor = length_factor(index, query, dim, i == get_i64(call, CHECKED))
-        if factor == 0.0:
-            return i
-        unit = prepare(index, work, query, factor)
-        factor = bias_factor(index, unit)
-        size, met, cut, steps = 0, 0, 0, 0
-        if ef < 0:
-            size, cut = gather(index, work, allowed, max_visited)
-            answer(index, work, size, k, size, labels + i * k * 8, distances + i * k * 4)
-            put_i64(visited, i, size)
+    def search(call):
+        """Answer some queries as the block of the call says.
+
+        With a mask, EF is wide enough to hold what the mask will take away. Where fewer than ENOUGH allowed places
+        are in the pool after the walk, the mask lies far from the query, and every allowed vector is compared after
+        all, as `nearest_allowed` does. EF 0 does that at once, and EF -1 compares every allowed vector as those at the
+        head of a pool are.
+        Returns END, or the number of a query whose values have to be looked at before going on.
+        """
+        index, work, end = get_i64(call, INDEX), get_i64(call, WORK), get_i64(call, END)
+        k, ef, depth, enough = get_i64(call, K), get_i64(call, EF), get_i64(call, DEPTH), get_i64(call, ENOUGH)
+        max_visited, dim = get_i64(call, VISITS), get_i64(index, DIM)
+        queries, allowed = data_of(get_i64(call, QUERIES)), get_i64(call, ALLOWED)
+        labels, distances = data_of(get_i64(call, LABELS)), data_of(get_i64(call, DISTANCES))
+        visited, stopped = data_of(get_i64(call, VISITED)), data_of(get_i64(call, STOPPED))
+        hops = data_of(get_i64(call, HOPS))
+        if allowed != 0:
+            allowed = data_of(allowed)
+        left, ways = get_i64(call, LEFT), get_i64(call, WAYS)
+        if ways != 0:
+            ways = data_of(ways)
+        for i in range(get_i64(call, FIRST), end):
+            query = queries + i * dim * 4
+            factor = length_factor(index, query, dim, i == get_i64(call, CHECKED))
+            if factor == 0.0:
+                return i
+            unit = prepare(index, work, query, factor)
+            factor = bias_factor(index, unit)
+            size, met, cut, steps = 0, 0, 0, 0
+            if ef < 0:
+                size, cut = gather(index, work, allowed, max_visited)
+                answer(index, work, size, k, size, labels + i * k * 8, distances + i * k * 4)
+                put_i64(visited, i, size)
+                put_u8(stopped, i, cut)
+                put_i64(hops, i, 0)
+                original = get_i64(index, VECTORS) != 0 and get_i64(index, VECTORS_BY_PLACE) == 0
+                put_u8(ways, i, EXACT if original else SCAN)
+                continue
+            if ef > 0:
+                pivots = rank_pivots(index, work, factor)
+                size, met, cut, steps = walk(index, work, ef, factor, pivots, max_visited)
+                if allowed != 0:
+                    size = keep_allowed(index, work, size, allowed)
+            if allowed != 0 and size < enough and cut == 0 and size > 0 and max_visited - met < left:
+                # What is left of the bound is not enough to compare all: what the walk found is better than a part.
+                cut = 1
+            if allowed != 0 and size < enough and cut == 0:
+                more, cut = nearest_allowed(
+                    index, work, k, depth, factor, allowed, left, max_visited - met, labels + i * k * 8,
+                    distances + i * k * 4,
+                )  # fmt: skip
+                met += more
+                put_u8(ways, i, SCAN)
+            else:
+                # What is this far down in the coarse order does not come into the first `depth` of the fine one.
+                size = min(size, 4 * depth)
+                if by_codes:
+                    refine(index, work, size, factor)
+                answer(index, work, size, k, depth, labels + i * k * 8, distances + i * k * 4)
+            put_i64(visited, i, met)
             put_u8(stopped, i, cut)
-            put_i64(hops, i, 0)
-            original = get_i64(index, VECTORS) != 0 and get_i64(index, VECTORS_BY_PLACE) == 0
-            put_u8(ways, i, EXACT if original else SCAN)
-            continue
-        if ef > 0:
-            pivots = rank_pivots(index, work, factor)
-            size, met, cut, steps = walk(index, work, ef, factor, pivots, max_visited)
-            if allowed != 0:
-                size = keep_allowed(index, work, size, allowed)
-        if allowed != 0 and size < enough and cut == 0 and size > 0 and max_visited - met < left:
-            cut = 1  # what is left of the bound is not enough to compare all: what the walk found is better than a part
-        if allowed != 0 and size < enough and cut == 0:
-            more, cut = nearest_allowed(
-                index, work, k, depth, factor, allowed, left, max_visited - met, labels + i * k * 8,
-                distances + i * k * 4,
-            )  # fmt: skip
-            met += more
-            put_u8(ways, i, SCAN)
-        else:
-            # What is this far down in the coarse order does not come into the first `depth` of the fine one.
-            size = min(size, 4 * depth)
-            refine(index, work, size, factor)
-            answer(index, work, size, k, depth, labels + i * k * 8, distances + i * k * 4)
-        put_i64(visited, i, met)
-        put_u8(stopped, i, cut)
-        put_i64(hops, i, steps)
-    return end
+            put_i64(hops, i, steps)
+        return end
+
+    return search
+
+
+nng_search = search_by(rank_by_codes, walk_by_codes, True)
+nng_search_vectors = search_by(rank_by_vectors, walk_by_vectors, False)
