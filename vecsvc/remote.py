@@ -10,6 +10,7 @@ id. Whoever sees bytes that are no frame closes the connection.
 from __future__ import annotations
 
 import functools
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -223,6 +224,13 @@ _ask_decoder: Final = msgspec.msgpack.Decoder(Ask)
 _Scalar = None | bool | int | float | str
 _conditions_decoder: Final = msgspec.json.Decoder(list[tuple[str, str, _Scalar | list[_Scalar]]])
 _encoder: Final = msgspec.msgpack.Encoder()
+
+
+def all_finite(data: bytes) -> bool:
+    """Whether these float32, which another process sent, are numbers that can be ranked."""
+    values = np.frombuffer(data, "<f4")
+    # A finite sum of squares answers for all of them at half the price, and is nearly always there.
+    return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
 
 
 def frame(kind: Kind, request: int, payload: bytes = b"") -> bytes:
