@@ -409,7 +409,8 @@ def failure(error: Exception) -> Failed:
 
 def raised(failed: Failed) -> VecsvcError:
     """The error that a node met, as the same class here."""
-    error = _BY_CODE.get(failed.code, InternalError)(failed.message)
+    cls = _BY_CODE.get(failed.code, InternalError)
+    error = cls.__new__(cls, failed.message)  # made without what a class adds to its words: the node's are whole
     later = failed.retry_after_s
     if isinstance(error, ServiceError) and later is not None and 0.0 <= later <= MAX_RETRY_S:
         error.retry_after_s = later
