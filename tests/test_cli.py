@@ -16,6 +16,8 @@ from forked import run
 
 from vecsvc import cli
 from vecsvc.config import BuildSettings, ServeSettings
+from vecsvc.errors import MEND_VERSION
+from vecsvc.storage import IndexFolder
 
 
 @pytest.fixture
@@ -61,10 +63,24 @@ def test_versions_are_listed_rolled_back_and_deleted(corpus: Path) -> None:
     assert [line.split()[1] for line in listed] == ["v1", "v2", "v3"] and listed[1].endswith("Z  <- serves")
     (corpus.parent / "indexes/corpus/v2/shards/000/rows.npy").write_bytes(b"short")
     (corpus.parent / "indexes/corpus/v3/manifest.json").write_bytes(b"{}")
-    _, second, third = run("inspect", "indexes", "--versions", cwd=corpus.parent).stdout.splitlines()
+    told = run("inspect", "indexes", "--versions", cwd=corpus.parent)
+    assert told.returncode == 0, "a list of damaged versions is a list"
+    _, second, third = told.stdout.splitlines()
     assert "  <- serves  " in second and "rows.npy: has 5 bytes, the manifest says " in second
     assert "v3  no date  " in third and "manifest.json: is not what was written" in third
     assert run("gc", "indexes", "--keep", "0", cwd=corpus.parent).stdout == "corpus: deleted v1, v3\n"
+
+
+def test_a_rollback_to_a_damaged_version_changes_nothing_and_exits_1(corpus: Path) -> None:
+    for version in ("v1", "v2", "v3"):
+        assert run("build-index", corpus.name, "--version", version, cwd=corpus.parent).returncode == 0
+    (corpus.parent / "indexes/corpus/v2/shards/000/rows.npy").write_bytes(b"short")
+    (corpus.parent / "indexes/corpus/v1/manifest.json").write_bytes(b"{}")
+    for arguments, file in (([], "v2/shards/000/rows.npy: has 5 bytes"), (["--to", "v1"], "v1/manifest.json: is not")):
+        done = run("rollback", "indexes", *arguments, cwd=corpus.parent)
+        assert (done.returncode, done.stdout) == (1, "") and file in done.stderr
+        assert done.stderr.rstrip().endswith(MEND_VERSION) and len(done.stderr.splitlines()) == 1
+        assert IndexFolder(corpus.parent / "indexes/corpus").current() == "v3"
 
 
 def test_what_a_first_build_that_died_left_is_told_and_deleted(corpus: Path) -> None:

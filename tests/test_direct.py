@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import itertools
 import json
 import random
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -191,12 +193,38 @@ def test_batches_are_answered_as_on_the_long_way(
 @pytest.mark.parametrize(
     ("path", "body", "headers"),
     [
-        ("/search/batch?include=fields", MANY.tobytes(), {**BINARY, **ARROW}),
         ("/search/batch", MANY.tobytes()[:-1], BINARY),
         ("/search/batch", b"", BINARY),
+        ("/search/batch", b"", JSON),
+        ("/search/batch", b'{"vectors": [[1]', JSON),
         ("/search/batch", b'{"vectors": []}', JSON),
-        ("/search/batch?k=5", b'{"vectors": [[1]]}', JSON),
+        ("/search/batch", b'{"vectors": [[1], [1, 2]]}', JSON),
         ("/search/batch", b'{"vectors": [[1]], "texts": ["a"]}', JSON),
+        ("/indexes/products/search/batch", b'{"vectors": [[1]], "boom": 1}', JSON),
+        ("/indexes/products/search/batch", json.dumps({"vectors": [VECTOR], "k": 0}).encode(), JSON),
+        ("/search/batch", np.zeros((2000, DIM), np.float32).tobytes(), BINARY),
+    ],
+    ids=range(10),
+)
+def test_a_batch_that_is_wrong_is_read_once_and_refused_in_the_words_of_the_long_way(
+    short: Service, long: Service, path: str, body: bytes, headers: dict[str, str]
+) -> None:
+    def told(running: Service) -> list[dict[str, Any]]:
+        names = ("status", "why", "path", "method")
+        return [{name: line.get(name) for name in names} for line in running.log() if line["message"] == "request"][-1:]
+
+    before = len(ways(short))
+    first, second = (at_once(running, path, body, headers) for running in (short, long))
+    assert plain(first) == plain(second) and 400 <= first.status < 500
+    assert ways(short)[before:] == ["short"]
+    assert told(short) == told(long) != []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers"),
+    [
+        ("/search/batch?include=fields", MANY.tobytes(), {**BINARY, **ARROW}),
+        ("/search/batch?k=5", b'{"vectors": [[1]]}', JSON),
         ("/indexes/none/search/batch", MANY.tobytes(), BINARY),
         ("/indexes/none/search/batch", JSON_BATCH, JSON),
         ("/indexes//search/batch", JSON_BATCH, JSON),
@@ -231,13 +259,13 @@ def test_a_batch_that_comes_to_no_answer_ends_its_connection(
         for what in (asyncio.sleep(0), fails()):
             told: list[bytes | None] = []
             task = asyncio.get_running_loop().create_task(what)
-            task.add_done_callback(lambda done, told=told: direct._over(told.append, done))
+            task.add_done_callback(functools.partial(direct._over, told.append, lambda: True))
             await asyncio.wait([task])
             await asyncio.sleep(0)
             assert told == ([] if task.exception() is None else [None])
         told = []
         task = asyncio.get_running_loop().create_task(asyncio.sleep(9))
-        task.add_done_callback(lambda done: direct._over(told.append, done))
+        task.add_done_callback(functools.partial(direct._over, told.append, lambda: True))
         task.cancel()
         await asyncio.wait([task])
         await asyncio.sleep(0)
@@ -247,8 +275,41 @@ def test_a_batch_that_comes_to_no_answer_ends_its_connection(
     assert "a bug of ours" in caplog.text
 
 
+def test_lines_about_bugs_of_ours_stay_within_log_lines_per_s(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> bytes:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(direct.Direct, "_told", fails)
+
+    async def main() -> None:
+        made = node(service.index("products"), ServeSettings(log_lines_per_s=3))[2]
+        await made.refresh()
+        wires = [Wire() for _ in range(20)]
+        runner = web.AppRunner(made.app())
+        await runner.setup()
+        for wire in wires:
+            connection = Connection(made, runner.server)
+            connection.connection_made(wire)
+            connection.data_received(post(b'{"id": "p-20"}'))
+        async with asyncio.timeout(20):
+            while not all(wire.closed for wire in wires):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        await runner.cleanup()
+
+    asyncio.run(main())
+    assert 3 <= caplog.text.count("a bug of ours") < 20
+
+
 def test_a_batch_whose_client_leaves_is_called_off(short: Service) -> None:
     body = json.dumps({"vectors": [VECTOR] * 64, "k": 1000, "params": {"exact": True}}).encode()
+
+    def counted() -> float:
+        statuses = ("200", "429", "499")
+        return sum(short.metric("vecsvc_requests_total", operation="/search/batch", status=one) for one in statuses)
+
+    before = counted()
     for _ in range(10):
         with short.socket() as sock:
             sock.sendall(post(body, "/search/batch"))
@@ -257,6 +318,7 @@ def test_a_batch_whose_client_leaves_is_called_off(short: Service) -> None:
         time.sleep(0.05)
     assert short.metric("vecsvc_in_flight") == 0
     assert short.ask("POST", "/search", QUESTION, JSON).status == 200
+    assert counted() == before + 10
 
 
 def test_what_takes_its_place_for_a_moment_keeps_nobody_out() -> None:
@@ -346,6 +408,27 @@ def test_answers_keep_the_order_of_questions_however_they_arrive(short: Service,
             time.sleep(0.02)
         found = answers(sock, 3)
     assert found[0]["results"] == found[1]["results"] == found[2]["results"]
+
+
+def test_several_messages_behind_a_question_keep_their_connection_on_the_short_way(short: Service) -> None:
+    """Behind one with a task, behind one without, behind a batch that is wrong."""
+    asked = [post(b'{"id": "p-20", "k": 3}'), WHOLE, WHOLE, post(b'{"vectors": []}', "/search/batch"), WHOLE]
+    data = b"".join(asked)
+    before = len(ways(short))
+    found = replies(short, [(data, 0.0), (WHOLE * 3, 0.02), (WHOLE, 0.02)], 9)
+    assert [status for status, _ in found] == [200, 200, 200, 422] + [200] * 5
+    assert [len(body["results"]) for status, body in found if status == 200] == [3] + [5] * 7
+    assert ways(short)[before:] == ["short"] * 9
+
+
+def test_more_behind_a_question_than_is_read_is_answered_in_order(short: Service) -> None:
+    n = 3 * direct.MAX_BEHIND_BYTES // len(WHOLE)
+    with short.socket() as sock:
+        sender = threading.Thread(target=sock.sendall, args=(post(b'{"id": "p-20", "k": 3}') + WHOLE * n,))
+        sender.start()
+        found = answers(sock, n + 1)
+        sender.join()
+    assert [len(one["results"]) for one in found] == [3] + [5] * n
 
 
 def test_a_question_behind_a_slow_one_waits_for_its_turn(short: Service) -> None:

@@ -4,10 +4,12 @@ within budgets."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import numpy as np
 import pytest
 import virtual_time
 from prometheus_client import CollectorRegistry
@@ -25,8 +27,9 @@ from vecsvc.errors import (
     VecsvcError,
 )
 from vecsvc.fan_out import Budget, Budgets, Call, Group
+from vecsvc.merging import check_part
 from vecsvc.node import KNOWN_AFTER, Latency, Node
-from vecsvc.remote import FoundRow, Held, Holdings, Kind
+from vecsvc.remote import FoundRow, Held, Holdings, Kind, Part
 from vecsvc.route_metrics import RouteMetrics
 from vecsvc.topology import Address
 
@@ -378,6 +381,28 @@ def test_a_replica_that_breaks_off_over_questions_is_left_alone_too(run: Run) ->
             if bad.connection.lost.done():
                 bad.connect()
         assert bad.node.state == "ejected" and bad.asked < 10
+
+    run(check_it())
+
+
+def test_a_replica_whose_hits_are_no_numbers_counts_as_failed_and_another_answers(run: Run) -> None:
+    def hits(*distances: float) -> Callable[[FakeNode, int, bytes], None]:
+        found = np.array(distances, "<f4").tobytes()
+        rows = bytes(8 * len(distances))
+        part = Part([len(distances)], found, rows, [*range(len(distances))], None, None, "x", 0, False, 0, 0, 0, None)
+        return lambda fake, request, payload: fake.say(0.001, remote.message(Kind.PART, request, part))
+
+    async def check_it() -> None:
+        settings = RouteSettings(eject_failures=1)
+        shared = budgets(settings)
+        bad, good = pair(settings, hits(0.25, float("nan")), hits(0.25, 0.5))
+        good.node.latency("key").learn(1.0, now())  # so that the bad one is asked first
+        for _ in range(10):
+            one = group(0, [bad, good])
+            one.expects, one.check = Kind.PART, functools.partial(check_part, 1, 2, 8, frozenset())
+            await ask([one], shared)
+            assert np.isfinite(np.frombuffer(one.answer.distances, "<f4")).all()
+        assert bad.node.state == "ejected" and bad.asked == 1
 
     run(check_it())
 

@@ -359,6 +359,28 @@ def test_only_what_is_sure_to_be_refused_is_refused_by_its_head(
         admitting.check(load, length)
 
 
+@pytest.mark.parametrize(
+    ("single", "bulk", "load", "length", "crowded"),
+    [
+        (True, False, "single", LARGE_BYTES + 1, True),
+        (False, True, "single", 10, False),
+        (True, False, "many", 10, True),
+        (True, False, "many", LARGE_BYTES + 1, False),
+        (False, True, "many", 10, True),
+        (False, True, "many", LARGE_BYTES + 1, True),
+        (False, False, "many", 10, False),
+    ],
+)
+def test_a_message_waits_a_turn_where_the_budget_is_crowded_that_it_may_take(
+    single: bool, bulk: bool, load: Any, length: int, crowded: bool
+) -> None:
+    admitting = Admission(2, 2)
+    for budget, coming in ((admitting.single, single), (admitting.bulk, bulk)):
+        budget.enter()
+        budget.coming = int(coming)
+    assert admitting.crowded(load, length) == crowded
+
+
 def test_bulk_begins_where_a_question_ends() -> None:
     admitting = Admission(1, 1)
     assert [admitting.of(n) is admitting.bulk for n in (1, FEW, FEW + 1, 1024)] == [False, False, True, True]

@@ -92,3 +92,9 @@ class Admission:
             if body_bytes is None or body_bytes > LARGE_BYTES:
                 self.bulk.check()
             self.single.check()  # the body is small, and so may be what it asks
+
+    def crowded(self, load: Load, body_bytes: int) -> bool:
+        """Whether a budget is crowded that a request may be counted in, of which only the size is known."""
+        if load == "single":
+            return self.single.crowded
+        return self.bulk.crowded or (body_bytes <= LARGE_BYTES and self.single.crowded)

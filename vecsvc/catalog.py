@@ -113,7 +113,8 @@ class Served:
             absent = [n for n in self.numbers if not (path / "shards" / f"{n:03d}").is_dir()]
             if absent:
                 raise ArtifactDamaged(
-                    f"{path}: shards {listed(absent)} are not here; where only some were pulled, serve with --shards"
+                    f"{path}: shards {listed(absent)} are not here",
+                    remedy="where only some were pulled, serve with --shards",
                 )
             check_files(path, files, hashes=settings.verify == "hash")
             self._open(path, settings)
@@ -315,7 +316,7 @@ def _refuse_unlisted(path: Path, folder: Path, manifest: Manifest) -> None:
     listed = {entry.path for entry in manifest.files()}
     for file in sorted(folder.rglob("*")):
         if not file.is_dir() and file.relative_to(path).as_posix() not in listed:
-            raise ArtifactDamaged(f"{file}: is not in the manifest; delete it")
+            raise ArtifactDamaged(f"{file}: is not in the manifest", remedy="delete it")
 
 
 class Catalog:

@@ -341,7 +341,8 @@ def _plain(text: str) -> Any:
 @click.option(
     "--versions",
     is_flag=True,
-    help="list the versions instead: when they were made, which serves, whether files have another size than written",
+    help="list the versions instead: when they were made, which serves, whether files have another size than written; "
+    "a list of damaged ones is a list, exit code 0: vecsvc verify tells by its exit code",
 )
 @json_option
 def inspect(directory: Path, versions: bool, as_json: bool) -> None:
@@ -457,8 +458,18 @@ def verify(directory: Path, version: str | None) -> None:
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--to", help="the version to serve; the one before the current otherwise")
 def rollback(directory: Path, to: str | None) -> None:
-    """Serve an earlier version of the index in DIR."""
-    before, after = _one(directory).rollback(to)
+    """Serve an earlier version of the index in DIR.
+
+    Where its manifest or the size of a file shows that it is damaged, nothing is changed and the exit code is 1; vecsvc
+    verify reads the files whole.
+    """
+    from vecsvc.manifest import check_files, read_manifest, shards_here
+
+    def check(path: Path) -> None:
+        manifest = read_manifest(path)
+        check_files(path, manifest.files_of(shards_here(path, manifest)), hashes=False)
+
+    before, after = _one(directory).rollback(to, check)
     click.echo(f"{before} -> {after}; running services follow on their own")
 
 

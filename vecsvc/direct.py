@@ -7,7 +7,8 @@ text straight into float32, and the answer is written in the callback that broug
 callback that brought the last shard's part. Other questions and batches that came whole have a task, and otherwise go
 the same way. A message that there is no place for is refused in the same callback, before its body is looked at.
 Whatever is out of the ordinary (a question that is wrong, a header that means something) is left to the long way, which
-begins anew with the same bytes, so that rules are written once.
+begins anew with the same bytes, so that rules are written once. A batch that is wrong is refused here: reading it anew
+could cost more than a search.
 
 This file, and no other, leans on what aiohttp keeps to itself. Where a version of it keeps other things, `usable` says
 so, and all go the long way.
@@ -31,13 +32,13 @@ from vecsvc.access import Key
 from vecsvc.admission import Budget
 from vecsvc.config import HttpSettings
 from vecsvc.door import DRAIN_BYTES, Door
-from vecsvc.errors import Overloaded
+from vecsvc.errors import InvalidRequest, MalformedRequest, Overloaded
 from vecsvc.forms import Forms
 from vecsvc.front_door import Backend, FrontDoor
 from vecsvc.heads import MAX_HEAD_BYTES, STARTS, Head, Heads
 from vecsvc.question_checks import count
 from vecsvc.reaper import Reaper
-from vecsvc.telemetry import Metrics
+from vecsvc.telemetry import LEFT, Metrics
 from vecsvc.types import BatchAnswer, ColumnsAnswer, Query, SearchAnswer, SearchSettings, VectorQuery
 
 log: Final = logging.getLogger("vecsvc.server")
@@ -105,9 +106,11 @@ class Direct:
         request_id: Callable[[str | None], str],
         open: Callable[[int], bool],
         closes: Callable[[], bool],
+        may_log: Callable[[], bool],
         refused: Callable[[Head, Exception, float, Key | None], tuple[int, dict[str, str], bytes]],
     ) -> None:
-        """`open` says of a body's length whether it may go the short way now, `closes` whether connections end.
+        """`open` says of a body's length whether it may go the short way now, `closes` whether connections end,
+        `may_log` whether there is room for another line about a failure.
 
         `refused` tells what became of a message after so many seconds, and gives the status, the headers and the body
         of the answer.
@@ -116,13 +119,12 @@ class Direct:
         self._forms = Forms(settings)
         self._engine, self._settings, self._request_id, self._open = engine, settings, request_id, open
         self._metrics, self._door, self._refused = metrics, door, refused
-        self.closes = closes
+        self.closes, self._may_log = closes, may_log
         self._second, self._date = 0, b""
 
     def crowded(self, head: Head) -> bool:
         """Whether the message had better wait a turn of the loop, until those before it have taken their places."""
-        admission = self._engine.admission
-        return (admission.single if head.load == "single" else admission.bulk).crowded
+        return self._engine.admission.crowded(head.load, head.length)
 
     def refusal(self, head: Head) -> bytes | None:
         """The answer to a message that there is no place for; None where there is one, or it is not that simple."""
@@ -141,8 +143,8 @@ class Direct:
     def answer(self, head: Head, data: bytes, later: Later) -> bytes | Callable[[], object] | None:
         """The answer's bytes, head and body; None where the long way has to be gone.
 
-        Where the answer takes a thread or other nodes, what calls the question off: then `later` is called once with
-        the answer's bytes.
+        Where the answer takes a thread or other nodes, what calls the question off when its client leaves: until then
+        `later` is called once with the answer's bytes.
         """
         started = time.perf_counter()
         if head.operation not in _ANSWERED or not self._open(head.length):
@@ -158,11 +160,17 @@ class Direct:
             return None
         try:
             found = (self._one if single else self._many)(head, body, started, key, later)
+        except (MalformedRequest, InvalidRequest) as error:
+            # A batch was read by what would read it on the long way, where it would be found wrong once more. What an
+            # index says of a single vector has other words there.
+            found = None if single else self._failed(head, error, time.perf_counter() - started, key)
         except Exception:
             found = None
         if found is None:
             self._door.give_back(key)
-        return found
+        if found is None or isinstance(found, bytes):
+            return found
+        return functools.partial(self._called_off, head, found, started)
 
     def _one(
         self, head: Head, body: bytes, started: float, key: Key | None, later: Later
@@ -212,7 +220,7 @@ class Direct:
         """Answer in a task of its own, which costs little: what costs is aiohttp's request and response."""
         loop = asyncio.get_running_loop()
         task = loop.create_task(self._ask(head, query, settings, started, key, later))
-        task.add_done_callback(functools.partial(_over, later))
+        task.add_done_callback(functools.partial(_over, later, self._may_log))
         # Many may come in one turn of the loop, and none of them takes its place before the next (see `crowded`).
         budget = self._engine.admission.of(count(query))
         budget.coming += 1
@@ -246,9 +254,17 @@ class Direct:
         """The bytes of an answer, counted."""
         headers = _ARROW_HEADERS if head.arrow and head.load == "many" else _JSON_HEADERS
         written = self._message(b"200 OK", headers % self._request_id(head.request_id).encode(), body)
-        self._metrics.requests(head.operation, "200").inc()
-        self._metrics.latency(head.operation).observe(time.perf_counter() - started)
+        self._count(head, 200, started)
         return written
+
+    def _called_off(self, head: Head, call_off: Callable[[], object], started: float) -> None:
+        """The client left before its question was answered."""
+        call_off()
+        self._count(head, LEFT, started)
+
+    def _count(self, head: Head, status: int, started: float) -> None:
+        self._metrics.requests(head.operation, str(status)).inc()
+        self._metrics.latency(head.operation).observe(time.perf_counter() - started)
 
     def _failed(self, head: Head, error: Exception, seconds: float, key: Key | None) -> bytes:
         status, headers, body = self._refused(head, error, seconds, key)
@@ -271,10 +287,10 @@ def _came(budget: Budget) -> None:
     budget.coming -= 1
 
 
-def _over(later: Later, task: asyncio.Task[None]) -> None:
+def _over(later: Later, may_log: Callable[[], bool], task: asyncio.Task[None]) -> None:
     """A question's task is over. Where it was cancelled, or failed by a bug, who waits must not wait for ever."""
     error = None if task.cancelled() else task.exception()
-    if error is not None:
+    if error is not None and may_log():
         log.error("a bug of ours", exc_info=error)
     if error is not None or task.cancelled():
         later(None)
@@ -360,23 +376,28 @@ class DirectHandler(web.RequestHandler):
             else:
                 self._the_long_way(data, None)
             return
-        missing = head.size + head.length - len(data)
-        if head.operation and missing >= 0 and self._is_coming_back() and not again:
+        size = head.size + head.length
+        missing = size - len(data)  # below zero where more came behind it
+        short = bool(head.operation) and missing >= -MAX_BEHIND_BYTES
+        if short and self._is_coming_back() and not again:
             # Its client was faster than its task, which waits for messages again a turn of the loop later. On the long
             # way this one would find the next as little free, and so on: for as long as there is too much to do.
             self._hold_a_turn(data)
             return
-        if head.operation and missing >= 0 and self._idle():
+        if short and self._idle():
             refusal = direct.refusal(head)
             if refusal is not None:
-                self._drop = missing
+                self._drop = max(missing, 0)
+                self._behind = data[size:]
                 self._answered(refusal)
                 return
-            if missing == 0 and direct.crowded(head):
+            if missing <= 0 and direct.crowded(head):
                 self._hold_a_turn(data)
                 return
-            if missing == 0:
-                answer = direct.answer(head, data, self._later)
+            if missing <= 0:
+                answer = direct.answer(head, data[:size], self._later)
+                if answer is not None:
+                    self._behind = data[size:]
                 if isinstance(answer, bytes):
                     self._answered(answer)
                     return
@@ -400,6 +421,8 @@ class DirectHandler(web.RequestHandler):
         self.transport.write(answer)
         if self._direct.closes():
             self.transport.close()
+        if self._behind:
+            self._loop.call_soon(self._go_on)
 
     def _later(self, answer: bytes | None) -> None:
         """The answer to the question that was asked last; called where a node's arrives, so nothing is raised."""
@@ -411,11 +434,9 @@ class DirectHandler(web.RequestHandler):
                 transport.close()
             return
         self._answered(answer)
-        if self._behind:
-            self._loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        """With what came behind the question that is answered now."""
+        """With what came behind the message that is answered now."""
         data, self._behind = self._behind, b""
         if self.transport is not None and not self.transport.is_closing():
             if len(data) > MAX_BEHIND_BYTES:

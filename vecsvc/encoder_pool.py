@@ -69,7 +69,10 @@ class PooledEncoder(QueryEncoder):
         found = hash_files(folder)
         for name in sorted(self.hashes.keys() | found.keys()):
             if found.get(name) != self.hashes.get(name):
-                raise ArtifactDamaged(f"{folder / name}: is not the file that the encoder was opened with")
+                raise ArtifactDamaged(
+                    f"{folder / name}: is not the file that the encoder was opened with",
+                    remedy="put that back, or start the service again",
+                )
         return _open(folder, self.spec.name, self._settings, self.hashes)
 
 

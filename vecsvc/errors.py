@@ -50,6 +50,10 @@ from collections.abc import Sequence
 from typing import Final
 
 MAX_LISTED: Final = 10  # things that a message names one by one
+MEND_VERSION: Final = (
+    "serve another version (vecsvc rollback), and build this one again or copy it from where it is whole "
+    "(vecsvc pull, push --again)"
+)
 
 
 def listed(things: Sequence[object]) -> str:
@@ -175,7 +179,12 @@ class ArtifactError(VecsvcError):
 
 
 class ArtifactDamaged(ArtifactError):
+    """`remedy` ends the message; the usual one is for a file of a version."""
+
     code = "artifact_damaged"
+
+    def __init__(self, message: str, *, remedy: str = MEND_VERSION) -> None:
+        super().__init__(f"{message}; {remedy}")
 
 
 class ArtifactUnfit(ArtifactError):

@@ -220,6 +220,8 @@ class FrontDoor:
         def check(found: FoundRow) -> None:
             if found.vector is not None and len(found.vector) != size:
                 raise ProtocolError(f"a vector of {len(found.vector)} bytes, expected {size}")
+            if found.vector is not None and not remote.all_finite(found.vector):
+                raise ProtocolError("a vector that is not finite")
 
         groups = [
             Group(
@@ -254,6 +256,8 @@ class FrontDoor:
                 texts
             ):
                 raise ProtocolError(f"embeddings of {len(made.tokens)} texts, expected {len(texts)} of dim {spec.dim}")
+            if not remote.all_finite(made.vectors):
+                raise ProtocolError("embeddings that are not finite")
 
         group = Group(version.name, (), version.nodes(), make, Kind.EMBEDDED, check)
         key = ("embed", version.name, len(texts).bit_length())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import repeat
 from operator import itemgetter
@@ -14,7 +15,7 @@ from vecsvc.distance import score
 from vecsvc.errors import DeadlineExceeded, Overloaded, ProtocolError, ShardsMissing
 from vecsvc.fan_out import Group
 from vecsvc.question_checks import Clock, cut_note
-from vecsvc.remote import Part
+from vecsvc.remote import Part, all_finite
 from vecsvc.router import RoutedVersion
 from vecsvc.types import BatchAnswer, Coverage, Hit, Id, SearchSettings, Stats
 
@@ -24,7 +25,7 @@ _by_distance_and_row: Final = itemgetter(0, 1)
 
 
 def check_part(n: int, k: int, dim: int, include: frozenset[str], part: Part) -> None:
-    """A node's answer is foreign bytes: what does not fit together is an error of that node."""
+    """A node's answer is foreign bytes: what does not fit together, or is no number, is an error of that node."""
     hits = sum(part.counts)
     fits = (
         len(part.counts) == n
@@ -38,6 +39,12 @@ def check_part(n: int, k: int, dim: int, include: frozenset[str], part: Part) ->
     )
     if not fits:
         raise ProtocolError(f"an answer of {hits} hits whose parts do not fit together")
+    # Stored vectors and questions are within MAX_ABS, so no distance is infinite, and places that stay empty do not
+    # travel: one such hit would be the best or the last of every answer, and JSON has no word for it.
+    if not (all_finite(part.distances) and (part.vectors is None or all_finite(part.vectors))):
+        raise ProtocolError(f"an answer of {hits} hits, some of them at no finite distance or with no finite vector")
+    if not math.isfinite(part.queue_s + part.search_s + part.rerank_s):
+        raise ProtocolError("an answer that took no finite time")
 
 
 class Merge:

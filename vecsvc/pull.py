@@ -204,8 +204,8 @@ def _fetch(place: Store, staging: Path, files: Sequence[FileEntry], going_on: Ca
         if target.stat().st_size != file.size_bytes or digest != file.sha256:
             delete_file(target)
             raise ArtifactDamaged(
-                f"{place.label(file.path)}: what came has another size or sha256 than the manifest says; "
-                "push it with --again"
+                f"{place.label(file.path)}: what came has another size or sha256 than the manifest says",
+                remedy="push it with --again",
             )
 
     move_all(fetch, files)

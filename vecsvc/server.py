@@ -50,7 +50,7 @@ from vecsvc.question_checks import count
 from vecsvc.reaper import Reaper
 from vecsvc.server_embed import EmbedRoutes
 from vecsvc.storage import index_folders
-from vecsvc.telemetry import COUNTED_CONTENT_TYPE, METRICS_CONTENT_TYPE, LineBudget, Metrics
+from vecsvc.telemetry import COUNTED_CONTENT_TYPE, LEFT, METRICS_CONTENT_TYPE, LineBudget, Metrics
 from vecsvc.types import Query, SearchSettings
 
 log: Final = logging.getLogger("vecsvc.server")
@@ -124,6 +124,7 @@ class Service:
                 request_id=self._named,
                 open=self._short_way_is_open,
                 closes=lambda: self.draining,
+                may_log=self.may_log,
                 refused=self._refused,
             )
 
@@ -177,6 +178,10 @@ class Service:
         self.reaper.begin(request)
         why = ""
         route = self.routes.get(request.match_info.route)
+        resource = request.match_info.route.resource
+        operation = resource.canonical if resource is not None else "unknown"
+        request_id = self._named(request.headers.get("X-Request-Id"))
+        data = {"request_id": request_id, "method": request.method, "path": request.path[:200]}
         try:
             # Where no route fits there is nothing to be let in to, and the handler says so.
             if route is not None:
@@ -189,7 +194,8 @@ class Service:
             leave_body(request, response)
             if hdrs.ALLOW in error.headers:
                 response.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
-        except (asyncio.CancelledError, ConnectionError):
+        except ConnectionError:
+            self._note(operation, LEFT, time.perf_counter() - started, data, self.door.key(request), "")
             raise
         except Exception as error:
             status, why, headers, body = self._explain(error, request.path)
@@ -201,14 +207,12 @@ class Service:
                     response.force_close()
         finally:
             self.reaper.end(request)
-        request_id = self._named(request.headers.get("X-Request-Id"))
         response.headers["X-Request-Id"] = request_id
         if self.draining:
             response.force_close()
-        resource = request.match_info.route.resource
-        operation = resource.canonical if resource is not None else "unknown"
-        data = {"request_id": request_id, "method": request.method, "path": request.path[:200]}
-        self._note(operation, response.status, time.perf_counter() - started, data, self.door.key(request), why)
+        # aiohttp lets a handler go on when its client has left.
+        status = response.status if request.transport is not None else LEFT
+        self._note(operation, status, time.perf_counter() - started, data, self.door.key(request), why)
         return response
 
     def _explain(self, error: Exception, path: str) -> tuple[int, str, dict[str, str], bytes]:
@@ -227,7 +231,7 @@ class Service:
     def _note(
         self, operation: str, status: int, seconds: float, data: dict[str, Any], key: Key | None, why: str
     ) -> None:
-        """Count a request that is answered, and log it where that is asked for or it failed."""
+        """Count a request that is over, and log it where that is asked for or it failed."""
         self.metrics.requests(operation, str(status)).inc()
         self.metrics.latency(operation).observe(seconds)
         lines = self._refusal_lines if status in (401, 403, 429) else self._lines

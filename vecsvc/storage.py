@@ -49,6 +49,7 @@ PART_KEPT_S: Final = 7 * 86_400.0
 TURN_WAIT_S: Final = 5.0  # changing CURRENT takes milliseconds; whoever holds it for longer is stuck
 
 _SAFE: Final = "what serves is untouched"
+_MEND_CURRENT: Final = "run vecsvc rollback"
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _VERSION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -346,16 +347,16 @@ class IndexFolder:
         path = self.path / CURRENT
         try:
             if path.exists() and not path.is_file():
-                raise ArtifactDamaged(f"{path}: is no file; run vecsvc rollback")
+                raise ArtifactDamaged(f"{path}: is no file", remedy=_MEND_CURRENT)
             with path.open("rb") as file:
                 text = file.read(MAX_CURRENT_BYTES).decode("ascii")
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            raise ArtifactDamaged(f"{path}: unreadable: {error}; run vecsvc rollback") from error
+            raise ArtifactDamaged(f"{path}: unreadable: {error}", remedy=_MEND_CURRENT) from error
         version = text.removesuffix("\n")
         if not _VERSION.fullmatch(version):
-            raise ArtifactDamaged(f"{path}: {version[:80]!r} is no version; run vecsvc rollback")
+            raise ArtifactDamaged(f"{path}: {version[:80]!r} is no version", remedy=_MEND_CURRENT)
         return version
 
     def versions(self) -> list[str]:
@@ -407,8 +408,11 @@ class IndexFolder:
         finally:
             lease.release()
 
-    def rollback(self, to: str | None = None) -> tuple[str, str]:
-        """Serve `to`, or the version before the one that serves. Returns (from, to)."""
+    def rollback(self, to: str | None = None, check: Callable[[Path], None] = lambda folder: None) -> tuple[str, str]:
+        """Serve `to`, or the version before the one that serves. Returns (from, to).
+
+        `check` sees its folder before anything is changed, and may refuse.
+        """
         try:
             current = self.current()
         except ArtifactDamaged:
@@ -421,6 +425,7 @@ class IndexFolder:
                     f"{self.name} has no version before {current}; there are: {self._listed()}: name one with --to"
                 )
             to = older[-1]
+        check(self.version(to))
         self.serve(to)
         return current or "none", to
 

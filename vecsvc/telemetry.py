@@ -23,6 +23,8 @@ COUNTED_CONTENT_TYPE: Final = "application/vnd.vecsvc.counted+json"  # between t
 LEAST: Final = ("vecsvc_ready",)
 MOST: Final = ("vecsvc_index_info",)
 
+LEFT: Final = 499  # the status of requests whose client left before the answer, as proxies' logs have it
+
 _SECONDS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0,
 )  # fmt: skip
@@ -119,9 +121,17 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Family(Count, "vecsvc_requests", "Answered requests", ("operation", "status"))
+        self.requests = Family(
+            Count,
+            "vecsvc_requests",
+            f"Requests by the status of their answer; {LEFT} where the client left before it",
+            ("operation", "status"),
+        )
         self.latency = Family(
-            Spread, "vecsvc_request_seconds", "Seconds from the request's head to its answer", ("operation",)
+            Spread,
+            "vecsvc_request_seconds",
+            "Seconds from the request's head to its answer, or until its client left",
+            ("operation",),
         )
         self.search = Family(
             Spread, "vecsvc_search_seconds", "Seconds in the indexes of all shards", ("index", "strategy")
