@@ -41,7 +41,9 @@ S = TypeVar("S")
 ENCODER_FOLDER: Final = "encoder"
 MAX_PLANS: Final = 512  # settings remembered; past that all are forgotten and learnt anew
 SLOW_IN_A_ROW: Final = 3  # so many slow questions are no accident
-TRIES: Final = 16  # one of so many questions that are not much too long for the event loop is tried there
+# At one of so many looks a question that is not much too long for the event loop is tried there. An odd number, for the
+# short way and the long one look in turns.
+TRIES: Final = 15
 MAX_PREVIOUS: Final = 2  # versions before the one that serves, of an index, which front doors may still ask
 
 

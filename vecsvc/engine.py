@@ -14,6 +14,7 @@ from vecsvc.config import ServeSettings
 from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.errors import DeadlineExceeded
 from vecsvc.gather import Gather
+from vecsvc.nearest import Nearest, nearest
 from vecsvc.question import A, Search
 from vecsvc.question_checks import INLINE_HITS, Clock, count, encoder_of, plan_of
 from vecsvc.quick import is_plain, quick_find, quick_search
@@ -23,7 +24,6 @@ from vecsvc.together import run_together
 from vecsvc.types import (
     BatchAnswer,
     Embedded,
-    Neighbors,
     Query,
     SearchAnswer,
     SearchSettings,
@@ -154,7 +154,7 @@ class Engine:
 
     def part_now(
         self, served: Served, shards: list[Shard], query: VectorQuery, settings: SearchSettings, deadline: float
-    ) -> tuple[list[Neighbors], int, float] | None:
+    ) -> tuple[Nearest, int, float] | None:
         """As `search_now`: what some shards of a version that the caller has retained find, `visited`, and the seconds.
 
         `deadline` is by time.monotonic(); that of the settings is not looked at.
@@ -170,10 +170,12 @@ class Engine:
         quick = quick_find(shards, plan, query, settings.k, deadline) if plan.plain else None
         if quick is None:
             return None
+        found, visited = quick
+        best = nearest(shards, found, 0, settings.k)
         seconds = time.perf_counter() - before
         plan.learn(seconds)
         self._metrics.search(served.name, shards[0].spec.kind).observe(seconds)
-        return *quick, seconds
+        return best, visited, seconds
 
     async def search_part(
         self, served: Served, shards: list[Shard], query: VectorQuery, settings: SearchSettings, *, of: int

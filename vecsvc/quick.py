@@ -52,11 +52,12 @@ def quick_find(
 
     None where some place stayed empty or the search was cut short. The index checks the vector, in its own words.
     """
-    found: list[Neighbors] = []
-    visited, limit = 0, Limit(None, deadline)
     for shard in shards:
         if k > shard.size:
             return None
+    found: list[Neighbors] = []
+    visited, limit = 0, Limit(None, deadline)
+    for shard in shards:
         part = shard.index.search(query.vectors, k, plan.params, limit=limit)
         if part.labels[0, -1] < 0 or part.stopped[0]:
             # Where it was not for want of time it would be so again, and such questions need not be searched for twice.
@@ -85,7 +86,6 @@ def quick_search(
     if quick is None:
         return None
     found, visited = quick
-    seconds = time.perf_counter() - before
     asked = len(shards)
     if asked == 1:  # whose order is the answer's
         [labels] = found[0].labels.tolist()
@@ -93,6 +93,7 @@ def quick_search(
     else:
         best = nearest(shards, found, 0, settings.k)
         ids, kept = best.ids, best.distances
+    seconds = time.perf_counter() - before  # merging many shards may take as long as searching them
     hits = list(map(Hit, ids, score(kept, shards[0].spec.metric).tolist(), kept.tolist()))
     took = TookMs(milliseconds(time.perf_counter() - started), 0.0, 0.0, milliseconds(seconds), 0.0)
     stats = Stats(shards[0].spec.kind, visited, 0)

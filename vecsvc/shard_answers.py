@@ -13,11 +13,11 @@ from vecsvc.catalog import Served
 from vecsvc.engine import Engine
 from vecsvc.errors import DeadlineExceeded, NotReady, ProtocolError
 from vecsvc.manifest import Manifest
-from vecsvc.nearest import nearest
+from vecsvc.nearest import Nearest, nearest
 from vecsvc.question_checks import INLINE_HITS, encoder_of
 from vecsvc.remote import Kind, Part
 from vecsvc.shard import Found, Shard
-from vecsvc.types import Neighbors, VectorQuery
+from vecsvc.types import VectorQuery
 
 
 def part_now(engine: Engine, asked: remote.Question) -> Part | None:
@@ -34,16 +34,15 @@ def part_now(engine: Engine, asked: remote.Question) -> Part | None:
             shards = served.some(asked.shards)
             deadline = time.monotonic() + asked.timeout_ms / 1e3
             quick = engine.part_now(served, shards, VectorQuery(asked.vectors), settings, deadline)
-            return _quick_part(shards, settings.k, *quick) if quick is not None else None
+            return _quick_part(shards[0].spec.kind, *quick) if quick is not None else None
         finally:
             served.release()
     except Exception:
         return None
 
 
-def _quick_part(shards: list[Shard], k: int, found: list[Neighbors], visited: int, seconds: float) -> Part:
+def _quick_part(kind: str, best: Nearest, visited: int, seconds: float) -> Part:
     """What shards found for one query, in full."""
-    best = nearest(shards, found, 0, k)
     return Part(
         counts=[len(best.ids)],
         distances=best.distances.astype("<f4", copy=False).tobytes(),
@@ -51,7 +50,7 @@ def _quick_part(shards: list[Shard], k: int, found: list[Neighbors], visited: in
         ids=best.ids,
         fields=None,
         vectors=None,
-        strategy=shards[0].spec.kind,
+        strategy=kind,
         visited=visited,
         stopped=False,
         queue_s=0.0,
