@@ -18,7 +18,7 @@ from corpora import build, write_corpus
 from service import DIM, Corpus, corpora
 
 from vecsvc import exact_search, filters, schemas
-from vecsvc.catalog import Catalog, Plan, Served
+from vecsvc.catalog import TRIES, Catalog, Plan, Served
 from vecsvc.config import ServeSettings
 from vecsvc.engine import PARTIAL_GRACE_S, Engine
 from vecsvc.errors import (
@@ -164,6 +164,24 @@ def test_questions_near_the_limit_keep_their_way() -> None:
     for _ in range(50):
         plan.learn(0.0012)
     assert not plan.is_short(0.001)
+
+
+def test_what_a_thread_makes_long_is_tried_without_one() -> None:
+    """So that a first measurement in a thread does not keep its like in threads for ever."""
+    plan = Plan(None)
+    plan.learn(0.0018)
+    tries = 0
+    for _ in range(4 * TRIES):
+        tries += plan.is_short(0.001)
+        plan.learn(0.0018)
+    assert tries == 4
+    while not plan.is_short(0.001):
+        plan.learn(0.0018)
+    plan.learn(0.0009)  # of the one that was tried
+    assert all(plan.is_short(0.001) for _ in range(TRIES))
+    much_too_long = Plan(None)
+    much_too_long.learn(0.0022)
+    assert not any(much_too_long.is_short(0.001) for _ in range(4 * TRIES))
 
 
 def test_long_searches_never_run_in_the_event_loop() -> None:

@@ -33,18 +33,15 @@ def test_pad_fills_with_minus_one_at_infinity() -> None:
     assert (labels.tolist(), found.tolist()) == ([4, -1, -1], [0.5, np.inf, np.inf])
 
 
-def test_merge_takes_the_best_of_all_parts_and_ties_by_row() -> None:
-    first = distances(1, 2, 3), np.array([10, 30, 50])
-    second = distances(1, 2, 4), np.array([5, 20, 40])
-    part, position = merge_top_k([first, second], 4)
-    assert list(zip(part.tolist(), position.tolist(), strict=True)) == [(1, 0), (0, 0), (1, 1), (0, 1)]
+def test_merge_takes_the_best_of_all_shards_and_ties_by_row() -> None:
+    rows = np.array([10, 30, 50, 5, 20, 40])
+    assert merge_top_k(distances(1, 2, 3, 1, 2, 4), rows, 4).tolist() == [3, 0, 4, 1]
 
 
-def test_merge_drops_empty_places_and_repeated_rows() -> None:
-    first = distances(1, np.inf), np.array([7, -1])
-    second = distances(1, 2), np.array([7, 8])
-    part, position = merge_top_k([first, second], 5)
-    assert list(zip(part.tolist(), position.tolist(), strict=True)) == [(0, 0), (1, 1)]
+def test_merge_drops_empty_places_and_counts_a_repeated_row_once_where_it_is_closest() -> None:
+    rows = np.array([7, 9, -1, 7, 8, 9])
+    assert merge_top_k(distances(1, 4, np.inf, 1, 2, 3), rows, 5).tolist() == [0, 4, 5]
+    assert merge_top_k(distances(1, 4, np.inf, 1, 2, 3), rows, 2).tolist() == [0, 4]
 
 
 def test_recall_counts_ties_as_hits() -> None:

@@ -41,13 +41,16 @@ S = TypeVar("S")
 ENCODER_FOLDER: Final = "encoder"
 MAX_PLANS: Final = 512  # settings remembered; past that all are forgotten and learnt anew
 SLOW_IN_A_ROW: Final = 3  # so many slow questions are no accident
+# At one of so many looks a question that is not much too long for the event loop is tried there. An odd number, for the
+# short way and the long one look in turns.
+TRIES: Final = 15
 MAX_PREVIOUS: Final = 2  # versions before the one that serves, of an index, which front doors may still ask
 
 
 class Plan:
     """The kind's search settings, and the measured seconds of one question; None until one was measured."""
 
-    __slots__ = ("_short", "_slow", "params", "plain", "seconds")
+    __slots__ = ("_asked", "_short", "_slow", "_tried", "params", "plain", "seconds")
 
     def __init__(self, params: Any) -> None:
         self.params = params
@@ -55,11 +58,13 @@ class Plan:
         self.plain: bool | None = None  # see quick.is_plain; None until somebody asked
         self._short = False
         self._slow = 0  # questions in a row that took more than twice what is usual
+        self._asked = 0  # since one that was not much too long was tried
+        self._tried = False
 
     def learn(self, seconds: float) -> None:
         """What one question took. One or two that were held up count as twice what is usual, a third in full."""
-        known = self.seconds
-        if known is None:
+        known, tried, self._tried = self.seconds, self._tried, False
+        if known is None or (tried and seconds < known):
             self.seconds = seconds
             return
         self._slow = self._slow + 1 if seconds > 2.0 * known else 0
@@ -70,10 +75,19 @@ class Plan:
     def is_short(self, limit_s: float) -> bool:
         """Whether such questions take at most so long; those that did stay short up to twice as long.
 
-        So what lies near the limit does not change its way with every other question.
+        So what lies near the limit does not change its way with every other question. A search takes up to twice as
+        long in a thread, which wakes on a cold core and waits for the interpreter: what seems up to twice too long
+        there is tried now and then, and one that is not too long without a thread says more than those that were.
         """
-        self._short = self.seconds is not None and self.seconds <= (2.0 * limit_s if self._short else limit_s)
-        return self._short
+        known = self.seconds
+        if known is None:
+            return False
+        self._short = known <= (2.0 * limit_s if self._short else limit_s)
+        if self._short or known > 2.0 * limit_s:
+            return self._short
+        self._asked = (self._asked + 1) % TRIES
+        self._tried = self._asked == 0
+        return self._tried
 
 
 class Served:

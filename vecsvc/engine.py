@@ -14,6 +14,7 @@ from vecsvc.config import ServeSettings
 from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.errors import DeadlineExceeded
 from vecsvc.gather import Gather
+from vecsvc.nearest import Nearest, nearest
 from vecsvc.question import A, Search
 from vecsvc.question_checks import INLINE_HITS, Clock, count, encoder_of, plan_of
 from vecsvc.quick import is_plain, quick_find, quick_search
@@ -23,7 +24,6 @@ from vecsvc.together import run_together
 from vecsvc.types import (
     BatchAnswer,
     Embedded,
-    Neighbors,
     Query,
     SearchAnswer,
     SearchSettings,
@@ -89,8 +89,8 @@ class Engine:
             if not plan.is_short(self._inline_s):
                 return None
             if plan.plain is None:
-                alone = len(served.manifest.shards) == 1 and served.whole and settings.k <= served.shards[0].size
-                plan.plain = is_plain(query, settings, served.manifest) and alone
+                enough = served.whole and settings.k <= min(shard.size for shard in served.shards)
+                plan.plain = is_plain(query, settings, served.manifest) and enough
             if plan.plain:
                 found = quick_search(served, plan, query, settings, started, deadline)
                 if found is None:
@@ -153,24 +153,29 @@ class Engine:
             self._metrics.shortfall(served.name).inc(stats.shortfall)
 
     def part_now(
-        self, served: Served, shard: Shard, query: VectorQuery, settings: SearchSettings, deadline: float
-    ) -> tuple[Neighbors, float] | None:
-        """As `search_now`: what one shard of a version that the caller has retained finds, and the seconds it took.
+        self, served: Served, shards: list[Shard], query: VectorQuery, settings: SearchSettings, deadline: float
+    ) -> tuple[Nearest, int, float] | None:
+        """As `search_now`: what some shards of a version that the caller has retained find, `visited`, and the seconds.
 
         `deadline` is by time.monotonic(); that of the settings is not looked at.
         """
         if self.admission.single.full:
             return None
-        plan = plan_of(served, settings, 1)
+        plan = plan_of(served, settings, len(shards))
         if not plan.is_short(self._inline_s):
             return None
         if plan.plain is None:
             plan.plain = is_plain(query, settings, served.manifest)
-        found = quick_find(shard, plan, query, settings.k, deadline) if plan.plain else None
-        if found is not None:
-            plan.learn(found[1])
-            self._metrics.search(served.name, shard.spec.kind).observe(found[1])
-        return found
+        before = time.perf_counter()
+        quick = quick_find(shards, plan, query, settings.k, deadline) if plan.plain else None
+        if quick is None:
+            return None
+        found, visited = quick
+        best = nearest(shards, found, 0, settings.k)
+        seconds = time.perf_counter() - before
+        plan.learn(seconds)
+        self._metrics.search(served.name, shards[0].spec.kind).observe(seconds)
+        return best, visited, seconds
 
     async def search_part(
         self, served: Served, shards: list[Shard], query: VectorQuery, settings: SearchSettings, *, of: int

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -19,6 +20,7 @@ from vecsvc.errors import (
     UnknownId,
     listed,
 )
+from vecsvc.nearest import nearest
 from vecsvc.question_checks import (
     Clock,
     check_question,
@@ -28,7 +30,7 @@ from vecsvc.question_checks import (
     plan_of,
     wrong_type,
 )
-from vecsvc.ranking import merge_top_k, nearest_shards, queries_of_shards
+from vecsvc.ranking import nearest_shards, queries_of_shards
 from vecsvc.shard import Found, Shard, placed
 from vecsvc.types import (
     BatchAnswer,
@@ -243,7 +245,7 @@ class Search:
 
     def _name(self, found: Sequence[Found | None], n: int) -> list[list[Hit]]:
         """Merge the shards' answers and turn labels into hits."""
-        shards, k, metric = self.shards, self.settings.k, self.served.manifest.metric
+        shards, metric = self.shards, self.served.manifest.metric
         part = found[0]
         if len(shards) == 1 and part is not None and not self.settings.include:
             # The common case, without the steps that it does not need: one shard's order is the answer's.
@@ -259,32 +261,22 @@ class Search:
         asked = [(shard, part) for shard, part in zip(shards, found, strict=True) if part is not None]
         if not asked:
             return [[] for _ in range(n)]
-        return [self._merge(asked, row, k) for row in range(n)]
+        return [self._merge(asked, row) for row in range(n)]
 
-    def _merge(self, asked: list[tuple[Shard, Found]], row: int, k: int) -> list[Hit]:
-        metric, include = self.served.manifest.metric, self.settings.include
-        parts = []
-        for shard, part in asked:
-            labels = part.labels[row]
-            parts.append((part.distances[row], np.where(labels >= 0, shard.rows[labels], -1)))
-        which, position = (places.tolist() for places in merge_top_k(parts, k))
-        labels = [int(asked[number][1].labels[row, at]) for number, at in zip(which, position, strict=True)]
-        distances = np.array([parts[number][0][at] for number, at in zip(which, position, strict=True)], np.float32)
-        hits = []
-        for number, label, points, distance in zip(
-            which, labels, score(distances, metric).tolist(), distances.tolist(), strict=True
-        ):
-            shard = asked[number][0]
-            hits.append(
-                Hit(
-                    id=shard.ids.of([label])[0],
-                    score=points,
-                    distance=distance,
-                    fields=(shard.fields.of([label])[0] if shard.fields else {}) if "fields" in include else None,
-                    vector=shard.vectors[label].tolist() if "vector" in include else None,
-                )
-            )
-        return hits
+    def _merge(self, asked: list[tuple[Shard, Found]], row: int) -> list[Hit]:
+        include = self.settings.include
+        shards, parts = zip(*asked, strict=True)
+        best = nearest(shards, parts, row, self.settings.k)
+        scores = score(best.distances, self.served.manifest.metric).tolist()
+        fields: Iterable[dict[str, Any] | None] = repeat(None)
+        vectors: Iterable[list[float] | None] = repeat(None)
+        rows = [(shards[at], label) for at, label in zip(best.which, best.labels, strict=True)] if include else []
+        if "fields" in include:
+            fields = [shard.fields.of([label])[0] if shard.fields else {} for shard, label in rows]
+        if "vector" in include:
+            vectors = [shard.vectors[label].tolist() for shard, label in rows]
+        # `map` ends with the shortest.
+        return list(map(Hit, best.ids, scores, best.distances.tolist(), fields, vectors))
 
     def _answer(self, found: Sequence[Found | None], results: Any, queries: int, hits: int, kind: type[A]) -> A:
         served, settings = self.served, self.settings

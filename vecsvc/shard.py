@@ -144,11 +144,6 @@ class Shard:
             rerank_s=time.perf_counter() - searched,
         )
 
-    def plain_search(self, queries: Vectors, k: int, params: Any, limit: Limit) -> Neighbors | None:
-        """What `search` finds for one query (1, dim) that nothing narrows; None where it would add to what is found."""
-        found = self.index.search(queries, k, params, limit=limit)
-        return None if found.labels[0, -1] < 0 or found.stopped[0] else found
-
     def _mask(self, conditions: tuple[Condition, ...], without: int | None) -> tuple[Mask | None, int | None]:
         if not conditions:
             return None, None

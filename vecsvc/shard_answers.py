@@ -13,46 +13,45 @@ from vecsvc.catalog import Served
 from vecsvc.engine import Engine
 from vecsvc.errors import DeadlineExceeded, NotReady, ProtocolError
 from vecsvc.manifest import Manifest
+from vecsvc.nearest import Nearest, nearest
 from vecsvc.question_checks import INLINE_HITS, encoder_of
-from vecsvc.ranking import merge_top_k
 from vecsvc.remote import Kind, Part
 from vecsvc.shard import Found, Shard
-from vecsvc.types import Id, Neighbors, VectorQuery
+from vecsvc.types import VectorQuery
 
 
 def part_now(engine: Engine, asked: remote.Question) -> Part | None:
-    """The part of a plain question of one shard, before anything else happens; None where it takes the long way.
+    """The part of a plain question, before anything else happens; None where it takes the long way.
 
     Errors take it too, so that what is said of them is written once.
     """
     ask, settings = asked.ask, asked.plain
-    if settings is None or len(asked.shards) != 1 or ask.of != 1 or len(asked.vectors) != 1 or ask.include:
+    if settings is None or ask.of != 1 or len(asked.vectors) != 1 or ask.include:
         return None
     try:
         served = _retained(engine, ask.index, ask.digest)
         try:
-            shard = served.some(asked.shards)[0]
+            shards = served.some(asked.shards)
             deadline = time.monotonic() + asked.timeout_ms / 1e3
-            quick = engine.part_now(served, shard, VectorQuery(asked.vectors), settings, deadline)
-            return _quick_part(shard, *quick) if quick is not None else None
+            quick = engine.part_now(served, shards, VectorQuery(asked.vectors), settings, deadline)
+            return _quick_part(shards[0].spec.kind, *quick) if quick is not None else None
         finally:
             served.release()
     except Exception:
         return None
 
 
-def _quick_part(shard: Shard, found: Neighbors, seconds: float) -> Part:
-    """What one shard found for one query, in full."""
-    labels = found.labels[0]
+def _quick_part(kind: str, best: Nearest, visited: int, seconds: float) -> Part:
+    """What shards found for one query, in full."""
     return Part(
-        counts=[len(labels)],
-        distances=found.distances.astype("<f4", copy=False).tobytes(),
-        rows=shard.rows[labels].astype("<i8", copy=False).tobytes(),
-        ids=shard.ids.of(labels.tolist()),
+        counts=[len(best.ids)],
+        distances=best.distances.astype("<f4", copy=False).tobytes(),
+        rows=best.rows.astype("<i8", copy=False).tobytes(),
+        ids=best.ids,
         fields=None,
         vectors=None,
-        strategy=shard.spec.kind,
-        visited=int(found.visited[0]),
+        strategy=kind,
+        visited=visited,
         stopped=False,
         queue_s=0.0,
         search_s=seconds,
@@ -87,41 +86,22 @@ async def _search(engine: Engine, asked: remote.Question) -> tuple[Kind, Part]:
 
 def _part(shards: list[Shard], found: list[Found], n: int, k: int, include: frozenset[str]) -> Part:
     """The shards' answers merged: hits of each query by (distance, corpus row)."""
-    counts: list[int] = []
-    distances, rows, ids = [], [], list[Id]()
+    each = [nearest(shards, found, query, k) for query in range(n)]
     fields: list[bytes] | None = [] if "fields" in include else None
     vectors: list[bytes] | None = [] if "vector" in include else None
-    for row in range(n):
-        if len(shards) == 1:
-            labels = found[0].labels[row]
-            kept = labels[labels >= 0]
-            picked = [(shards[0], kept)]
-            distances.append(found[0].distances[row][: len(kept)])
-            rows.append(shards[0].rows[kept])
-            ids += shards[0].ids.of(kept.tolist())
-        else:
-            parts = [
-                (part.distances[row], np.where(part.labels[row] >= 0, shard.rows[part.labels[row]], -1))
-                for shard, part in zip(shards, found, strict=True)
-            ]
-            which, position = merge_top_k(parts, k)
-            distances.append(np.array([parts[w][0][p] for w, p in zip(which, position, strict=True)], np.float32))
-            rows.append(np.array([parts[w][1][p] for w, p in zip(which, position, strict=True)], np.int64))
-            picked = [(shards[w], found[w].labels[row, p : p + 1]) for w, p in zip(which, position, strict=True)]
-            ids += [shard.ids.of(labels.tolist())[0] for shard, labels in picked]
-        counts.append(len(rows[-1]))
-        for shard, labels in picked if include else ():
+    for best in each if include else ():
+        for at, label in zip(best.which, best.labels, strict=True):
+            shard = shards[at]
             if fields is not None:
-                stored = shard.fields.of(labels.tolist()) if shard.fields else [{}] * len(labels)
-                fields += map(schemas.encode, stored)
+                fields.append(schemas.encode(shard.fields.of([label])[0] if shard.fields else {}))
             if vectors is not None:
-                vectors += [np.asarray(shard.vectors[label], "<f4").tobytes() for label in labels]
+                vectors.append(np.asarray(shard.vectors[label], "<f4").tobytes())
     visited = [part.visited for part in found]
     return Part(
-        counts=counts,
-        distances=b"".join(part.astype("<f4", copy=False).tobytes() for part in distances),
-        rows=b"".join(part.astype("<i8", copy=False).tobytes() for part in rows),
-        ids=ids,
+        counts=[len(best.ids) for best in each],
+        distances=b"".join(best.distances.astype("<f4", copy=False).tobytes() for best in each),
+        rows=b"".join(best.rows.astype("<i8", copy=False).tobytes() for best in each),
+        ids=[id for best in each for id in best.ids],
         fields=fields,
         vectors=b"".join(vectors) if vectors is not None else None,
         strategy=found[0].strategy if len({part.strategy for part in found}) == 1 else "mixed",
