@@ -529,7 +529,7 @@ def test_a_wedged_run_is_given_up_and_a_new_encoder_takes_the_rest(kind: type[Fa
 def test_a_bug_in_a_worker_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene(world: World) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(Lanes, "take", lambda self, budget: 1 / 0)
+            patch.setattr(Lanes, "take", lambda self, *_: 1 / 0)
             with pytest.raises(EncoderError, match="the batcher failed: ZeroDivisionError"):
                 await world.ask([text(2)])
         await world.ask([text(3)])
