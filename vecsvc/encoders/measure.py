@@ -178,7 +178,8 @@ def _batch_texts(encoder: Encoder, clock: Clock) -> int:
     """Texts of a batch that takes no longer than a measurement may; large models get one."""
     short = encoder.split([SHORT])
     encoder.run(short)
-    return int(min(max(PART_S / (LONGER_COSTS * _median(encoder, short, clock)), 1), MAX_BATCH_TEXTS))
+    one_s = LONGER_COSTS * _median(encoder, short, clock)
+    return max(1, int(PART_S / one_s)) if one_s * MAX_BATCH_TEXTS > PART_S else MAX_BATCH_TEXTS
 
 
 def _median(encoder: Encoder, tokens: Sequence[Tokens], clock: Clock) -> float:
