@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from tiny_bert import write_tiny_bert
+from tiny_cnn_lstm import write_tiny_cnn_lstm
 
 from vecsvc.config import ServeSettings
 from vecsvc.encoder_pool import EncoderPool
 from vecsvc.encoders import measure as measuring
+from vecsvc.encoders.base import StepEncoder
 from vecsvc.encoders.measure import WHOLE_S, RunChoice, Timing, measure, open_fastest, pays, runs_at_once, steps
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import EncoderError
@@ -222,6 +224,15 @@ def test_a_measured_encoder_says_how_it_runs_and_why(folder: Path, caplog: pytes
     assert choice.instances == encoder.batcher.settings.workers >= 1
     [record] = [record for record in caplog.records if record.message == "encoder opened"]
     assert record.data == {"encoder": "tiny", **dataclasses.asdict(choice)}  # type: ignore[attr-defined]
+    pool.release(encoder, folder)
+
+
+def test_a_batch_that_texts_join_is_one_unless_told_otherwise(tmp_path: Path) -> None:
+    folder = write_tiny_cnn_lstm(tmp_path / "cells")
+    pool = EncoderPool(ServeSettings(encoder_batching="cellular"), Metrics())
+    encoder = pool.take(folder, "cells")
+    assert isinstance(encoder.batcher.encoder, StepEncoder)
+    assert encoder.choice.instances == 1
     pool.release(encoder, folder)
 
 

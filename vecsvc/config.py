@@ -124,8 +124,9 @@ class ServeSettings(HttpSettings):
     )
     encoder_instances: int = option(
         0,
-        "runs of an encoder at the same time, which share its weights; of several, bulk requests leave one free; 0 for "
-        "what the measurement finds to be best, or 1 where encoder_threads is given",
+        "runs of an encoder at the same time, which share its weights; of several that are padded, bulk requests leave "
+        "one free; 0 for what the measurement finds to be best, or 1 where encoder_threads is given or batching is "
+        "cellular",
         low=0,
         high=64,
     )
