@@ -1,21 +1,25 @@
-"""Says what an encoder folder holds: what it makes of texts, its operators and precision, and measured figures."""
+"""Says what an encoder folder holds: what it makes of texts, its operators, figures; and how it runs best here."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from index_builders.encoder_optimize import table
 from index_builders.onnx_graph import import_onnx
 from vecsvc.encoders.folder import encoder_files, read_settings
+from vecsvc.encoders.measure import open_fastest
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import EncoderError
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """Every fact as JSON has it. Raises as open_encoder does."""
-    encoder = open_encoder(folder)
+    encoder, choice = open_fastest(
+        lambda threads, spinning: open_encoder(folder, num_threads=threads, spinning=spinning)
+    )
     encoder.close()
     spec, settings = encoder.spec, read_settings(folder)
     files = encoder_files(folder)
@@ -32,6 +36,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "weights_bytes": types,
         "operators": operators,
         "measured": dict(settings.measured or {}),
+        "on_this_machine": asdict(choice),
     }
 
 
@@ -56,6 +61,12 @@ def lines(facts: dict[str, Any]) -> list[str]:
                 [f"{key}: {value}" for key, value in figures.items()] if isinstance(figures, dict) else [str(figures)]
             )
         found += [f"measured by {name}:", *(f"  {line}" for line in shown)]
+    choice = facts["on_this_machine"]
+    found += [
+        f"on this machine the CPU runs it best with --encoder-threads {choice['threads']} --encoder-instances "
+        f"{choice['instances']} --encoder-spinning {'on' if choice['spinning'] else 'off'}:",
+        *(f"  {line}" for line in choice["why"].split("; ")),
+    ]
     return found
 
 

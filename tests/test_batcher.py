@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vecsvc.batcher import Batcher, BatchSettings, RunFacts
+from vecsvc.batcher import Batcher, BatchSettings, Run, RunFacts
 from vecsvc.encoder_workers import start_worker
 from vecsvc.encoders.base import Encoder, EncoderSpec, Role, StepEncoder
 from vecsvc.errors import DeadlineExceeded, EncoderError, NotReady, Overloaded
@@ -252,6 +252,67 @@ def test_a_text_that_comes_while_the_model_runs_does_not_run_beside_it() -> None
         assert world.encoder.threads[-1] is not threading.current_thread()
 
     play(scene, inline_s=10.0)
+
+
+# ------------------------------------------------------------------------------------- several runs at once
+
+
+class BulkGate(FakeEncoder):
+    """Its gate holds runs of more than one text."""
+
+    def run(self, tokens: Sequence[Tokens]) -> Vectors:
+        self.runs.append([one.ids[0] for one in tokens])
+        self.threads.append(threading.current_thread())
+        self.entered.release()
+        assert len(tokens) == 1 or self.gate.wait(20)
+        return expected(tokens)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_of_several_runs_at_once_bulk_leaves_one_to_queries(workers: int) -> None:
+    async def scene(world: World) -> None:
+        world.encoder.gate.clear()
+        jobs = [world.ask([text(100 + at, 64) for at in range(40)], lane="bulk") for _ in range(workers)]
+        for _ in range(workers - 1):
+            await world.entered()
+        await world.ask([text(2)])
+        assert [len(run) > 1 for run in world.encoder.runs] == [True] * (workers - 1) + [False]
+        assert world.encoder.runs[-1] == [2]
+        await world.release()
+        await asyncio.gather(*jobs)
+
+    play(scene, BulkGate(), workers=workers)
+
+
+def test_a_short_text_runs_in_its_callers_thread_beside_bulk_where_two_may_run() -> None:
+    async def scene(world: World) -> None:
+        await world.ask([text(2)])
+        world.encoder.gate.clear()
+        job = world.ask([text(100 + at, 64) for at in range(40)], lane="bulk")
+        await world.entered()
+        await world.entered()
+        await world.ask([text(3)])
+        assert world.encoder.runs[-1] == [3] and world.encoder.threads[-1] is threading.current_thread()
+        await world.release()
+        await job
+
+    play(scene, BulkGate(), workers=2, inline_s=10.0)
+
+
+def test_a_worker_that_bulk_was_kept_from_takes_it_when_another_run_ends() -> None:
+    encoder = BulkGate()
+    batcher = Batcher(encoder, BatchSettings(workers=3, inline_s=0.0), start_worker)
+    request = Request([text(100 + at, 64) for at in range(3)], DIM, time.monotonic() + 20, lambda: False)
+    with batcher._changed:
+        run = Run("bulk", [(request, 0)])
+        batcher._runs = {-1: run, -2: Run("bulk", [(request, 1)])}
+        request.take(0, 64, 2)
+        batcher._lanes.add(request, "bulk")
+        batcher._changed.notify_all()
+    assert not encoder.entered.acquire(timeout=0.05), "two of three runs are bulk already"
+    batcher.finish(-1, run, [], [], 0.0, None)
+    assert encoder.entered.acquire(timeout=20)
+    batcher.close()
 
 
 # ---------------------------------------------------------------------------------------------- lanes, fairness
@@ -529,7 +590,7 @@ def test_a_wedged_run_is_given_up_and_a_new_encoder_takes_the_rest(kind: type[Fa
 def test_a_bug_in_a_worker_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene(world: World) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(Lanes, "take", lambda self, budget: 1 / 0)
+            patch.setattr(Lanes, "take", lambda self, *_: 1 / 0)
             with pytest.raises(EncoderError, match="the batcher failed: ZeroDivisionError"):
                 await world.ask([text(2)])
         await world.ask([text(3)])

@@ -479,7 +479,10 @@ def test_cuda_that_does_not_start_is_no_silent_cpu(
     assert (printed.out, printed.err) == ("", "Failed to load libcudnn")
 
 
-def test_the_session_keeps_nothing_per_shape_and_never_spins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spinning", [False, True])
+def test_the_session_keeps_nothing_per_shape_and_spins_only_when_told_and_only_in_a_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, spinning: bool
+) -> None:
     import onnxruntime
 
     seen: list[Any] = []
@@ -490,11 +493,12 @@ def test_the_session_keeps_nothing_per_shape_and_never_spins(folder: Path, monke
         return original(path, options, **kwargs)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", watch)
-    OnnxSession(folder / "model.onnx", SessionSettings(num_threads=3))
+    OnnxSession(folder / "model.onnx", SessionSettings(num_threads=3, spinning=spinning))
     [options] = seen
     assert options.intra_op_num_threads == 3
     assert not options.enable_mem_pattern
-    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == str(int(spinning))
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_the_tokenizer_file_of_the_tests_is_as_awkward_as_real_ones() -> None:

@@ -50,7 +50,15 @@ NOT_OF_REQUESTS = {
     *("log", "log_lines_per_s", "memory", "kernels", "bulk_run_ms", "encoder_provider", "encoder_threads"),
     *("keys", "tls_cert", "tls_key", "tls_client_ca", "shard_tls_cert", "shard_tls_key", "shard_tls_ca"),
     *("shards", "shard_host", "shard_port", "previous_version_s"),
-    *("encoder_instances", "encoder_memory_mb", "encoder_stall_s", "encoder_batching", "encoder_cache", "workers"),
+    *(
+        "encoder_instances",
+        "encoder_spinning",
+        "encoder_memory_mb",
+        "encoder_stall_s",
+        "encoder_batching",
+        "encoder_cache",
+        "workers",
+    ),
 }
 
 HOOKS = r"""

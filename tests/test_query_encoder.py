@@ -1,4 +1,4 @@
-"""Encoders that serve: remembered vectors, sharing, how threads are chosen, and what happens to one that is no good."""
+"""Encoders that serve: remembered vectors, sharing, memory, and what happens to one that is no good."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from vecsvc.config import ServeSettings
 from vecsvc.encoder_keeper import MAX_FAILURES
 from vecsvc.encoder_pool import EncoderPool, PooledEncoder
 from vecsvc.encoders.base import CANARY_TEXTS
-from vecsvc.encoders.measure import Timing, measure, open_fastest, pays
-from vecsvc.encoders.onnx import OnnxEncoder, open_encoder
+from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import BackendMissing, EncoderError, InvalidParameter, NotReady
 from vecsvc.onnx_session import SessionSettings, find_provider
 from vecsvc.query_encoder import MAX_CACHED_CHARS, Encoded, QueryEncoder
@@ -218,8 +217,9 @@ def fresh(encoder: PooledEncoder, trouble: Trouble) -> Callable[[], bool]:
     return lambda: not encoder.problem and encoder.batcher.encoder is not trouble.model
 
 
-def test_a_wedged_session_is_told_replaced_and_ready_again(folder: Path) -> None:
-    encoders, metrics = pool(encoder_stall_s=0.5, inline_ms=0)
+@pytest.mark.parametrize("instances", [1, 2])
+def test_a_wedged_session_is_told_replaced_and_ready_again(folder: Path, instances: int) -> None:
+    encoders, metrics = pool(encoder_stall_s=0.5, inline_ms=0, encoder_instances=instances)
     encoder = encoders.take(folder, NAME)
     before = ask(encoder, ["fox"]).vectors
     trouble = Trouble(encoder)
@@ -278,51 +278,7 @@ def test_a_file_that_changed_is_not_given_to_a_native_library_again(copy: Path) 
     encoders.release(encoder, copy)
 
 
-# ----------------------------------------------------------------------------------------- threads and memory
-
-
-def test_all_cores_are_taken_only_where_they_pay() -> None:
-    assert pays(Timing(1.0, 1.0), Timing(0.8, 1.0))
-    assert pays(Timing(1.0, 1.0), Timing(1.0, 0.6))
-    assert not pays(Timing(1.0, 1.0), Timing(0.95, 0.9))
-    assert not pays(Timing(1.0, 1.0), Timing(1.3, 0.5)), "a query must not get slower"
-
-
-@pytest.mark.parametrize(("seconds", "kept"), [({1: 0.02, 4: 0.001}, 4), ({1: 0.001, 4: 0.02}, 1)])
-def test_the_faster_of_two_openings_is_kept_and_the_other_closed(
-    folder: Path, seconds: dict[int, float], kept: int
-) -> None:
-    opened: dict[int, OnnxEncoder] = {}
-    closed: list[int] = []
-
-    def open_with(threads: int) -> OnnxEncoder:
-        encoder = opened[threads] = open_encoder(folder, num_threads=1)
-        run, close = encoder.run, encoder.close
-
-        def slow(tokens: Sequence[Tokens]) -> Any:
-            time.sleep(seconds[threads])
-            return run(tokens)
-
-        encoder.run = slow  # type: ignore[method-assign]
-        encoder.close = lambda: (closed.append(threads), close())[1]  # type: ignore[method-assign]
-        return encoder
-
-    assert open_fastest(open_with, cores=4) is opened[kept]
-    assert closed == [5 - kept]
-    opened.clear()
-    assert open_fastest(open_with, cores=1) is opened[1] and list(opened) == [1]
-
-
-def test_measuring_ends_in_time_however_slow_a_run_is(folder: Path) -> None:
-    encoder = open_encoder(folder, num_threads=1)
-    now = [0.0]
-
-    def clock() -> float:
-        now[0] += 100.0
-        return now[0]
-
-    assert measure(encoder, clock) == Timing(100.0, 100.0)
-    encoder.close()
+# ------------------------------------------------------------------------------------------ devices and memory
 
 
 def test_a_provider_is_named_as_onnxruntime_names_it_in_any_spelling() -> None:

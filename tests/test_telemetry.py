@@ -102,7 +102,7 @@ def test_every_line_of_a_service_s_life_is_json(chatty: Service) -> None:
     chatty.search(**QUESTION)
     lines = chatty.log()
     messages = [line["message"] for line in lines]
-    assert messages[:3] == ["listening", "serving", "ready"]
+    assert messages[:4] == ["listening", "encoder opened", "serving", "ready"]
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
 
 

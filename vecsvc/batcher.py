@@ -2,7 +2,7 @@
 
 What waits goes as soon as the model is free. Interactive requests overtake bulk ones, and no run of either lane is
 planned to hold the model longer than `run_s`; so a query that comes while a large job is under way waits for the end
-of one short run.
+of one short run. Where several runs may be under way at once, bulk leaves one of them to queries, and none waits.
 
 The seam to encoders is `encoders/base.py`: an `Encoder` has `run(tokens)`, one run of its model over a batch that is
 chosen here. A `StepEncoder` brings a `Stepper` besides, and its texts join and leave the running batch between
@@ -61,7 +61,7 @@ class BatchSettings:
     run_s: float = 0.01  # no run is planned to be longer: more is better for throughput, worse for who comes meanwhile
     inline_s: float = 0.0005  # a lone text whose like took less is run in its caller's thread
     max_waiting_tokens: int = 1 << 20  # in each lane
-    workers: int = 1  # runs at the same time
+    workers: int = 1  # runs at the same time; of several, one is kept free of bulk
 
 
 class Waiting(Request):
@@ -151,7 +151,7 @@ class Batcher:
         if expected is None or expected > self.settings.inline_s:
             return None
         with self._changed:
-            if self._lanes or self._runs or self.problem or self._closed:
+            if not self._is_free() or self.problem or self._closed:
                 return None
         started = time.perf_counter()
         vectors: Vectors | None = None
@@ -164,6 +164,11 @@ class Batcher:
             self.failures = self.failures + 1 if vectors is None else 0
             self._observe(RunFacts("interactive", 1, 1, len(tokens[0]), seconds, (0.0,), vectors is None))
         return Done(vectors, seconds, 0.0)
+
+    def _is_free(self) -> bool:
+        """Whether a run may begin at once that no worker is about to begin."""
+        bulk_comes = self._lanes.tokens("bulk") > 0 and self.takes_bulk()
+        return not self._lanes.tokens("interactive") and len(self._runs) + bulk_comes < self.settings.workers
 
     def _submit(self, request: Request, lane: LaneName) -> None:
         with self._changed:
@@ -269,6 +274,11 @@ class Batcher:
             if run is not None:
                 return run
 
+    def takes_bulk(self) -> bool:
+        """Whether bulk may begin a run, for whoever holds the lock: one worker of several waits for queries."""
+        runs = sum(run.lane == "bulk" for run in self._runs.values())
+        return runs < max(1, self.settings.workers - 1)
+
     def retry(self, number: int, run: Run) -> bool:
         """Note that a worker begins a part of its run anew; False where it is no longer wanted."""
         with self._changed:
@@ -290,6 +300,8 @@ class Batcher:
         with self._changed:
             if self._runs.pop(number, None) is None:
                 return  # it took too long, and its callers were told so
+            if self._lanes:
+                self._changed.notify()  # a worker that bulk was kept from may be allowed it now
             for request in {id(request): request for request, _ in run.places}.values():
                 request.run_s += seconds
             gave = False

@@ -123,11 +123,23 @@ class ServeSettings(HttpSettings):
         0, "threads of one run of an encoder; 0 for what a short measurement finds to be best", low=0, high=1024
     )
     encoder_instances: int = option(
-        1, "runs of an encoder at the same time: more for throughput where there are cores to spare", low=1, high=64
+        0,
+        "runs of an encoder at the same time, which share its weights; of several that are padded, bulk requests leave "
+        "one free; 0 for what the measurement finds to be best, or 1 where encoder_threads is given or batching is "
+        "cellular",
+        low=0,
+        high=64,
+    )
+    encoder_spinning: str = option(
+        "auto",
+        "whether the threads of a run spin while they wait for each other: faster where cores are idle, and slower for "
+        "all where they are not; auto for what the measurement finds to be best, or off where encoder_threads is given",
+        choices=("auto", "off", "on"),
     )
     encoder_memory_mb: int = option(
         0,
-        "most memory that an encoder's runs may take beside its weights; a run that needs more fails; 0 for no limit",
+        "most memory that an encoder's runs, all together, may take beside its weights; a run that needs more fails; "
+        "0 for no limit",
         low=0,
         high=1 << 20,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,16 +14,18 @@ import numpy as np
 from vecsvc.batcher import BatchSettings
 from vecsvc.config import ServeSettings
 from vecsvc.encoder_keeper import EncoderKeeper
-from vecsvc.encoders.base import Encoder
+from vecsvc.encoders.base import Encoder, StepEncoder
 from vecsvc.encoders.cellular import with_cells
 from vecsvc.encoders.folder import hash_files
-from vecsvc.encoders.measure import open_fastest
+from vecsvc.encoders.measure import RunChoice, open_fastest
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import ArtifactDamaged, EncoderError
 from vecsvc.onnx_session import SessionSettings, device_name
 from vecsvc.query_encoder import QueryEncoder
 from vecsvc.telemetry import Metrics
 from vecsvc.types import Vectors
+
+log: Final = logging.getLogger("vecsvc.encoder")
 
 _Key: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]  # name, and the files with their hashes
 
@@ -31,16 +35,24 @@ INLINE_DEVICE: Final = "cpu"  # a run on another device waits for it, which the 
 class PooledEncoder(QueryEncoder):
     """An encoder that several indexes may share. Each user lets go of it with `release`."""
 
-    def __init__(self, encoder: Encoder, settings: ServeSettings, metrics: Metrics, hashes: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        choice: RunChoice,
+        settings: ServeSettings,
+        metrics: Metrics,
+        hashes: Mapping[str, str],
+    ) -> None:
         device = encoder_device(settings)
         batches = BatchSettings(
             run_s=settings.bulk_run_ms / 1e3,
             inline_s=settings.inline_ms / 1e3 if device == INLINE_DEVICE else 0.0,
             max_waiting_tokens=settings.max_waiting_tokens,
-            workers=settings.encoder_instances,
+            workers=choice.instances,
         )
         super().__init__(encoder, batches, settings.encoder_cache, metrics)
         self.hashes = hashes
+        self.choice = choice
         self.folders: list[Path] = []  # one for each user; any of them holds the encoder's files
         self._settings = settings
         self._device = device
@@ -73,7 +85,10 @@ class PooledEncoder(QueryEncoder):
                     f"{folder / name}: is not the file that the encoder was opened with",
                     remedy="put that back, or start the service again",
                 )
-        return _open(folder, self.spec.name, self._settings, self.hashes)
+        # As it was opened before: what is measured of a machine in trouble says little.
+        return _open_with(
+            folder, self.spec.name, self._settings, self.hashes, self.choice.threads, self.choice.spinning
+        )
 
 
 class EncoderPool:
@@ -94,7 +109,10 @@ class EncoderPool:
             if found is not None:
                 found.folders.append(folder)
                 return found
-        opened = PooledEncoder(_open(folder, name, self._settings, hashes), self._settings, self._metrics, hashes)
+        encoder, choice = _open(folder, name, self._settings, hashes)
+        opened = PooledEncoder(encoder, choice, self._settings, self._metrics, hashes)
+        facts = {"encoder": name, **dataclasses.asdict(choice)}
+        log.info("encoder opened", extra={"data": facts})
         with self._lock:
             opened.folders.append(folder)
             self._open[key] = opened
@@ -120,23 +138,42 @@ def encoder_device(settings: ServeSettings) -> str:
     return device_name(settings.encoder_provider if settings.encoder_provider else settings.device)
 
 
-def _open(folder: Path, name: str, settings: ServeSettings, hashes: Mapping[str, str]) -> Encoder:
-    device = encoder_device(settings)
+def _open(folder: Path, name: str, settings: ServeSettings, hashes: Mapping[str, str]) -> tuple[Encoder, RunChoice]:
+    """Opened as the settings say, and as a measurement does where they leave it open."""
 
-    def open_with(threads: int) -> Encoder:
-        encoder = open_encoder(
-            folder,
-            name=name,
-            device=device,
-            num_threads=threads,
-            memory_mb=settings.encoder_memory_mb,
-            hashes=hashes,
-        )
-        if settings.encoder_batching != "cellular":
-            return encoder
-        cells = SessionSettings(device=device, num_threads=threads, memory_mb=settings.encoder_memory_mb)
-        return with_cells(encoder, folder, cells)
+    def open_with(threads: int, spinning: bool) -> Encoder:
+        return _open_with(folder, name, settings, hashes, threads, spinning)
 
-    if settings.encoder_threads or device != INLINE_DEVICE:
-        return open_with(settings.encoder_threads)
-    return open_fastest(open_with)
+    spinning = None if settings.encoder_spinning == "auto" else settings.encoder_spinning == "on"
+    if settings.encoder_threads == 0 and encoder_device(settings) == INLINE_DEVICE:
+        encoder, choice = open_fastest(open_with, instances=settings.encoder_instances, spinning=spinning)
+        if isinstance(encoder, StepEncoder) and settings.encoder_instances == 0:
+            # Whole runs were measured; two batches that texts join would share them, and each be half as full.
+            choice = dataclasses.replace(choice, instances=1, why=f"{choice.why}; cellular: 1 batch unless told")
+        return encoder, choice
+    choice = RunChoice(
+        threads=settings.encoder_threads,
+        spinning=spinning is True,
+        instances=settings.encoder_instances if settings.encoder_instances else 1,
+        why="encoder_threads is given" if settings.encoder_threads else f"{encoder_device(settings)} is not measured",
+    )
+    return open_with(choice.threads, choice.spinning), choice
+
+
+def _open_with(
+    folder: Path, name: str, settings: ServeSettings, hashes: Mapping[str, str], threads: int, spinning: bool
+) -> Encoder:
+    device, memory_mb = encoder_device(settings), settings.encoder_memory_mb
+    encoder = open_encoder(
+        folder,
+        name=name,
+        device=device,
+        num_threads=threads,
+        spinning=spinning,
+        memory_mb=memory_mb,
+        hashes=hashes,
+    )
+    if settings.encoder_batching != "cellular":
+        return encoder
+    cells = SessionSettings(device=device, num_threads=threads, spinning=spinning, memory_mb=memory_mb)
+    return with_cells(encoder, folder, cells)

@@ -57,7 +57,8 @@ class _Worker:
         return run is not None
 
     def _choose(self, lanes: Lanes) -> Run | None:
-        lane, places = lanes.take(self.batcher.times.budget(self.batcher.settings.run_s))
+        budget = self.batcher.times.budget(self.batcher.settings.run_s)
+        lane, places = lanes.take(budget, self.batcher.takes_bulk())
         return Run(lane, places) if places else None
 
     def run_whole(self, run: Run) -> None:

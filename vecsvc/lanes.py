@@ -187,9 +187,12 @@ class Lanes:
         """Forget whose callers left; those whose deadline has passed come back, and wait no longer."""
         return [request for lane in self._lanes.values() for request in lane.sweep(now)]
 
-    def take(self, budget: int) -> tuple[LaneName, list[Place]]:
-        """The texts of the next run, of at most `budget` tokens with padding; none where nothing waits."""
-        name = self._first()
+    def take(self, budget: int, bulk: bool = True) -> tuple[LaneName, list[Place]]:
+        """The texts of the next run, of at most `budget` tokens with padding; none where nothing waits.
+
+        Bulk has its turn only where `bulk` is true.
+        """
+        name = self._first() if bulk else "interactive"
         return name, self._lanes[name].take(budget)
 
     def take_any(self, room: int, spare: int) -> list[Place]:

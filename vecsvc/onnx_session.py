@@ -52,7 +52,8 @@ class SessionSettings:
     # cpu, cuda, or what else this onnxruntime has, by its own name: openvino, CoreMLExecutionProvider, ...
     device: str = "cpu"
     num_threads: int = 0  # of one run; more shorten long runs, and take cores from others; 0 is one a core
-    # Most memory that runs may take at once beside the weights; a run that needs more fails alone. 0 is no ceiling.
+    spinning: bool = False  # threads of a run spin while they wait for each other: less latency where cores are idle
+    # Most memory that all runs may take together beside the weights; one that needs more fails alone. 0 is no ceiling.
     memory_mb: int = 0
 
     def __post_init__(self) -> None:
@@ -198,8 +199,10 @@ def _options(onnxruntime: Any, settings: SessionSettings) -> Any:
     # Left to itself onnxruntime counts the machine's cores, also those that this process may not use.
     options.intra_op_num_threads = settings.num_threads or usable_cores()
     options.inter_op_num_threads = 1
-    # Threads that spin while they wait burn a core that searches need, for some microseconds less a run.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that spin while they wait burn a core that searches need, for some microseconds less a run. Where that
+    # was found to pay they stop with the run: left alone they spin for milliseconds more, until the next query.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     # A pattern is kept for every shape of input ever seen, and texts come in hundreds of them.
     options.enable_mem_pattern = False

@@ -38,11 +38,14 @@ _BOOT: Final = (
 
 def for_one(settings: ServeSettings) -> ServeSettings:
     """The settings of each worker: what `auto` and 0 mean for several, so that they share memory and cores."""
+    cores = max(1, (os.cpu_count() or 1) // settings.workers)
     return dataclasses.replace(
         settings,
         workers=1,
         memory="mapped" if settings.memory == "auto" else settings.memory,
-        search_threads=settings.search_threads or max(1, (os.cpu_count() or 1) // settings.workers),
+        search_threads=settings.search_threads or cores,
+        # With a core for each there is nothing to measure; with more, each measures beside the others.
+        encoder_threads=1 if settings.encoder_threads == 0 and cores == 1 else settings.encoder_threads,
     )
 
 

@@ -1,82 +1,190 @@
-"""Finds out how many threads an encoder is fastest with on this machine, by a short measurement."""
+"""Finds out how an encoder runs best on this machine by a short measurement: threads, spinning, runs at once.
+
+What is compared is stated in `pays` and `runs_at_once`; the rest opens, measures and keeps.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
+
+import numpy as np
 
 from vecsvc.encoders.base import Encoder
 from vecsvc.onnx_session import usable_cores
 from vecsvc.tokenizer import Tokens
 
 E = TypeVar("E", bound=Encoder)
+Open: TypeAlias = Callable[[int, bool], E]  # threads of a run, and whether they spin
+Clock: TypeAlias = Callable[[], float]
 
-PART_S: Final = 0.1  # time for each of the four measurements, but one run is always made
+WHOLE_S: Final = 1.0  # after that no other opening is tried; one that was begun is measured
+PART_S: Final = 0.05  # time for each of the measurements of an opening, but one run is always made
 MAX_RUNS: Final = 9
-BATCH_TEXTS: Final = 16
+MAX_INSTANCES: Final = 64
+MAX_BATCH_TEXTS: Final = 8
 SHORT: Final = "how do I list the files of a folder"
 LONGER: Final = "The quick brown fox jumps over the lazy dog, and the files of a folder are listed by name. " * 2
-# All cores are taken from everything else, so they must pay: a query must get so much faster by them, ...
+LONGER_COSTS: Final = 4  # short queries, by its tokens
+
+# More cores are taken from everything else, so they must pay: a query must get so much faster by them, ...
 PAYS_SHORT: Final = 0.85
-# ... or a batch so much, with a query that does not get slower.
-PAYS_BATCH: Final = 0.7
+# ... or the texts a second so many times more, with a query that does not get slower, ...
+PAYS_TEXTS: Final = 1.3
+SLOWER: Final = 1.1
+# ... and neither may cost more than that where searches keep half of the cores busy, or where many texts wait.
+SLOWER_BUSY: Final = 1.25
+KEEPS_TEXTS: Final = 0.75
+# A run more at the same time takes a core only while texts wait for it, so it need not bring as much.
+PAYS_RUN: Final = 1.15
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Median seconds of a run, by the number of threads it ran with."""
+    """What an encoder does that was opened in one way."""
 
-    short_s: float  # one short query
-    batch_s: float  # BATCH_TEXTS texts of some forty tokens
+    short_s: float  # median seconds of one short query, with nothing beside it
+    busy_s: float  # the same while other threads keep half of the cores busy
+    texts_s: Mapping[int, float]  # texts a second of batches, by the number of runs at the same time
 
 
-def open_fastest(open_with: Callable[[int], E], cores: int | None = None) -> E:
-    """Open an encoder with one thread and with one a core, and keep the better one.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunChoice:
+    """How an encoder is run, and why so."""
 
-    `open_with` opens it with so many threads. With one core there is nothing to choose.
+    threads: int  # of a run; 0 is one a core
+    spinning: bool  # whether they spin while they wait for each other
+    instances: int  # runs at the same time: threads that run one session, which share its weights
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened(Generic[E]):
+    encoder: E
+    threads: int
+    spinning: bool
+    timing: Timing
+
+    def __str__(self) -> str:
+        at_once = runs_at_once(self.timing.texts_s)
+        return (
+            f"{self.threads} {'spinning ' if self.spinning else ''}thread{'s' if self.threads > 1 else ''}: "
+            f"{self.timing.short_s * 1e3:.2f} ms a query, {self.timing.busy_s * 1e3:.2f} beside busy threads, "
+            f"{self.timing.texts_s[at_once]:,.0f} texts/s with {at_once} run{'s' if at_once > 1 else ''} at once"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- the rules
+
+
+def pays(before: Timing, after: Timing) -> bool:
+    """Whether more threads, or spinning ones, are worth what they take from others."""
+    texts, more_texts = (one.texts_s[runs_at_once(one.texts_s)] for one in (before, after))
+    if after.busy_s > SLOWER_BUSY * before.busy_s:
+        return False
+    if after.short_s <= PAYS_SHORT * before.short_s:
+        return more_texts >= KEEPS_TEXTS * texts
+    return after.short_s <= SLOWER * before.short_s and more_texts >= PAYS_TEXTS * texts
+
+
+def runs_at_once(texts_s: Mapping[int, float]) -> int:
+    """How many runs at the same time pay: each step up must bring PAYS_RUN times the texts of the step below."""
+    best, *others = sorted(texts_s)
+    for runs in others:
+        if texts_s[runs] < PAYS_RUN * texts_s[best]:
+            break
+        best = runs
+    return best
+
+
+def steps(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return [*(1 << n for n in range((most - 1).bit_length())), most] if most > 1 else [1]
+
+
+# ------------------------------------------------------------------------------------- opening and measuring
+
+
+def open_fastest(
+    open_with: Open[E],
+    *,
+    cores: int | None = None,
+    instances: int = 0,
+    spinning: bool | None = None,
+    clock: Clock = time.perf_counter,
+) -> tuple[E, RunChoice]:
+    """Open an encoder in several ways, two at a time, and keep the one that `pays` prefers.
+
+    First with one thread, then with twice as many each time while that pays, then with threads that spin unless
+    `spinning` says whether they do. `instances` fixes the runs at the same time. With one core there is no choice.
     """
     cores = cores if cores is not None else usable_cores()
-    single = open_with(1)
     if cores == 1:
-        return single
-    try:
-        alone = measure(single)
-        many = open_with(cores)
-    except BaseException:
-        single.close()
-        raise
-    try:
-        together = measure(many)
-    except BaseException:
-        single.close()
-        many.close()
-        raise
-    if pays(alone, together):
-        single.close()
-        return many
-    many.close()
-    return single
+        only = RunChoice(threads=1, spinning=False, instances=max(1, instances), why="there is one core")
+        return open_with(1, False), only
+    end = clock() + WHOLE_S
+    first = open_with(1, False)
+    with _closing(first):
+        texts = _batch_texts(first, clock)
+        best = _Opened(first, 1, False, measure(first, cores, 1, texts, clock))
+    told = [str(best)]
+
+    def try_out(threads: int, spins: bool) -> bool:
+        nonlocal best
+        with _closing(best.encoder):
+            encoder = open_with(threads, spins)
+            with _closing(encoder):
+                tried = _Opened(encoder, threads, spins, measure(encoder, cores, threads, texts, clock))
+        told.append(str(tried))
+        better = pays(best.timing, tried.timing)
+        (best if better else tried).encoder.close()
+        best = tried if better else best
+        return better
+
+    for threads in steps(cores)[1:]:
+        if clock() >= end or not try_out(threads, spinning is True):
+            break
+    if spinning is None and clock() < end:
+        try_out(max(2, best.threads), True)
+    at_once = instances if instances else runs_at_once(best.timing.texts_s)
+    return best.encoder, RunChoice(threads=best.threads, spinning=best.spinning, instances=at_once, why="; ".join(told))
 
 
-def pays(alone: Timing, together: Timing) -> bool:
-    """Whether all cores are worth taking, given what one and what all of them need."""
-    if together.short_s <= PAYS_SHORT * alone.short_s:
-        return True
-    return together.short_s <= 1.1 * alone.short_s and together.batch_s <= PAYS_BATCH * alone.batch_s
+def measure(encoder: Encoder, cores: int, threads: int, texts: int, clock: Clock = time.perf_counter) -> Timing:
+    """Time a short query, and batches of so many texts with as many runs at once as pay, each for about PART_S.
 
-
-def measure(encoder: Encoder, clock: Callable[[], float] = time.perf_counter) -> Timing:
-    """How long the encoder takes for a short query and for a batch, each within about PART_S."""
+    `threads` are those that the encoder was opened with.
+    """
     short = encoder.split([SHORT])
-    batch = encoder.split([LONGER] * BATCH_TEXTS)
-    encoder.run(short)  # what the first run allocates is not counted
-    return Timing(_median(encoder, short, clock), _median(encoder, batch, clock))
+    batch = encoder.split([LONGER] * texts)
+    for tokens in (short, batch):
+        encoder.run(tokens)  # what the first run allocates is not counted
+    alone = _median(encoder, short, clock)
+    with _busy_threads(cores // 2):
+        busy = _median(encoder, short, clock)
+    texts_s: dict[int, float] = {}
+    for runs in steps(min(cores // threads, MAX_INSTANCES)):
+        texts_s[runs] = _texts_s(encoder, batch, runs, clock)
+        if runs_at_once(texts_s) != runs:
+            break
+    return Timing(alone, busy, texts_s)
 
 
-def _median(encoder: Encoder, tokens: Sequence[Tokens], clock: Callable[[], float]) -> float:
+def _batch_texts(encoder: Encoder, clock: Clock) -> int:
+    """Texts of a batch that takes no longer than a measurement may; large models get one."""
+    short = encoder.split([SHORT])
+    encoder.run(short)
+    one_s = LONGER_COSTS * _median(encoder, short, clock)
+    return max(1, int(PART_S / one_s)) if one_s * MAX_BATCH_TEXTS > PART_S else MAX_BATCH_TEXTS
+
+
+def _median(encoder: Encoder, tokens: Sequence[Tokens], clock: Clock) -> float:
     end = clock() + PART_S
     seconds: list[float] = []
     while not seconds or (len(seconds) < MAX_RUNS and clock() < end):
@@ -84,3 +192,49 @@ def _median(encoder: Encoder, tokens: Sequence[Tokens], clock: Callable[[], floa
         encoder.run(tokens)
         seconds.append(clock() - started)
     return statistics.median(seconds)
+
+
+def _texts_s(encoder: Encoder, batch: Sequence[Tokens], runs: int, clock: Clock) -> float:
+    """Texts a second while so many threads run the batch again and again."""
+    started = clock()
+
+    def work(_: int) -> int:
+        encoder.run(batch)
+        done = len(batch)
+        while clock() < started + PART_S:
+            encoder.run(batch)
+            done += len(batch)
+        return done
+
+    with ThreadPoolExecutor(runs) as pool:
+        return sum(pool.map(work, range(runs))) / (clock() - started)
+
+
+@contextlib.contextmanager
+def _busy_threads(count: int) -> Iterator[None]:
+    """So many threads compute inside, as searches do: without Python's lock."""
+    numbers, stop = np.linspace(0, 1e3, 1 << 14), threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            np.sin(numbers)
+
+    threads = [threading.Thread(target=work, name="vecsvc-busy", daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+@contextlib.contextmanager
+def _closing(encoder: Encoder) -> Iterator[None]:
+    """Close the encoder where what is inside fails."""
+    try:
+        yield
+    except BaseException:
+        encoder.close()
+        raise

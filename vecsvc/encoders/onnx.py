@@ -89,6 +89,7 @@ def open_encoder(
     name: str | None = None,
     device: str = "cpu",
     num_threads: int = 0,
+    spinning: bool = False,
     memory_mb: int = 0,
     hashes: Mapping[str, str] | None = None,
 ) -> OnnxEncoder:
@@ -104,7 +105,8 @@ def open_encoder(
     hashes = hashes if hashes is not None else hash_files(folder, files)
     settings = read_settings(folder)
     tokenizer = TextTokenizer(folder / TOKENIZER, settings.max_tokens, lower_case=settings.lower_case)
-    session = OnnxSession(files[0], SessionSettings(device=device, num_threads=num_threads, memory_mb=memory_mb))
+    running = SessionSettings(device=device, num_threads=num_threads, spinning=spinning, memory_mb=memory_mb)
+    session = OnnxSession(files[0], running)
     # The files do not say the dimension, and a model that cannot encode is better refused here than at a query.
     probe = tokenizer([""])
     [output] = session.run(_feed(session, probe), [_output(session)])
