@@ -153,13 +153,14 @@ def far_apart(rows: int = 20_000, clusters: int = 20, between: int = 8, queries:
 
 def restarts(task: Task) -> dict[str, Any]:
     """What a walk finds and costs that goes on from the next pivots where it is stuck, and one that ends there."""
-    restarting = index_builders.build(task.base, kind="nng", metric="ip", num_threads=1, seed=SEED)
+    params: dict[str, Any] = {"walk": "codes"}  # of which there is a copy that does not restart
+    restarting = index_builders.build(task.base, kind="nng", metric="ip", params=params, num_threads=1, seed=SEED)
     once = copy.copy(restarting)
     once._search = machine_code.load("walk_once_kernels", "nng_search", 1)  # type: ignore[attr-defined]
     lines = []
     for breadth in EF_SEARCH:
-        params = indexes.search_params("nng", ef_search=breadth)
-        found = [index.search(task.queries, K, params) for index in (restarting, once)]
+        settings = indexes.search_params("nng", ef_search=breadth)
+        found = [index.search(task.queries, K, settings) for index in (restarting, once)]
         figures = [[task.recall(n.labels), float(n.visited.mean()), float(n.hops.mean())] for n in found]
         changed = float((found[0].hops != found[1].hops).mean())
         lines.append([breadth, *(value for pair in zip(*figures, strict=True) for value in pair), changed])

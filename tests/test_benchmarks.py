@@ -697,6 +697,7 @@ def test_a_walk_without_restarts_misses_what_lies_in_other_parts_of_the_graph(
     breadth, recall, recall_once, visited, visited_once, hops, hops_once, changed = figures["walks"][-1]
     assert recall > recall_once and visited > visited_once and hops > hops_once and changed > 0.5
     # The index that users get is built and searched as before: the copy has kernels of its own.
-    index = index_builders.build(task.base, kind="nng", metric="ip", num_threads=1, seed=tp_tree.SEED)
+    params = {"walk": "codes"}
+    index = index_builders.build(task.base, kind="nng", metric="ip", params=params, num_threads=1, seed=tp_tree.SEED)
     found = index.search(task.queries, common.K, indexes.search_params("nng", ef_search=breadth))
     assert float(found.hops.mean()) == hops

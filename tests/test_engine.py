@@ -804,7 +804,7 @@ def test_a_caller_who_is_cancelled_while_his_text_waits_gives_everything_back() 
         assert len((await first).results) == 10
         assert engine.in_flight == 0
 
-    with opened(service.index("texts"), inline_ms=0, encoder_cache=0) as engine:
+    with opened(service.index("texts"), inline_ms=0, encoder_cache=0, encoder_instances=1) as engine:
         run(ask(engine))
 
 
