@@ -95,14 +95,14 @@ class Comparison:
     """Holds what the original makes of a sample, and compares others with it."""
 
     def __init__(self, original: Encoder, sample: Sample) -> None:
-        self._sample = sample
+        self.sample = sample
         self._queries = original.encode(sample.queries, "query")
         self._documents = original.encode(sample.documents, "passage")
         self._first = _first(self._queries, self._documents)
 
     def loss(self, changed: Encoder) -> Loss:
-        queries = changed.encode(self._sample.queries, "query")
-        documents = changed.encode(self._sample.documents, "passage")
+        queries = changed.encode(self.sample.queries, "query")
+        documents = changed.encode(self.sample.documents, "passage")
         first = _first(queries, documents)
         own = np.arange(len(queries))[:, None]
         cosines = np.concatenate([_cosines(queries, self._queries), _cosines(documents, self._documents)])

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from index_builders.corpus import TEXT_COLUMN
 from index_builders.corpus_files import find_files, open_parquet
@@ -27,9 +29,11 @@ from index_builders.onnx_rewrite import (
     fuse,
     is_quantised,
     load_model,
+    smooth,
     write_float16,
     write_int8,
     write_model,
+    write_watched,
 )
 from vecsvc.encoders.base import EncoderSpec
 from vecsvc.encoders.folder import CONFIGS, MODELS, OWN, TOKENIZER, OwnConfig, encoder_files, read_settings
@@ -46,11 +50,14 @@ MAX_LOSS: Final = 0.005
 MIN_COSINE_MEAN: Final = 0.99
 MIN_COSINE: Final = 0.95
 MAX_TEXTS_READ: Final = 20_000
+WATCHED_TEXTS: Final = 128  # queries, and as many documents, that show how large activations get
 
 # What is tried in turn; the first that keeps the loss stays.
-_FULL: Final = Recipe(name="8 bits")
-_REDUCED: Final = Recipe(name="7 bits of 8", reduce_range=True)
-_MIDDLE: Final = Recipe(name="7 bits of 8, narrowing matrices left", reduce_range=True, narrow=False)
+_FULL: Final = Recipe(name="8 bits, smoothed", smooth=True)
+_REDUCED: Final = Recipe(name="7 bits of 8, smoothed", reduce_range=True, smooth=True)
+_MIDDLE: Final = Recipe(
+    name="7 bits of 8, smoothed, narrowing matrices left", reduce_range=True, smooth=True, narrow=False
+)
 _BLOCKS: Final = Recipe(name="8 bits in blocks", blocks=True)
 
 
@@ -187,6 +194,8 @@ def _first_within(
         elif asked.precision == "fp16":
             write_float16(fused, target)
         else:
+            if recipe.smooth:
+                smooth(fused.model, _greatest(fused.model, staging, comparison.sample, asked))
             write_int8(fused.model, recipe, target)
         changed: OnnxEncoder = open_encoder(staging, device=asked.device, num_threads=asked.num_threads)
         try:
@@ -207,6 +216,28 @@ def _first_within(
         f"(least {min(MIN_COSINE, asked.min_cosine)}), so nothing was written; tried: {'; '.join(tried)}; "
         "allow more with --max-loss or --min-cosine, or take a higher --precision"
     )
+
+
+def _greatest(model: Any, staging: Path, sample: Sample, asked: OptimizeSettings) -> dict[str, NDArray[np.float32]]:
+    """The greatest absolute value of each channel of what products multiply, over some texts of the sample.
+
+    Each text runs alone, because padding is not to count.
+    """
+    target = staging / MODELS[0]
+    names = write_watched(model, target)
+    greatest: dict[str, NDArray[np.float32]] = {}
+    watched = open_encoder(staging, device=asked.device, num_threads=asked.num_threads)
+    try:
+        step = max(1, len(sample.queries) // WATCHED_TEXTS)
+        texts = watched.split(sample.queries[::step], "query") + watched.split(sample.documents[::step], "passage")
+        for tokens in texts:
+            for name, found in zip(names, watched.outputs([tokens], names), strict=True):
+                channels = np.abs(found).reshape(-1, found.shape[-1]).max(axis=0)
+                greatest[name] = np.maximum(greatest.get(name, channels), channels)
+    finally:
+        watched.close()
+        delete_file(target)
+    return greatest
 
 
 def _figures(

@@ -23,7 +23,16 @@ from index_builders import encoder_optimize as module
 from index_builders.encoder_compare import Comparison, Loss, Sample, library_texts, measure_speed, read_sample
 from index_builders.encoder_info import describe, lines
 from index_builders.encoder_optimize import OptimizeSettings, corpus_texts, optimize_encoder
-from index_builders.onnx_rewrite import MIN_TABLE_BYTES, Recipe, fuse, load_model, write_int8
+from index_builders.onnx_rewrite import (
+    MIN_TABLE_BYTES,
+    Recipe,
+    fuse,
+    load_model,
+    smooth,
+    write_int8,
+    write_model,
+    write_watched,
+)
 from vecsvc import cli, storage
 from vecsvc.encoders.folder import read_settings
 from vecsvc.encoders.onnx import open_encoder
@@ -251,6 +260,45 @@ def test_narrowing_matrices_can_be_left_as_they_are(folder: Path, tmp_path: Path
         write_int8(fuse(load_model(folder / "model.onnx")).model, Recipe(name="x", narrow=narrow), target)
         left.append(sum(node.op_type == "MatMul" for node in onnx.load(str(target)).graph.node))
     assert left == [0, 2]  # one a layer
+
+
+def unlike_channels(model: onnx.ModelProto) -> None:
+    """Make one channel of what every layer hands on forty times as great as the others."""
+    weights = {weight.name: weight for weight in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "SkipLayerNormalization":
+            gamma = onnx.numpy_helper.to_array(weights[node.input[2]]).copy()
+            gamma[5] *= 40
+            weights[node.input[2]].CopyFrom(onnx.numpy_helper.from_array(gamma, node.input[2]))
+
+
+def test_smoothing_changes_nothing_until_bits_are_few_and_then_keeps_more(folder: Path, tmp_path: Path) -> None:
+    def opened(name: str) -> Any:
+        return open_encoder(copies[name], num_threads=1)
+
+    copies = {name: write_tiny_bert(tmp_path / name, dim=64) for name in ("plain", "smooth", "8 bits", "8 smooth bits")}
+    for copy in copies.values():
+        (copy / "model.onnx").unlink()
+    models = [fuse(load_model(folder / "model.onnx")).model for _ in range(2)]
+    for model in models:
+        unlike_channels(model)
+    plain, smoothed = models
+    names = write_watched(plain, copies["plain"] / "model.onnx")
+    assert len(names) == 8  # four products a layer
+    watched = opened("plain")
+    found = [watched.outputs([tokens], names) for tokens in watched.split(TEXTS)]
+    greatest = {
+        name: np.max([np.abs(one[i]).max(axis=(0, 1)) for one in found], axis=0) for i, name in enumerate(names)
+    }
+    smooth(smoothed, greatest)
+    write_model(smoothed, copies["smooth"] / "model.onnx")
+    wanted = watched.encode(TEXTS)
+    np.testing.assert_allclose(opened("smooth").encode(TEXTS), wanted, atol=1e-4)
+    nearness = {}
+    for name, model in (("8 bits", plain), ("8 smooth bits", smoothed)):
+        write_int8(model, Recipe(name="x", reduce_range=True), copies[name] / "model.onnx")
+        nearness[name] = np.sum(opened(name).encode(TEXTS) * wanted, axis=1).mean()
+    assert 1 - nearness["8 smooth bits"] < 0.5 * (1 - nearness["8 bits"])
 
 
 # ------------------------------------------------------------------------------------------- the comparison

@@ -59,6 +59,10 @@ class OnnxEncoder:
             )
         return unit_length(vectors) if self.spec.normalize else vectors
 
+    def outputs(self, tokens: Sequence[Tokens], names: Sequence[str]) -> list[NDArray[Any]]:
+        """What one run of the model gives under these names, as it is, texts padded to the longest."""
+        return self._session.run(_feed(self._session, self._tokenizer.pad(tokens)), names)
+
     def encode(self, texts: Sequence[str], role: Role = "query") -> Vectors:
         """Vectors (n, dim) in the order of the texts, of unit length where the spec says so; (0, dim) for none.
 
