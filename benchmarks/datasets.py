@@ -12,7 +12,8 @@ mixture:ROWS             made by data/mixture.py
 (nothing)                made-up clusters
 
 Published neighbours of .EXT files are used where they lie beside them, named as the queries or the base are, with
-groundtruth or gt in the place of that word: .ivecs with .fvecs and .bvecs, .ibin with the others.
+groundtruth or gt in the place of that word: .ivecs with .fvecs and .bvecs, .ibin with the others. --neighbors names a
+file that is called otherwise.
 """
 
 from __future__ import annotations
@@ -93,13 +94,17 @@ def load(
     *,
     task: str = "dev",
     queries: Path | None = None,
+    neighbors: Path | None = None,
     metric: Metric | None = None,
     k: int = 10,
     limit: int | None = None,
     max_queries: int = MAX_QUERIES,
     cache: Path | None = None,
 ) -> Dataset:
-    """The data with its ground truth, computed where it is missing and kept in `cache`. Raises DataError."""
+    """The data with its ground truth, computed where it is missing and kept in `cache`. Raises DataError.
+
+    `neighbors` is a file of it, .ivecs or in big-ann's layout, which has to fit.
+    """
     raw = read(data, task, queries)
     for what, array in (("base", raw.base), ("queries", raw.queries)):
         if array.ndim != 2 or len(array) == 0 or not np.isfinite(array).all():
@@ -112,9 +117,11 @@ def load(
     if metric not in METRICS:
         raise DataError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     base, asked = raw.base, raw.queries[:max_queries]
-    neighbors, published = None if raw.neighbors is None else raw.neighbors[:max_queries], raw.published
+    known, published = None if raw.neighbors is None else raw.neighbors[:max_queries], neighbors or raw.published
     if limit is not None and limit < len(base):
-        base, neighbors, published = base[:limit], None, None
+        if neighbors is not None:
+            raise DataError(f"{neighbors}: holds neighbours among {len(base)} rows, not among {limit}: leave one out")
+        base, known, published = base[:limit], None, None
     if k < 1 or k > len(base):
         raise DataError(f"k must be from 1 to {len(base)}, the rows there are, got {k}")
     base = np.ascontiguousarray(base, dtype=np.float32)
@@ -124,10 +131,12 @@ def load(
         try:
             bounds = _given(published.name, base, asked, metric, k, read_neighbors(published, len(raw.queries), k))
         except DataError as error:
+            if neighbors is not None:
+                raise
             # They are often those of a larger base or of another metric: what is computed is right in any case.
             print(f"{error}; not used, the true neighbours are computed")
     if bounds is None:
-        bounds = truth(raw.name, base, asked, metric, k, neighbors, cache)
+        bounds = truth(raw.name, base, asked, metric, k, known, cache)
     return Dataset(raw.name, base, asked, metric, k, bounds)
 
 
@@ -387,6 +396,8 @@ def read_neighbors(path: Path, queries: int, k: int) -> np.ndarray:
 
     That is int32 queries, int32 neighbours of each, all rows of the base, and then all distances. Raises DataError.
     """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
     if path.suffix == ".ivecs":
         found = read_vecs(path)
         rows, width = found.shape

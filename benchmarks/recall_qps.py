@@ -306,6 +306,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="a folder, a file or mixture:ROWS, as datasets.py says; made-up without")
     parser.add_argument("--task", default="dev", help="of a folder with minilm/: dev or tldr_docs")
     parser.add_argument("--queries", type=Path, help="file of the queries, where --data is a file without them")
+    parser.add_argument("--neighbors", type=Path, help="file of the true neighbours, .ivecs or in big-ann's layout")
     parser.add_argument("--metric", choices=datasets.METRICS, help="what the data ask for, else cosine")
     parser.add_argument("--systems", help="names from the table, with commas between; all without")
     parser.add_argument("--only-kinds", action="store_true", help="vecsvc alone")
@@ -330,6 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             given.data,
             task=given.task,
             queries=given.queries,
+            neighbors=given.neighbors,
             metric=given.metric,
             k=given.k,
             limit=given.limit,

@@ -137,7 +137,9 @@ def build(
     rng = np.random.default_rng(seed)
     neighbours = _gpu_neighbours(vectors, metric) if params.device == "cuda" and size > 1 else None
     work = _Work(size, num_threads, progress)
+    part(progress, "codes")
     codes = _Codes(vectors, metric)
+    part(progress, "order")
     order, _ = partition(codes.bytes, leaf_size=ORDER_LEAF, n_samples=1000, n_top_dims=5, rng=rng)
     codes.reorder(order)
     pivots = np.unique(np.append(np.linspace(0, size - 1, N_PIVOTS).astype(np.int32), codes.outliers(N_PIVOTS)))

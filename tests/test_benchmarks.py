@@ -263,6 +263,27 @@ def test_published_neighbours_are_used_and_no_others_computed(
         assert len(found.queries) == max_queries and found.recall(near[:max_queries, :4]) == 1.0
 
 
+def test_neighbours_that_are_named_have_to_fit(
+    tmp_path: Path, base: NDArray[np.float32], queries: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, asked = write_bin(tmp_path / "base.fbin", base), write_bin(tmp_path / "asked.fbin", queries)
+    near = nearest(base, queries, 9)
+    named = write_ibin(tmp_path / "deep_new_groundtruth.public.bin", near)
+
+    def load(neighbors: Path, **options: Any) -> datasets.Dataset:
+        return datasets.load(str(rows), queries=asked, neighbors=neighbors, metric="l2", k=4, **options)
+
+    with monkeypatch.context() as alone:
+        alone.setattr(datasets, "truth", None)
+        assert load(named).recall(near[:, :4]) == 1.0
+    with pytest.raises(DataError, match="expected 4 or more of 5"):
+        load(write_ibin(tmp_path / "few.bin", near[:-1]))
+    with pytest.raises(DataError, match=r"none\.bin: no such file"):
+        load(tmp_path / "none.bin")
+    with pytest.raises(DataError, match="neighbours among 60 rows, not among 20"):
+        load(named, limit=20)
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
