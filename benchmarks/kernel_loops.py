@@ -6,7 +6,7 @@ nothing can be left out. `step` and `side` are the bytes from row to row and fro
 
 from __future__ import annotations
 
-from vecsvc.kernels import byte_dot, dot_f16, dot_f32, nibble_dot
+from vecsvc.kernels import byte_dot, dot_f16, dot_f32, get_i8, nibble_dot
 
 
 def nibble_loop(rows, queries, n_rows, n_queries, step, side, width):  # type: ignore[no-untyped-def]
@@ -19,11 +19,14 @@ def nibble_loop(rows, queries, n_rows, n_queries, step, side, width):  # type: i
 
 
 def byte_loop(rows, queries, n_rows, n_queries, step, side, width):  # type: ignore[no-untyped-def]
-    """(int8 + 128) against int8; `width` counts lines of 64 bytes."""
+    """int8 against int8; `width` counts lines of 64 bytes."""
     total = 0
     for q in range(n_queries):
+        shift = 0
+        for j in range(width << 6):
+            shift += 128 * get_i8(queries + q * side, j)
         for i in range(n_rows):
-            total += byte_dot(rows + i * step, queries + q * side, width)
+            total += byte_dot(rows + i * step, queries + q * side, width, shift)
     return total
 
 

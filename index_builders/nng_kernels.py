@@ -63,7 +63,7 @@ def between(codes, a, b):
         return int(min(np.float32(FAR), exact * get_f32(get_i64(codes, UNITS), 0)))
     lines = get_i64(codes, LINES)
     bytes, squares, shifts = get_i64(codes, BYTES), get_i64(codes, SQUARES), get_i64(codes, SHIFTS)
-    product = byte_dot(bytes + a * (lines << 6), bytes + b * (lines << 6), lines) - get_i32(shifts, b)
+    product = byte_dot(bytes + a * (lines << 6), bytes + b * (lines << 6), lines, get_i32(shifts, b))
     distance = get_i32(squares, a) + get_i32(squares, b) - 2 * product
     if augment != 0:
         apart = (get_f32(augment, a) - get_f32(augment, b)) / get_f32(get_i64(codes, STEP), 0)

@@ -26,8 +26,8 @@ def nibbles(codes, query, chunks):  # type: ignore[no-untyped-def]
     return nibble_dot(codes, query, chunks)
 
 
-def bytes_(left, right, lines):  # type: ignore[no-untyped-def]
-    return byte_dot(left, right, lines)
+def bytes_(left, right, lines, shift):  # type: ignore[no-untyped-def]
+    return byte_dot(left, right, lines, shift)
 
 
 def dot32(a, b, dim, out):  # type: ignore[no-untyped-def]

@@ -123,8 +123,8 @@ def _sum_i32(builder: Any, vector: Any) -> Any:
     return builder.call(_external(builder, f"llvm.vector.reduce.add.v{lanes}i32", I32, [vector.type]), [vector])
 
 
-def _small_pairs(builder: Any, unsigned: Any, signed: Any) -> Any:
-    """Sums (v16i16) of two products each of 32 pairs of bytes, `unsigned` below 16: eight of them fit into int16."""
+def _pairs(builder: Any, unsigned: Any, signed: Any) -> Any:
+    """Sums (v16i16) of two products each of 32 pairs of bytes. They have to fit into int16: beyond, they saturate."""
     halves = ir.VectorType(I16, 16)
     multiply = _external(builder, "llvm.x86.avx2.pmadd.ub.sw", halves, [unsigned.type, signed.type])
     return builder.call(multiply, [unsigned, signed])
@@ -143,15 +143,6 @@ def _dot_bytes(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     if _path[0] == "avx512-vnni":
         fused = _external(builder, "llvm.x86.avx512.vpdpbusd.512", total.type, [total.type, unsigned.type, signed.type])
         return builder.call(fused, [total, unsigned, signed])
-    if _path[0] == "avx2":
-        # As 16 bits: the products of whole bytes would saturate, as sums of two.
-        halves = ir.VectorType(I16, 16)
-        for start in range(0, lanes, 16):
-            places = ir.Constant(ir.VectorType(I32, 16), [ir.Constant(I32, start + i) for i in range(16)])
-            a = builder.zext(builder.shuffle_vector(unsigned, unsigned, places), halves)
-            b = builder.sext(builder.shuffle_vector(signed, signed, places), halves)
-            total = _add_products(builder, total, a, b)
-        return total
     wide = ir.VectorType(I32, lanes)
     products = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
     step = total.type.count
@@ -190,7 +181,7 @@ def nibble_dot(typing: Any, codes: Any, query: Any, chunks: Any) -> Any:
                     high = _dot_bytes(builder, high, upper, second)
                     continue
                 for nibbles, values in ((lower, first), (upper, second)):
-                    more = _small_pairs(builder, nibbles, values)
+                    more = _pairs(builder, nibbles, values)  # below 16: eight of them fit
                     pairs = more if pairs is None else builder.add(pairs, more)
             return [low if pairs is None else _add_products(builder, low, pairs, _splat(I16, 16, 1)), high]
 
@@ -202,13 +193,16 @@ def nibble_dot(typing: Any, codes: Any, query: Any, chunks: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def byte_dot(typing: Any, left: Any, right: Any, lines: Any) -> Any:
-    """The sum (int32) of (left + 128) times right, both int8 in `lines` of 64 bytes."""
+def byte_dot(typing: Any, left: Any, right: Any, lines: Any, shift: Any) -> Any:
+    """The sum (int32) of left times right, both int8 in `lines` of 64 bytes, none of right's -128.
+
+    `shift` is 128 times the sum of right: VNNI multiplies bytes without a sign with bytes that have one, so that 128
+    is added to left there, and taken out of the sum again.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        left, right, lines = arguments
+        left, right, lines, shift = arguments
         width, lanes = _byte_width()
-        flip = _splat(I8, width, -128)
 
         def body(at: Any, totals: list[Any]) -> list[Any]:
             offset = builder.shl(at, ir.Constant(I64, 6))
@@ -216,12 +210,20 @@ def byte_dot(typing: Any, left: Any, right: Any, lines: Any) -> Any:
             for step in range(0, 64, width):
                 a = _load(builder, _plus(builder, builder.add(left, offset), step), I8, width)
                 b = _load(builder, _plus(builder, builder.add(right, offset), step), I8, width)
-                total = _dot_bytes(builder, total, builder.xor(a, flip), b)
+                if _path[0] == "avx2":
+                    # |a| * (b with the sign of a): the sum of two such products is at most 2 * 128 * 127.
+                    size = _external(builder, "llvm.abs.v32i8", a.type, [a.type, ir.IntType(1)])
+                    sign = _external(builder, "llvm.x86.avx2.psign.b", a.type, [a.type, a.type])
+                    a, b = builder.call(size, [a, ir.Constant(ir.IntType(1), 0)]), builder.call(sign, [b, a])
+                    total = _add_products(builder, total, _pairs(builder, a, b), _splat(I16, 16, 1))
+                else:
+                    total = _dot_bytes(builder, total, builder.xor(a, _splat(I8, width, -128)), b)
             return [total]
 
-        return _sum_i32(builder, _loop(builder, lines, [_splat(I32, lanes, 0)], body)[0])
+        total = _sum_i32(builder, _loop(builder, lines, [_splat(I32, lanes, 0)], body)[0])
+        return total if _path[0] == "avx2" else builder.sub(total, builder.trunc(shift, I32))
 
-    return types.int32(types.int64, types.int64, types.int64), generate
+    return types.int32(types.int64, types.int64, types.int64, types.int64), generate
 
 
 def _float_sum(left: Any, squares: bool) -> Any:
