@@ -27,7 +27,7 @@ from vecsvc.manifest import (
     read_manifest,
     write_manifest,
 )
-from vecsvc.parts import Part, part_folders, read_part
+from vecsvc.parts import MEND, Part, part_folders, read_part
 from vecsvc.push import check_sizes, forget_parts, parts_in, serve
 from vecsvc.seal import MAX_MANIFEST_BYTES
 from vecsvc.storage import (
@@ -86,7 +86,7 @@ def publish(directory: Path, version: str, *, name: str = "", require_recall: bo
         manifest = merge([part for part in parts.values() if part is not None], folder.name, version)
         for part in parts.values():
             if part is not None:
-                check_files(found[part.number], part.files(), hashes=False)
+                check_files(found[part.number], part.files(), hashes=False, remedy=MEND)
         if require_recall:
             check_recall(manifest)
         _make_version(folder, manifest, found)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vecsvc import batcher as batching
 from vecsvc.batcher import Batcher, BatchSettings, Run, RunFacts
 from vecsvc.encoder_workers import start_worker
 from vecsvc.encoders.base import Encoder, EncoderSpec, Role, StepEncoder
@@ -284,7 +285,12 @@ def test_of_several_runs_at_once_bulk_leaves_one_to_queries(workers: int) -> Non
     play(scene, BulkGate(), workers=workers)
 
 
-def test_a_short_text_runs_in_its_callers_thread_beside_bulk_where_two_may_run() -> None:
+@pytest.mark.parametrize("long_runs", [1e9, 0])
+def test_a_short_text_runs_in_its_callers_thread_beside_bulk_unless_that_seems_to_hang(
+    long_runs: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "LONG_RUNS", long_runs)
+
     async def scene(world: World) -> None:
         await world.ask([text(2)])
         world.encoder.gate.clear()
@@ -292,7 +298,8 @@ def test_a_short_text_runs_in_its_callers_thread_beside_bulk_where_two_may_run()
         await world.entered()
         await world.entered()
         await world.ask([text(3)])
-        assert world.encoder.runs[-1] == [3] and world.encoder.threads[-1] is threading.current_thread()
+        assert world.encoder.runs[-1] == [3]
+        assert (world.encoder.threads[-1] is threading.current_thread()) is (long_runs > 0)
         await world.release()
         await job
 
@@ -308,8 +315,8 @@ def test_a_worker_that_bulk_was_kept_from_takes_it_when_another_run_ends() -> No
         batcher._runs = {-1: run, -2: Run("bulk", [(request, 1)])}
         request.take(0, 64, 2)
         batcher._lanes.add(request, "bulk")
+        assert not batcher.takes_bulk(), "two of three runs are bulk already"
         batcher._changed.notify_all()
-    assert not encoder.entered.acquire(timeout=0.05), "two of three runs are bulk already"
     batcher.finish(-1, run, [], [], 0.0, None)
     assert encoder.entered.acquire(timeout=20)
     batcher.close()

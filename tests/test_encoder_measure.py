@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,13 @@ class Machine:
         self.timings = timings
         self.opened: list[FakeEncoder] = []
         self.now = 0.0
-        monkeypatch.setattr(measuring, "measure", lambda encoder, *_: timings[encoder.way])
+        self.at_once: list[list[int]] = []  # how many runs each opening is measured with
+
+        def made_up(encoder: FakeEncoder, at_once: Any, *_: Any) -> Timing:
+            self.at_once.append(list(at_once))
+            return timings[encoder.way]
+
+        monkeypatch.setattr(measuring, "measure", made_up)
 
     def open(self, threads: int, spinning: bool) -> Any:
         if (threads, spinning) not in self.timings:
@@ -157,8 +164,9 @@ def test_threads_spin_only_where_that_pays_beside_busy_threads_too(monkeypatch: 
 def test_what_is_given_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = timing(0.5, 1.0, x1=180.0)
     machine = Machine(monkeypatch, {(1, False): BASE, (2, False): fast, (2, True): fast})
-    assert kept(machine.choose(2, instances=5, spinning=False)) == (2, 5, False)
+    assert kept(machine.choose(2, spinning=False)) == (2, 1, False)
     assert [one.way for one in machine.opened] == [(1, False), (2, False)]
+    assert machine.at_once == [[1, 2], [1]]
     machine.opened.clear()
     assert kept(machine.choose(2, spinning=True)) == (2, 1, True)
     assert [one.way for one in machine.opened] == [(1, False), (2, True)]
@@ -166,8 +174,16 @@ def test_what_is_given_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept(machine.choose(1)) == (1, 1, False) and len(machine.opened) == 1
 
 
+def test_given_runs_at_once_are_those_that_threads_are_compared_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = {way: Timing(1.0, 1.0, {5: 100.0}) for way in ((1, False), (2, False), (2, True))}
+    machine = Machine(monkeypatch, timings)
+    assert kept(machine.choose(2, instances=5)) == (1, 5, False)
+    assert machine.at_once == [[5]] * 3
+
+
 def test_nothing_more_is_opened_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, {(1, False): BASE, (2, False): SLOWER})
+    fast = timing(0.5, 1.0, x1=180.0, x2=180.0)
+    machine = Machine(monkeypatch, {(1, False): BASE, (2, False): fast})
     opening = machine.open
 
     def slowly(threads: int, spinning: bool) -> Any:
@@ -175,12 +191,26 @@ def test_nothing_more_is_opened_when_the_time_is_over(monkeypatch: pytest.Monkey
         return opening(threads, spinning)
 
     monkeypatch.setattr(machine, "open", slowly)
-    assert kept(machine.choose(2)) == (1, 2, False) and len(machine.opened) == 1
+    choice = machine.choose(8)
+    assert kept(choice) == (2, 1, False), "what takes long to open wins by threads, too"
+    assert len(machine.opened) == 2 and choice.why.endswith("1 s were over")
 
 
-def test_where_an_opening_fails_none_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_opening_that_fails_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, {(1, False): BASE})
-    with pytest.raises(EncoderError, match="no opening with 2 threads"):
+    choice = machine.choose(2)
+    assert kept(choice) == (1, 2, False)
+    assert "; 2 threads: no opening with 2 threads; 2 spinning threads: no opening" in choice.why
+
+
+def test_where_the_first_opening_cannot_run_none_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, {(1, False): BASE})
+
+    def fails(*_: Any) -> Timing:
+        raise EncoderError("no run")
+
+    monkeypatch.setattr(measuring, "measure", fails)
+    with pytest.raises(EncoderError, match="no run"):
         machine.choose(2)
     assert [one.closed for one in machine.opened] == [True]
 
@@ -210,9 +240,9 @@ def test_measuring_ends_in_time_however_slow_a_run_is(folder: Path) -> None:
         return original(tokens)
 
     encoder.run = count  # type: ignore[method-assign]
-    found = measure(encoder, cores=2, threads=2, texts=3, clock=clock)
-    assert (found.short_s, found.busy_s, list(found.texts_s)) == (100.0, 100.0, [1])
-    assert runs == 5, "two to warm up, and one for each figure"
+    found = measure(encoder, [1, 2], 2, encoder.split(["a text"] * 3), clock)
+    assert (found.short_s, found.busy_s) == (100.0, 100.0)
+    assert runs <= 7, "two to warm up, and one for each figure of each run"
     encoder.close()
 
 
@@ -227,12 +257,42 @@ def test_a_measured_encoder_says_how_it_runs_and_why(folder: Path, caplog: pytes
     pool.release(encoder, folder)
 
 
-def test_a_batch_that_texts_join_is_one_unless_told_otherwise(tmp_path: Path) -> None:
+def test_runs_that_a_memory_ceiling_does_not_hold_are_left_out(folder: Path) -> None:
+    encoder = open_encoder(folder, num_threads=1)
+    original, inside, most = encoder.run, [0], [0]
+
+    def bounded(tokens: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        try:
+            if len(tokens) > 2 or inside[0] > 1:
+                raise EncoderError("no memory")
+            time.sleep(0.005)
+            return original(tokens)
+        finally:
+            inside[0] -= 1
+
+    encoder.run = bounded  # type: ignore[method-assign]
+    batch = measuring._batch(encoder, time.perf_counter)
+    assert 1 <= len(batch) <= 2
+    found = measure(encoder, [1, 2, 4], 2, batch)
+    assert list(found.texts_s) == [1] and most[0] == 2
+    encoder.close()
+
+
+def test_a_batch_that_texts_join_is_one_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def noted(*arguments: Any, **given: Any) -> Any:
+        asked.append(given["instances"])
+        return open_fastest(*arguments, **given)
+
+    monkeypatch.setattr("vecsvc.encoder_pool.open_fastest", noted)
     folder = write_tiny_cnn_lstm(tmp_path / "cells")
     pool = EncoderPool(ServeSettings(encoder_batching="cellular"), Metrics())
     encoder = pool.take(folder, "cells")
     assert isinstance(encoder.batcher.encoder, StepEncoder)
-    assert encoder.choice.instances == 1
+    assert encoder.choice.instances == 1 and asked == [1]
     pool.release(encoder, folder)
 
 
@@ -245,7 +305,7 @@ def test_given_threads_mean_one_run_at_a_time_unless_told_otherwise(folder: Path
 
 
 def test_workers_with_a_core_each_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("vecsvc.worker_places.usable_cores", lambda: 4)
     assert for_one(ServeSettings(workers=4)).encoder_threads == 1
     assert for_one(ServeSettings(workers=2)).encoder_threads == 0
     assert for_one(ServeSettings(workers=4, encoder_threads=3)).encoder_threads == 3

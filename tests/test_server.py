@@ -817,6 +817,11 @@ def test_rollback_serves_the_version_before_or_the_named_one(versions: tuple[Ser
     ):
         reply = rollback(query)
         assert reply.status == status and message in reply.message
+    damaged = next((folder.path / "v3" / "shards").rglob("rows.npy"))
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    running.expected.append("failed")
+    reply = rollback("?to=v3")
+    assert reply.status == 500 and "rows.npy: has" in reply.message and folder.current() == "v1"
     unknown = rollback(name="other")
     assert unknown.status == 404 and "no index 'other'; there are: demo" in unknown.message
     assert served(running) == ("v1", "v1")

@@ -2,7 +2,7 @@
 
 What waits goes as soon as the model is free. Interactive requests overtake bulk ones, and no run of either lane is
 planned to hold the model longer than `run_s`; so a query that comes while a large job is under way waits for the end
-of one short run. Where several runs may be under way at once, bulk leaves one of them to queries, and none waits.
+of one short run. Where several runs may be under way at once, bulk leaves one of them to queries.
 
 The seam to encoders is `encoders/base.py`: an `Encoder` has `run(tokens)`, one run of its model over a batch that is
 chosen here. A `StepEncoder` brings a `Stepper` besides, and its texts join and leave the running batch between
@@ -54,6 +54,9 @@ class Done(msgspec.Struct, frozen=True):
     vectors: Vectors  # (n, dim)
     run_s: float  # in runs of the model
     queue_s: float  # waiting for it
+
+
+LONG_RUNS: Final = 10  # times `run_s` after which a run under way is not trusted to end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +169,13 @@ class Batcher:
         return Done(vectors, seconds, 0.0)
 
     def _is_free(self) -> bool:
-        """Whether a run may begin at once that no worker is about to begin."""
+        """Whether a run may begin at once that no worker is about to begin.
+
+        Not beside one that takes long: it may hang in the session, and whoever runs it in the event loop with it.
+        """
+        latest = time.perf_counter() - LONG_RUNS * self.settings.run_s
+        if any(run.started < latest for run in self._runs.values()):
+            return False
         bulk_comes = self._lanes.tokens("bulk") > 0 and self.takes_bulk()
         return not self._lanes.tokens("interactive") and len(self._runs) + bulk_comes < self.settings.workers
 

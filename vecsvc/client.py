@@ -100,7 +100,7 @@ def _decode(status: int, body: bytes, kind: type[T]) -> T:
     kind_of_error = _ERRORS.get(error.code, ServiceError)
     if issubclass(kind_of_error, ServiceError) and error.retry_after_ms is not UNSET:
         raise kind_of_error(error.message, retry_after_s=error.retry_after_ms / 1e3)
-    raise kind_of_error(error.message)
+    raise kind_of_error.told(error.message)
 
 
 def _headers(api_key: str | None) -> dict[str, str]:

@@ -14,9 +14,9 @@ import numpy as np
 from vecsvc.batcher import BatchSettings
 from vecsvc.config import ServeSettings
 from vecsvc.encoder_keeper import EncoderKeeper
-from vecsvc.encoders.base import Encoder, StepEncoder
+from vecsvc.encoders.base import Encoder
 from vecsvc.encoders.cellular import with_cells
-from vecsvc.encoders.folder import hash_files
+from vecsvc.encoders.folder import hash_files, read_settings
 from vecsvc.encoders.measure import RunChoice, open_fastest
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import ArtifactDamaged, EncoderError
@@ -146,11 +146,10 @@ def _open(folder: Path, name: str, settings: ServeSettings, hashes: Mapping[str,
 
     spinning = None if settings.encoder_spinning == "auto" else settings.encoder_spinning == "on"
     if settings.encoder_threads == 0 and encoder_device(settings) == INLINE_DEVICE:
-        encoder, choice = open_fastest(open_with, instances=settings.encoder_instances, spinning=spinning)
-        if isinstance(encoder, StepEncoder) and settings.encoder_instances == 0:
-            # Whole runs were measured; two batches that texts join would share them, and each be half as full.
-            choice = dataclasses.replace(choice, instances=1, why=f"{choice.why}; cellular: 1 batch unless told")
-        return encoder, choice
+        # Two batches that texts join would share them, and each be half as full.
+        joined = settings.encoder_batching == "cellular" and read_settings(folder).cells is not None
+        instances = 1 if joined and settings.encoder_instances == 0 else settings.encoder_instances
+        return open_fastest(open_with, instances=instances, spinning=spinning)
     choice = RunChoice(
         threads=settings.encoder_threads,
         spinning=spinning is True,

@@ -47,7 +47,7 @@ VecsvcError
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Self
 
 MAX_LISTED: Final = 10  # things that a message names one by one
 MEND_VERSION: Final = (
@@ -64,6 +64,11 @@ def listed(things: Sequence[object]) -> str:
 
 class VecsvcError(Exception):
     code = "internal"
+
+    @classmethod
+    def told(cls, message: str) -> Self:
+        """The error with these words and no others, which is how one that another process raised is raised here."""
+        return cls.__new__(cls, message)
 
 
 class UserError(VecsvcError):

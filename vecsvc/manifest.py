@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from vecsvc.errors import ArtifactDamaged, ArtifactUnfit
+from vecsvc.errors import MEND_VERSION, ArtifactDamaged, ArtifactUnfit
 from vecsvc.seal import MAX_MANIFEST_BYTES, sealed, unsealed
 from vecsvc.storage import MANIFEST, sha256, write_file
 from vecsvc.types import MAX_DIM, MAX_SHARDS, IndexSpec, Metric
@@ -263,7 +263,14 @@ def file_entries(folder: Path, paths: Iterable[Path]) -> list[FileEntry]:
     ]
 
 
-def check_files(folder: Path, entries: Sequence[FileEntry], *, hashes: bool = True) -> None:
+def check_version(folder: Path) -> Manifest:
+    """The manifest of a version; refused where it, or the size of a file that is here, shows damage."""
+    manifest = read_manifest(folder)
+    check_files(folder, manifest.files_of(shards_here(folder, manifest)), hashes=False)
+    return manifest
+
+
+def check_files(folder: Path, entries: Sequence[FileEntry], *, hashes: bool = True, remedy: str = MEND_VERSION) -> None:
     """Refuse the first file, in manifest order, that is not what was written. Sizes are always checked.
 
     Run this before any native library sees a file: hnswlib, faiss and onnxruntime crash or answer
@@ -272,18 +279,21 @@ def check_files(folder: Path, entries: Sequence[FileEntry], *, hashes: bool = Tr
     for entry in entries:
         path = folder / entry.path
         if path.is_symlink():
-            raise ArtifactDamaged(f"{path}: is a symbolic link, which may point elsewhere tomorrow")
+            raise ArtifactDamaged(f"{path}: is a symbolic link, which may point elsewhere tomorrow", remedy=remedy)
         if not path.is_file():
-            raise ArtifactDamaged(f"{path}: missing")
+            raise ArtifactDamaged(f"{path}: missing", remedy=remedy)
         if path.stat().st_size != entry.size_bytes:
-            raise ArtifactDamaged(f"{path}: has {path.stat().st_size} bytes, the manifest says {entry.size_bytes}")
+            raise ArtifactDamaged(
+                f"{path}: has {path.stat().st_size} bytes, the manifest says {entry.size_bytes}", remedy=remedy
+            )
     if not hashes:
         return
     with ThreadPoolExecutor(max_workers=_hash_threads()) as pool:
         for entry, digest in zip(entries, pool.map(lambda e: _digest(folder / e.path), entries), strict=True):
             if digest != entry.sha256:
                 raise ArtifactDamaged(
-                    f"{folder / entry.path}: sha256 is {digest[:16]}…, the manifest says {entry.sha256[:16]}…"
+                    f"{folder / entry.path}: sha256 is {digest[:16]}…, the manifest says {entry.sha256[:16]}…",
+                    remedy=remedy,
                 )
 
 

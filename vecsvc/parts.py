@@ -31,7 +31,7 @@ from vecsvc.storage import PART, write_file
 from vecsvc.types import MAX_SHARDS
 
 PART_FILE: Final = "part.json"
-_MEND: Final = "build that shard again"
+MEND: Final = "build that shard again"
 
 _FOLDER: Final = re.compile(re.escape(PART) + r"(.+)-(\d{3})")
 
@@ -89,14 +89,14 @@ def read_part(folder: Path) -> Part | None:
         with path.open("rb") as file:
             data = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
-        raise ArtifactDamaged(f"{path}: {error.strerror}", remedy=_MEND) from error
+        raise ArtifactDamaged(f"{path}: {error.strerror}", remedy=MEND) from error
     return decoded_part(data, str(path))
 
 
 def decoded_part(data: bytes, label: str) -> Part:
     document = unsealed(data)
     if document is None:
-        raise ArtifactDamaged(f"{label}: is not what was written (its own digest differs)", remedy=_MEND)
+        raise ArtifactDamaged(f"{label}: is not what was written (its own digest differs)", remedy=MEND)
     try:
         part = msgspec.json.decode(document, type=Part)
     except msgspec.MsgspecError as error:
@@ -104,9 +104,9 @@ def decoded_part(data: bytes, label: str) -> Part:
     if part.format_version != FORMAT_VERSION:
         raise ArtifactUnfit(f"{label}: has format {part.format_version}, this vecsvc writes {FORMAT_VERSION}")
     if not 0 <= part.number < part.shards <= MAX_SHARDS:
-        raise ArtifactDamaged(f"{label}: shard {part.number} of {part.shards} cannot be", remedy=_MEND)
+        raise ArtifactDamaged(f"{label}: shard {part.number} of {part.shards} cannot be", remedy=MEND)
     prefixes = (f"shards/{part.number:03d}/", "encoder/")
     for file in part.files():
         if not file.path.startswith(prefixes) or ".." in file.path:
-            raise ArtifactDamaged(f"{label}: {file.path[:120]!r} is no path inside the part", remedy=_MEND)
+            raise ArtifactDamaged(f"{label}: {file.path[:120]!r} is no path inside the part", remedy=MEND)
     return part

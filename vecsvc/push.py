@@ -13,7 +13,7 @@ from typing import Final
 
 from vecsvc.errors import ConfigError, StorageError, UnknownVersion, VersionExists, VersionIncomplete
 from vecsvc.manifest import FileEntry, check_files, read_manifest
-from vecsvc.parts import Part, decoded_part, encoded_part, part_folder, read_part
+from vecsvc.parts import MEND, Part, decoded_part, encoded_part, part_folder, read_part
 from vecsvc.seal import MAX_MANIFEST_BYTES
 from vecsvc.storage import CURRENT, MANIFEST, Lease, check_version, index_folders
 from vecsvc.stores import Store
@@ -86,7 +86,7 @@ def push_part(directory: Path, target: str, version: str, shard: int) -> Moved:
         place = index.at(version)
         if place.read(MANIFEST, MAX_MANIFEST_BYTES) is not None:
             raise VersionExists(f"{place.label()} is published already: build under another --version")
-        check_files(found[0], part.files(), hashes=False)
+        check_files(found[0], part.files(), hashes=False, remedy=MEND)
         files = list(part.shard.files)
         if part.encoder is not None and not _has_encoder(place, part):
             files += part.encoder.files

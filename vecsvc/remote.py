@@ -410,7 +410,7 @@ def failure(error: Exception) -> Failed:
 def raised(failed: Failed) -> VecsvcError:
     """The error that a node met, as the same class here."""
     cls = _BY_CODE.get(failed.code, InternalError)
-    error = cls.__new__(cls, failed.message)  # made without what a class adds to its words: the node's are whole
+    error = cls.told(failed.message)
     later = failed.retry_after_s
     if isinstance(error, ServiceError) and later is not None and 0.0 <= later <= MAX_RETRY_S:
         error.retry_after_s = later

@@ -408,7 +408,7 @@ class IndexFolder:
         finally:
             lease.release()
 
-    def rollback(self, to: str | None = None, check: Callable[[Path], None] = lambda folder: None) -> tuple[str, str]:
+    def rollback(self, to: str | None = None, check: Callable[[Path], object] = lambda folder: None) -> tuple[str, str]:
         """Serve `to`, or the version before the one that serves. Returns (from, to).
 
         `check` sees its folder before anything is changed, and may refuse.

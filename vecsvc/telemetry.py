@@ -124,7 +124,7 @@ class Metrics:
         self.requests = Family(
             Count,
             "vecsvc_requests",
-            f"Requests by the status of their answer; {LEFT} where the client left before it",
+            f"Requests by the status of their answer; {LEFT} where the client left before it, or was cut off",
             ("operation", "status"),
         )
         self.latency = Family(

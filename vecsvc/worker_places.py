@@ -18,6 +18,7 @@ from typing import Final, NoReturn
 
 from vecsvc.config import ServeSettings
 from vecsvc.control import MAX_LINE_BYTES, Handed, Order, Report, line, read
+from vecsvc.onnx_session import usable_cores
 from vecsvc.telemetry import Counted, Metrics, together
 
 log: Final = logging.getLogger("vecsvc.workers")
@@ -38,7 +39,7 @@ _BOOT: Final = (
 
 def for_one(settings: ServeSettings) -> ServeSettings:
     """The settings of each worker: what `auto` and 0 mean for several, so that they share memory and cores."""
-    cores = max(1, (os.cpu_count() or 1) // settings.workers)
+    cores = max(1, usable_cores() // settings.workers)
     return dataclasses.replace(
         settings,
         workers=1,

@@ -17,6 +17,7 @@ from typing import Final, Generic, TypeAlias, TypeVar
 import numpy as np
 
 from vecsvc.encoders.base import Encoder
+from vecsvc.errors import EncoderError
 from vecsvc.onnx_session import usable_cores
 from vecsvc.tokenizer import Tokens
 
@@ -24,7 +25,7 @@ E = TypeVar("E", bound=Encoder)
 Open: TypeAlias = Callable[[int, bool], E]  # threads of a run, and whether they spin
 Clock: TypeAlias = Callable[[], float]
 
-WHOLE_S: Final = 1.0  # after that no other opening is tried; one that was begun is measured
+WHOLE_S: Final = 1.0  # after the first opening; then no third is tried, and one that was begun is measured
 PART_S: Final = 0.05  # time for each of the measurements of an opening, but one run is always made
 MAX_RUNS: Final = 9
 MAX_INSTANCES: Final = 64
@@ -123,24 +124,33 @@ def open_fastest(
 
     First with one thread, then with twice as many each time while that pays, then with threads that spin unless
     `spinning` says whether they do. `instances` fixes the runs at the same time. With one core there is no choice.
+    Another opening that fails, or whose runs do, is no choice either.
     """
     cores = cores if cores is not None else usable_cores()
     if cores == 1:
         only = RunChoice(threads=1, spinning=False, instances=max(1, instances), why="there is one core")
         return open_with(1, False), only
-    end = clock() + WHOLE_S
+
+    def at_once(threads: int) -> Sequence[int]:
+        return [instances] if instances else steps(min(cores // threads, MAX_INSTANCES))
+
     first = open_with(1, False)
+    end = clock() + WHOLE_S
     with _closing(first):
-        texts = _batch_texts(first, clock)
-        best = _Opened(first, 1, False, measure(first, cores, 1, texts, clock))
+        batch = _batch(first, clock)
+        best = _Opened(first, 1, False, measure(first, at_once(1), cores, batch, clock))
     told = [str(best)]
 
     def try_out(threads: int, spins: bool) -> bool:
         nonlocal best
         with _closing(best.encoder):
-            encoder = open_with(threads, spins)
-            with _closing(encoder):
-                tried = _Opened(encoder, threads, spins, measure(encoder, cores, threads, texts, clock))
+            try:
+                encoder = open_with(threads, spins)
+                with _closing(encoder):
+                    tried = _Opened(encoder, threads, spins, measure(encoder, at_once(threads), cores, batch, clock))
+            except EncoderError as error:
+                told.append(f"{threads} {'spinning ' if spins else ''}threads: {error}")
+                return False
         told.append(str(tried))
         better = pays(best.timing, tried.timing)
         (best if better else tried).encoder.close()
@@ -148,40 +158,62 @@ def open_fastest(
         return better
 
     for threads in steps(cores)[1:]:
-        if clock() >= end or not try_out(threads, spinning is True):
+        # Large models take long to open, and win the most by threads: the second opening does not look at the time.
+        if (threads > 2 and clock() >= end) or not try_out(threads, spinning is True):
             break
     if spinning is None and clock() < end:
         try_out(max(2, best.threads), True)
-    at_once = instances if instances else runs_at_once(best.timing.texts_s)
-    return best.encoder, RunChoice(threads=best.threads, spinning=best.spinning, instances=at_once, why="; ".join(told))
+    if clock() >= end:
+        told.append(f"{WHOLE_S:g} s were over")
+    runs = runs_at_once(best.timing.texts_s)
+    return best.encoder, RunChoice(threads=best.threads, spinning=best.spinning, instances=runs, why="; ".join(told))
 
 
-def measure(encoder: Encoder, cores: int, threads: int, texts: int, clock: Clock = time.perf_counter) -> Timing:
-    """Time a short query, and batches of so many texts with as many runs at once as pay, each for about PART_S.
+def measure(
+    encoder: Encoder, at_once: Sequence[int], cores: int, batch: Sequence[Tokens], clock: Clock = time.perf_counter
+) -> Timing:
+    """Time a short query, and batches with so many runs `at_once` as pay, in turn, each for about PART_S.
 
-    `threads` are those that the encoder was opened with.
+    Raises EncoderError where a run alone fails; of several at once, which a memory ceiling may not hold, the rest is
+    left out.
     """
     short = encoder.split([SHORT])
-    batch = encoder.split([LONGER] * texts)
     for tokens in (short, batch):
         encoder.run(tokens)  # what the first run allocates is not counted
     alone = _median(encoder, short, clock)
     with _busy_threads(cores // 2):
         busy = _median(encoder, short, clock)
     texts_s: dict[int, float] = {}
-    for runs in steps(min(cores // threads, MAX_INSTANCES)):
-        texts_s[runs] = _texts_s(encoder, batch, runs, clock)
+    for runs in at_once:
+        try:
+            texts_s[runs] = _texts_s(encoder, batch, runs, clock)
+        except EncoderError:
+            if not texts_s:
+                raise
+            break
         if runs_at_once(texts_s) != runs:
             break
     return Timing(alone, busy, texts_s)
 
 
-def _batch_texts(encoder: Encoder, clock: Clock) -> int:
-    """Texts of a batch that takes no longer than a measurement may; large models get one."""
+def _batch(encoder: Encoder, clock: Clock) -> Sequence[Tokens]:
+    """A batch that takes no longer than a measurement may, and no more memory than there is; large models get one text.
+
+    Raises EncoderError where not even a short query can be run.
+    """
     short = encoder.split([SHORT])
     encoder.run(short)
     one_s = LONGER_COSTS * _median(encoder, short, clock)
-    return max(1, int(PART_S / one_s)) if one_s * MAX_BATCH_TEXTS > PART_S else MAX_BATCH_TEXTS
+    texts = max(1, int(PART_S / one_s)) if one_s * MAX_BATCH_TEXTS > PART_S else MAX_BATCH_TEXTS
+    while texts:
+        batch = encoder.split([LONGER] * texts)
+        try:
+            encoder.run(batch)
+        except EncoderError:
+            texts //= 2
+        else:
+            return batch
+    return short
 
 
 def _median(encoder: Encoder, tokens: Sequence[Tokens], clock: Clock) -> float:
