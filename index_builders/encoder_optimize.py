@@ -225,6 +225,9 @@ def _greatest(model: Any, staging: Path, sample: Sample, asked: OptimizeSettings
     """
     target = staging / MODELS[0]
     names = write_watched(model, target)
+    if not names:  # for which onnxruntime would give everything
+        delete_file(target)
+        return {}
     greatest: dict[str, NDArray[np.float32]] = {}
     watched = open_encoder(staging, device=asked.device, num_threads=asked.num_threads)
     try:

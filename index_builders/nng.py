@@ -18,7 +18,7 @@ Every phase reads one graph and writes another, so that the result does not depe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, TypeVar
@@ -67,16 +67,17 @@ LIST_WIDTH: Final = 32  # neighbours a list keeps
 LINK_ROOM: Final = 256  # candidates considered where too many edges lead to a place
 FIRST_EF: Final = 64  # breadth of the first search of the graph
 BLOCK: Final = 1024  # places that a thread takes at a time
+RELEASE_BLOCKS: Final = 64  # after so many the pages of a mapped corpus are let go
 # Thirty thousand pivots instead of a hundred were measured to save a walk 4 % of what it compares, among a million
 # vectors, and nothing among eighty thousand.
 N_PIVOTS: Final = 128
 FIRST_DEGREE: Final = 32  # edges in the graphs on the way
-MOST_UNITS: Final = float(1 << 30)  # squared distances of vectors become integers up to this
 SLACK_PERCENT: Final = 110  # distances between neighbours count so much when edges are pruned
 
 # Neighbours that lie nearer to each other than so many times what rounding to codes moves them are blurred.
 BLURRED: Final = 10.0
-BLURRED_RANK: Final = 10  # the neighbour that is looked at
+BLURRED_RANK: Final = 10  # the neighbour that is looked at, ...
+BLURRED_PLACES: Final = 1000  # ... of so many places
 
 MISLED_ROWS: Final = 200  # vectors that are searched for, to see whether codes mislead a walk
 MISLED_K: Final = 10
@@ -123,6 +124,10 @@ class BuildParams:
         choices=("auto", "codes", "vectors"),
     )
 
+    def __post_init__(self) -> None:
+        if self.walk == "vectors" and self.rerank == "none":
+            raise InvalidParameter("walk 'vectors' needs vectors, but rerank is 'none'; choose vectors or float16")
+
 
 def build(
     vectors: StoredVectors, *, metric: Metric, params: BuildParams, num_threads: int, seed: int, progress: Progress
@@ -131,8 +136,6 @@ def build(
 
     Raises InvalidVector, or BackendMissing where there is no GPU for `device` cuda.
     """
-    if params.walk == "vectors" and params.rerank == "none":
-        raise InvalidParameter("walk 'vectors' needs vectors, but rerank is 'none'; choose vectors or float16")
     size, dim = vectors.shape
     rng = np.random.default_rng(seed)
     neighbours = _gpu_neighbours(vectors, metric) if params.device == "cuda" and size > 1 else None
@@ -145,17 +148,17 @@ def build(
     pivots = np.unique(np.append(np.linspace(0, size - 1, N_PIVOTS).astype(np.int32), codes.outliers(N_PIVOTS)))
     builder = _Builder(codes, params, pivots, work)
 
-    def lists() -> Lists:
+    def lists(share: float) -> Lists:
         if neighbours is not None:
-            return builder.given(neighbours, order)
+            return builder.given(neighbours, order, share)
         return builder.lists(
-            lambda: partition(codes.bytes, leaf_size=params.leaf_size, n_samples=1000, n_top_dims=5, rng=rng)
+            lambda: partition(codes.bytes, leaf_size=params.leaf_size, n_samples=1000, n_top_dims=5, rng=rng), share
         )
 
-    known = lists()
-    if codes.blur(known):
+    known = lists(SHARE_LISTS)
+    if codes.blur(known, vectors, order):
         codes.compare_rows(vectors, order)
-        known = lists()
+        known = lists(0.0)
     graph = builder.first(known)
     first_ef = min(FIRST_EF, params.ef_construction)
     graph = builder.refined(graph, known, first_ef, FIRST_DEGREE, "first search", SHARE_FIRST_SEARCH)
@@ -174,18 +177,23 @@ def build(
     made = params_dict(replace(params, walk=walk))
     spec = IndexSpec("nng", dim, metric, size, made, exact_distances=params.rerank == "vectors")
     index = NngIndex(spec, parts, vectors, mmap=True)
-    if params.walk == "auto" and params.rerank != "none" and _misled(index, vectors):
+    if params.walk == "auto" and params.rerank != "none" and _misled(index, vectors, rng):
         return index.walked_by("vectors")
     return index
 
 
-def _misled(index: NngIndex, vectors: StoredVectors) -> bool:
+def _misled(index: NngIndex, vectors: StoredVectors, rng: np.random.Generator) -> bool:
     """Whether walks by codes miss so much of what walks by vectors find that a broader walk is no remedy.
 
     Asked for by some of the rows themselves. What no walk would find is no fault of the codes.
     """
-    size = len(vectors)
-    rows = np.asarray(vectors[:: max(1, size // MISLED_ROWS)][:MISLED_ROWS], np.float32)
+    size, copy = len(vectors), index.parts.vectors
+    if size <= MISLED_EF:
+        return False  # every walk sees all
+    if copy is not None and max(copy.max(), -copy.min()) >= np.finfo(np.float16).max:
+        return False  # a copy that had to be held within float16 knows less than codes
+    drawn = np.sort(rng.choice(size, min(size, MISLED_ROWS), replace=False))
+    rows = np.asarray(vectors[drawn], np.float32)
     rows = rows[np.any(rows != 0, axis=1)]  # cosine has no word for a query of zeros
     if len(rows) == 0:
         return False
@@ -224,15 +232,15 @@ class _Codes:
     low: NDArray[np.uint8]
     bias: NDArray[np.float32] | None  # l2: the squared distance from the mean
     lengths: NDArray[np.float64] | None  # ip: squared
-    rows: NDArray[np.float32] | None = None  # (size, dim) by place, where codes blur: what `between` compares then
     augment: NDArray[np.float32] | None  # ip: the dimension that makes vectors equally long, 0 for the longest
+    rows: NDArray[np.float32] | None  # (size, dim) by place, where codes blur: what `between` compares then
 
     def __init__(self, vectors: StoredVectors, metric: Metric) -> None:
         """Two passes over the rows (size, dim), in their order. Raises InvalidVector."""
         size, dim = vectors.shape
         self._metric = metric
         self.lengths = np.empty(size) if metric == "ip" else None
-        self.augment = None
+        self.augment = self.rows = None
         self.scale, self._step = self._measure(vectors)
         if self.lengths is not None:
             # Were they measured by the longest of all, the others would be near each other and nowhere near it, and
@@ -287,32 +295,30 @@ class _Codes:
         step = 1.2 * float(np.quantile(far.reshape(-1)[:: max(1, far.size // 5_000_000)], 1 - CLIPPED)) / 127
         return scale, step or 1.0
 
-    def blur(self, known: Lists) -> bool:
+    def blur(self, known: Lists, vectors: StoredVectors, order: NDArray[np.int32]) -> bool:
         """Whether half of all places have neighbours so near that rounding to codes has a say in which are nearest.
 
-        Rounding moves a value by a variance of 1/12 of a step, so two vectors by dim / 6.
+        Rounding moves a value by a variance of 1/12 of a step, so two vectors by dim / 6. Duplicates are no less the
+        same as codes.
         """
         lists, filled = known
-        enough = filled >= BLURRED_RANK
-        if not enough.any():
+        places = np.flatnonzero(filled >= BLURRED_RANK)
+        places = places[:: max(1, len(places) // BLURRED_PLACES)]
+        entries = lists[places, BLURRED_RANK - 1]
+        folded = entries & 0xFFFFFFFF
+        others = places + ((folded >> 1) ^ -(folded & 1))  # as nng_kernels.other_of
+        different = np.any(vectors[order[places]] != vectors[order[others]], axis=1)
+        if not different.any():
             return False
-        apart = float(np.median(lists[enough, BLURRED_RANK - 1] >> 32))
-        return bool(apart < BLURRED * self.scale.shape[1] / 6)
+        return bool(np.median(entries[different] >> 32) < BLURRED * self.scale.shape[1] / 6)
 
     def compare_rows(self, vectors: StoredVectors, order: NDArray[np.int32]) -> None:
         """From now on compare the vectors themselves: a copy of them, by place, is kept until the graph is built."""
-        mean, most = self.scale[0], 0.0
         self.rows = np.empty(vectors.shape, np.float32)
-        for start in range(0, len(order), BLOCK):
-            part = slice(start, start + BLOCK)
-            rows = self._as_compared(np.asarray(vectors[order[part]], np.float32))
-            self.rows[part] = rows
-            most = max(most, float(np.einsum("ij,ij->i", rows - mean, rows - mean).max()))
-        release_pages(vectors)
-        farthest = 4 * most + (0.0 if self.augment is None else float(self.augment.max()) ** 2)
+        for block, rows in _by_place(vectors, order):
+            self.rows[block] = self._as_compared(rows)
         self.block.put(here.ROWS, self.rows)
         self.block.values[here.WIDTH] = self.scale.shape[1]
-        self.block.put(here.UNITS, np.array([MOST_UNITS / farthest if farthest > 0 else 1.0], np.float32))
 
     def reorder(self, order: NDArray[np.int32]) -> None:
         """From labels to places, and from arrays to what the kernels read."""
@@ -374,10 +380,18 @@ def _float16(vectors: StoredVectors, order: NDArray[np.int32], metric: Metric) -
     """The vectors as the graph lies; values beyond float16 are held at its ends."""
     copy = np.empty(vectors.shape, np.float16)
     ends = float(np.finfo(np.float16).max)
-    for start in range(0, len(order), BLOCK):
-        rows = np.asarray(vectors[order[start : start + BLOCK]], np.float32)
-        copy[start : start + BLOCK] = np.clip(unit(rows) if metric == "cosine" else rows, -ends, ends)
+    for block, rows in _by_place(vectors, order):
+        copy[block] = np.clip(unit(rows) if metric == "cosine" else rows, -ends, ends)
     return copy
+
+
+def _by_place(vectors: StoredVectors, order: NDArray[np.int32]) -> Iterator[tuple[slice, Vectors]]:
+    """The rows in the order of places, in blocks; of mapped ones, pages are let go on the way."""
+    for start in range(0, len(order), BLOCK):
+        yield slice(start, start + BLOCK), np.asarray(vectors[order[start : start + BLOCK]], np.float32)
+        if start // BLOCK % RELEASE_BLOCKS == RELEASE_BLOCKS - 1:
+            release_pages(vectors)
+    release_pages(vectors)
 
 
 # ------------------------------------------------------------------------------------------------ graph
@@ -414,7 +428,7 @@ class _Builder:
         self._codes = codes.block.address
         self._spaces: list[tuple[Workspace, NDArray[np.int64]]] = []
 
-    def lists(self, order: Callable[[], tuple[NDArray[np.int32], NDArray[np.int64]]]) -> Lists:
+    def lists(self, order: Callable[[], tuple[NDArray[np.int32], NDArray[np.int64]]], share: float) -> Lists:
         """Every pair in the leaves of `n_trees` trees, which `order` grows, compared: the nearest of each place."""
         pair = machine_code.load("index_builders.nng_kernels", "nng_pair_leaf", 7)
         lists = np.empty((self.size, LIST_WIDTH), np.int64)
@@ -426,10 +440,10 @@ class _Builder:
             def compare(leaf: tuple[int, int], places: NDArray[np.int32] = places) -> None:
                 pair(self._codes, id(places), leaf[0], leaf[1], id(lists), LIST_WIDTH, id(filled))
 
-            self.work.each(leaves, compare, "lists", SHARE_LISTS / self.params.n_trees)
+            self.work.each(leaves, compare, "lists", share / self.params.n_trees)
         return lists, filled
 
-    def given(self, neighbours: Labels, order: NDArray[np.int32]) -> Lists:
+    def given(self, neighbours: Labels, order: NDArray[np.int32], share: float) -> Lists:
         """The lists that somebody else has made: labels (size, n) by label, -1 after the last."""
         take = machine_code.load("index_builders.nng_kernels", "nng_take_lists", 10)
         lists, filled = np.empty((self.size, LIST_WIDTH), np.int64), np.zeros(self.size, np.int32)
@@ -442,7 +456,7 @@ class _Builder:
                 id(filled), *block,
             )  # fmt: skip
 
-        self.work.each(self.work.blocks(), run, "lists", SHARE_LISTS)
+        self.work.each(self.work.blocks(), run, "lists", share)
         return lists, filled
 
     def first(self, known: Lists) -> Graph:

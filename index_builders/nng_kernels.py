@@ -1,7 +1,8 @@
 """What the building of an `nng` graph spends its time with: compiled by machine_code, never imported to build.
 
 Distances between vectors are squared Euclidean, over int8 codes in lines of 64 bytes: |a|² + |b|² - 2 <a, b>, in
-units of the codes' step. They are the distances of the codes exactly, so that they never contradict each other.
+units of the codes' step. They are the distances of the codes exactly, so that they never contradict each other. Where
+codes blur neighbours they are of the float32 rows, and stand as the bits of a float32, which order as it does.
 A candidate for a place is an int64: the distance in the upper 32 bits, then how far from that place it lies in their
 order. So among duplicates each has others for neighbours, and edges lead through all of them.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from index_builders.nng_layout import AUGMENT, BYTES, LINES, ROWS, SHIFTS, SQUARES, STEP, UNITS, WIDTH
+from index_builders.nng_layout import AUGMENT, BYTES, LINES, ROWS, SHIFTS, SQUARES, STEP, WIDTH
 from vecsvc.indexes.nng_kernels import (
     place_of,
     prepare,
@@ -32,8 +33,10 @@ from vecsvc.indexes.nng_layout import (
     VECTORS,
 )
 from vecsvc.kernels import (
+    bits_of,
     byte_dot,
     data_of,
+    float_of,
     get_f32,
     get_i32,
     get_i64,
@@ -52,7 +55,7 @@ FAR = (1 << 31) - 1
 
 @inlined
 def between(codes, a, b):
-    """The squared distance (int) of two places."""
+    """The squared distance of two places, as an integer that orders as it does; see `value_of`."""
     rows, augment = get_i64(codes, ROWS), get_i64(codes, AUGMENT)
     if rows != 0:
         width = get_i64(codes, WIDTH)
@@ -60,7 +63,7 @@ def between(codes, a, b):
         if augment != 0:
             beyond = get_f32(augment, a) - get_f32(augment, b)
             exact += beyond * beyond
-        return int(min(np.float32(FAR), exact * get_f32(get_i64(codes, UNITS), 0)))
+        return np.int64(bits_of(np.float32(exact)))
     lines = get_i64(codes, LINES)
     bytes, squares, shifts = get_i64(codes, BYTES), get_i64(codes, SQUARES), get_i64(codes, SHIFTS)
     product = byte_dot(bytes + a * (lines << 6), bytes + b * (lines << 6), lines, get_i32(shifts, b))
@@ -69,6 +72,12 @@ def between(codes, a, b):
         apart = (get_f32(augment, a) - get_f32(augment, b)) / get_f32(get_i64(codes, STEP), 0)
         distance += int(min(1e9, apart * apart))
     return min(distance, FAR)
+
+
+@inlined
+def value_of(codes, distance):
+    """What a distance is worth beside others."""
+    return float(float_of(np.int32(distance))) if get_i64(codes, ROWS) != 0 else float(distance)
 
 
 @inlined
@@ -157,9 +166,9 @@ def prune(codes, place, candidates, count, edges, degree, slack):
         other, distance = other_of(place, candidate), candidate >> 32
         if distance == 0 and chosen >= degree >> 1:
             continue  # Duplicates do not take all the edges: somebody has to lead away from them.
-        occluded = False
+        occluded, far = False, value_of(codes, distance)
         for j in range(chosen):
-            if slack * between(codes, get_i32(edges, j), other) < distance:
+            if slack * value_of(codes, between(codes, get_i32(edges, j), other)) < far:
                 occluded = True
                 break
         if not occluded:
@@ -282,7 +291,10 @@ def refine_by(rank_pivots, walk, by_vectors):
             compared += met
             found = get_i64(work, POOL)
             for i in range(size):
-                row = bytes + place_of(get_i64(found, i)) * (lines << 6)
+                place_found = place_of(get_i64(found, i))
+                row = bytes + place_found * (lines << 6)
+                if by_vectors:
+                    row = get_i64(index, VECTORS) + place_found * get_i64(index, DIM) * 4
                 for line in range(lines):
                     prefetch(row + (line << 6))
             room, count = ef + width, 0

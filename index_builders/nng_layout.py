@@ -12,5 +12,4 @@ AUGMENT: Final = 4  # (size,) float32: the dimension that makes vectors equally 
 STEP: Final = 5  # address of a float32: the step of the codes
 ROWS: Final = 6  # (size, WIDTH) float32 by place, where the vectors themselves are compared; 0 where their codes are
 WIDTH: Final = 7  # values of a row
-UNITS: Final = 8  # address of a float32: what a squared distance of rows is multiplied by to become an integer
-CODE_SLOTS: Final = 9
+CODE_SLOTS: Final = 8

@@ -26,6 +26,8 @@ MIN_TABLE_BYTES: Final = 1 << 16  # smaller tables of embeddings stay float32: n
 # How much of what makes channels unlike goes from activations to weights: of all-MiniLM-L6-v2, .7 was best of .3 to .9.
 SMOOTHING: Final = 0.7
 MIN_CHANNEL: Final = 1e-5  # channels that are always smaller are as good as 0
+# A channel that was silent in the sample may speak later: it is taken for this share of the usual one at least.
+SILENT: Final = 0.1
 
 _CONTRIB: Final = "com.microsoft"
 _QUANTISED: Final = ("DynamicQuantizeLinear", "MatMulInteger", "QAttention", "MatMulNBits", "DequantizeLinear")
@@ -117,31 +119,35 @@ def smooth(model: onnx.ModelProto, greatest: Mapping[str, NDArray[np.float32]]) 
     onnx = import_onnx()
     graph = model.graph
     weights = {weight.name: weight for weight in graph.initializer}
-    products = {node.name: node for node in _products(model)}
+    products = {node.input[1] for node in _products(model)}
     nodes = list(graph.node)
     del graph.node[:]
     for node in nodes:
-        if node.name in products:
+        if len(node.input) > 1 and node.input[1] in products:
             weight = weights[node.input[1]]
             matrix = onnx.numpy_helper.to_array(weight)
-            activations = np.maximum(greatest[node.input[0]], MIN_CHANNEL)
+            seen = greatest[node.input[0]]
+            activations = np.maximum(seen, max(MIN_CHANNEL, SILENT * float(np.median(seen))))
             rows = np.maximum(np.abs(matrix).max(axis=1), MIN_CHANNEL)
             factor = activations**SMOOTHING / rows ** (1 - SMOOTHING)
             factor = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
             weight.CopyFrom(onnx.numpy_helper.from_array(matrix * factor[:, None], weight.name))
-            graph.initializer.append(onnx.numpy_helper.from_array(1 / factor, f"{node.name}_smoothing"))
-            made = onnx.helper.make_node(
-                "Mul", [node.input[0], f"{node.name}_smoothing"], [f"{node.name}_smooth"], name=f"{node.name}_smooth"
-            )
-            graph.node.append(made)
-            node.input[0] = f"{node.name}_smooth"
+            name = f"{weight.name}_smooth"
+            graph.initializer.append(onnx.numpy_helper.from_array(1 / factor, f"{name}_factor"))
+            graph.node.append(onnx.helper.make_node("Mul", [node.input[0], f"{name}_factor"], [name], name=name))
+            node.input[0] = name
         graph.node.append(node)
 
 
 def _products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The nodes that multiply activations by a weight (inner, outer) that no other node uses."""
+    """The nodes that multiply activations by a float32 weight (inner, outer) that no other node uses."""
+    onnx = import_onnx()
     users = Counter(name for node in model.graph.node for name in node.input)
-    matrices = {weight.name for weight in model.graph.initializer if len(weight.dims) == 2}
+    matrices = {
+        weight.name
+        for weight in model.graph.initializer
+        if len(weight.dims) == 2 and weight.data_type == onnx.TensorProto.FLOAT
+    }
     return [
         node
         for node in model.graph.node

@@ -16,7 +16,8 @@ import pytest
 import service
 from service import DIM, GRAPH, Service, corpora
 
-from vecsvc import client, errors, schemas
+from vecsvc import client as module
+from vecsvc import errors, schemas
 from vecsvc.access import added, new_key
 from vecsvc.client import AsyncClient, Client
 from vecsvc.types import BatchAnswer, SearchAnswer
@@ -346,5 +347,5 @@ def test_numbers_of_numpy_are_taken_and_what_is_no_vector_is_named(running: Serv
 def test_an_error_of_the_service_comes_in_its_own_words() -> None:
     body = schemas.encode_error("artifact_damaged", "f: cut; pull it again")
     with pytest.raises(errors.ArtifactDamaged) as caught:
-        client._decode(500, body, dict)
+        module._decode(500, body, dict)
     assert str(caught.value) == "f: cut; pull it again"

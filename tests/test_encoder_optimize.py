@@ -301,6 +301,33 @@ def test_smoothing_changes_nothing_until_bits_are_few_and_then_keeps_more(folder
     assert 1 - nearness["8 smooth bits"] < 0.5 * (1 - nearness["8 bits"])
 
 
+def one_product(tmp_path: Path, weight: np.ndarray, name: str = "") -> onnx.ModelProto:
+    helper = onnx.helper
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name=name), helper.make_node("Identity", ["y"], ["out"])],
+        "product",
+        [helper.make_tensor_value_info("x", 1, ["n", weight.shape[0]])],
+        [helper.make_tensor_value_info("out", 1, ["n", weight.shape[1]])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_a_channel_that_was_silent_in_the_sample_may_speak_later(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    weight, rows = rng.standard_normal((64, 32)).astype(np.float32), rng.standard_normal((8, 64)).astype(np.float32)
+    model = one_product(tmp_path, weight)  # nodes need no names
+    seen = np.abs(rows).max(axis=0)
+    seen[9], rows[:, 9], rows[3, 9] = 0, 0, 1
+    smooth(model, {"x": seen})
+    write_int8(model, Recipe(name="x", reduce_range=True), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    [found] = session.run(None, {"x": rows})
+    wanted = rows @ weight
+    cosines = (found * wanted).sum(axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert cosines.min() > 0.999
+
+
 # ------------------------------------------------------------------------------------------- the comparison
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -186,20 +187,62 @@ def test_vectors_with_heavy_tails_keep_their_recall(metric: Metric) -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("share", [0.5, 0.05])
+@pytest.mark.parametrize("share", [0.5, 0.3])
 def test_a_walk_by_vectors_honours_a_filter(share: float, metric: Metric) -> None:
     vectors, queries = split(tight(0.01, 12_000))
+    index = build(vectors, metric, ef_construction=64)
+    assert index.spec.params["walk"] == "vectors"
     allowed = np.random.default_rng(14).random(len(vectors)) < share
-    found = search(build(vectors, metric), queries, allowed=allowed)
+    found = search(index, queries, allowed=allowed)
     assert allowed[found.labels].all()
+    assert (found.hops > 0).all() == (share == 0.5), "where fewer are allowed, all of them are compared"
     assert recall(found, distances_of(queries, vectors, metric), allowed) >= 0.95
 
 
-def test_a_float16_copy_is_walked_where_it_tells_neighbours_apart_and_codes_do_not() -> None:
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_float16_copy_is_walked_where_it_tells_neighbours_apart_and_codes_do_not(metric: Metric) -> None:
     vectors, queries = split(tight(0.1))
-    index = build(vectors, "l2", rerank="float16")
+    index = build(vectors, metric, rerank="float16")
     assert index.spec.params["walk"] == "vectors"
-    assert recall(search(index, queries), distances_of(queries, vectors, "l2")) >= 0.95
+    assert recall(search(index, queries), distances_of(queries, vectors, metric)) >= 0.9
+    huge, asked = vectors * np.float32(1e5), queries * np.float32(1e5)  # held at the ends of float16
+    if metric == "l2":
+        assert build(huge, metric, rerank="float16").spec.params["walk"] == "codes"
+        assert build(huge, metric).spec.params["walk"] == "vectors"
+        assert recall(search(build(huge, metric), asked), distances_of(asked, huge, metric)) >= 0.97
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_row_astray_leaves_a_graph_drawn_by_vectors_as_it_is(metric: Metric) -> None:
+    vectors, queries = split(tight(0.01))
+    vectors = vectors.copy()
+    vectors[7] = 1e4
+    found = search(build(vectors, metric), queries)
+    distances = distances_of(queries, vectors, metric)
+    assert recall(found, distances) >= 0.9
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e12])
+def test_tight_clusters_of_any_scale_are_drawn_by_vectors(scale: float) -> None:
+    vectors, queries = split(tight(0.01) * np.float32(scale))
+    index = build(vectors, "l2")
+    assert len(index.parts.pivots) < 400
+    assert recall(search(index, queries), distances_of(queries, vectors, "l2")) >= 0.97
+
+
+def test_half_of_a_corpus_in_tight_clusters_is_noticed_whatever_the_order_of_rows() -> None:
+    vectors = rows(40, 6000).copy()
+    vectors[::2] = tight(0.01, 3000) + 8
+    assert build(vectors, "l2").spec.params["walk"] == "vectors"
+
+
+def test_duplicates_are_no_reason_to_draw_a_graph_by_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def copied(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("index_builders.nng._Codes.compare_rows", copied)
+    vectors = np.repeat(rows(24)[:150], 20, axis=0)
+    assert recall(search(build(vectors, "l2"), vectors[:40]), distances_of(vectors[:40], vectors, "l2")) == 1.0
 
 
 def test_what_walks_by_is_what_was_asked_for_and_codes_where_they_do(tmp_path: Path) -> None:
@@ -216,7 +259,7 @@ def test_what_walks_by_is_what_was_asked_for_and_codes_where_they_do(tmp_path: P
         build(vectors, walk="vectors", rerank="none")
 
 
-@pytest.mark.parametrize("params", [{"walk": "hops"}, {"walk": "vectors", "rerank": "none"}, {"walk": 1}])
+@pytest.mark.parametrize("params", [{"walk": "hops"}, {"walk": "vectors", "rerank": "none"}, {"walk": 1}, {"walk": []}])
 def test_an_index_that_says_it_is_walked_in_an_unknown_way_is_refused(
     params: dict[str, Any], saved: Any, tmp_path: Path
 ) -> None:
@@ -224,7 +267,7 @@ def test_an_index_that_says_it_is_walked_in_an_unknown_way_is_refused(
     for file, content in files.items():
         (tmp_path / file).write_bytes(content)
     wrong = type(spec)(spec.kind, spec.dim, spec.metric, spec.size, {**spec.params, **params})
-    with pytest.raises(ArtifactDamaged, match=rf"{nng.GRAPH}: walked by {params['walk']!r}"):
+    with pytest.raises(ArtifactDamaged, match=re.escape(f"{nng.GRAPH}: walked by {params['walk']!r}")):
         indexes.load(tmp_path, wrong, vectors=rows(20)[:300])
 
 

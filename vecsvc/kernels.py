@@ -226,6 +226,26 @@ def byte_dot(typing: Any, left: Any, right: Any, lines: Any, shift: Any) -> Any:
     return types.int32(types.int64, types.int64, types.int64, types.int64), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def bits_of(typing: Any, value: Any) -> Any:
+    """The bits (int32) of a float32. Of floats without a sign they order as the floats do."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], I32)
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def float_of(typing: Any, bits: Any) -> Any:
+    """The float32 of these bits (int32)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], F32)
+
+    return types.float32(types.int32), generate
+
+
 def _float_sum(left: Any, squares: bool) -> Any:
     """An intrinsic (a, b, dim) -> float32: the sum of a * b, or of (a - b)², with a of type `left` and b float32."""
     size = {F16: 1, F32: 2}[left]

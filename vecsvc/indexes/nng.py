@@ -93,7 +93,7 @@ def load(directory: Path, spec: IndexSpec, *, vectors: StoredVectors, mmap: bool
     if not isinstance(degree, int) or not 1 <= degree <= at.MAX_DEGREE:
         raise ArtifactDamaged(f"{directory / GRAPH}: built with degree {degree}, expected 1 to {at.MAX_DEGREE}")
     walk, rerank = spec.params.get("walk", "codes"), spec.params.get("rerank")
-    if walk not in SEARCHES or (walk == "vectors" and rerank == "none"):
+    if not isinstance(walk, str) or walk not in SEARCHES or (walk == "vectors" and rerank == "none"):
         raise ArtifactDamaged(f"{directory / GRAPH}: walked by {walk!r} with rerank {rerank!r}, which cannot be")
 
     def array(name: str, dtype: Any, *shape: int | None) -> NDArray[Any]:
@@ -176,7 +176,12 @@ class NngIndex:
         if self.spec.params.get("rerank") == "none":
             return None, False, False, None
         if self.parts.vectors is not None:
-            return self.parts.vectors, True, True, None
+            by_place = inverse_norms(self.parts.vectors) if self.spec.metric == "cosine" else None
+            norms = None
+            if by_place is not None:  # float16 moves a length by as much as near ones lie apart
+                norms = np.empty_like(by_place)
+                norms[self.parts.order] = by_place
+            return self.parts.vectors, True, True, norms
         norms = None
         if self.spec.metric == "cosine":
             norms = inverse_norms(vectors)

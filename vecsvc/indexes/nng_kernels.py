@@ -69,6 +69,7 @@ from vecsvc.indexes.nng_layout import (
     K,
 )
 from vecsvc.kernels import (
+    bits_of,
     data_of,
     dot_f16,
     dot_f32,
@@ -265,11 +266,8 @@ def vector_key(index, work, high, place, chunks, code, bias, factor):
     distance = exact_distance(index, get_i64(work, QUERY), place, label, get_i64(index, DIM))
     if bias != 0 and get_i64(index, METRIC) != L2:
         distance += get_f32(bias, place) * factor
-    scratch = get_i64(work, WEIGHTS)
-    put_f32(scratch, 0, distance)
-    # Floats of one sign order as the integers that their bits are; of negative ones, the other way round.
-    bits = np.int64(get_i32(scratch, 0))
-    return bits if bits >= 0 else -(bits & 0x7FFFFFFF)
+    bits = np.int64(bits_of(np.float32(distance)))
+    return bits if bits >= 0 else -(bits & 0x7FFFFFFF)  # those of negative floats order the other way round
 
 
 @inlined
