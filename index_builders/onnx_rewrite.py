@@ -27,7 +27,7 @@ MIN_TABLE_BYTES: Final = 1 << 16  # smaller tables of embeddings stay float32: n
 SMOOTHING: Final = 0.7
 MIN_CHANNEL: Final = 1e-5  # channels that are always smaller are as good as 0
 # A channel that was silent in the sample may speak later: it is taken for this share of the usual one at least.
-SILENT: Final = 0.1
+SILENT: Final = 0.03
 
 _CONTRIB: Final = "com.microsoft"
 _QUANTISED: Final = ("DynamicQuantizeLinear", "MatMulInteger", "QAttention", "MatMulNBits", "DequantizeLinear")
