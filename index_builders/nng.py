@@ -179,8 +179,8 @@ def build(
     made = params_dict(replace(params, walk=walk))
     spec = IndexSpec("nng", dim, metric, size, made, exact_distances=params.rerank == "vectors")
     index = NngIndex(spec, parts, vectors, mmap=True)
-    if params.walk == "auto" and params.rerank != "none" and _misled(index, vectors, rng, num_threads):
-        return index.walked_by("vectors")
+    if params.walk == "auto" and params.rerank != "none":
+        return index.walked_by("vectors" if _misled(index, vectors, rng, num_threads) else "codes")
     return index
 
 
