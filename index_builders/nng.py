@@ -60,7 +60,6 @@ NORMAL_REACH: Final = 3.2
 MAX_REACH: Final = 32.0  # standard deviations that the codes span to each side at most, for ip
 FAR_BEYOND: Final = 2.0  # times the squared length that those are given: longer vectors are pivots
 EQUAL_UP_TO: Final = 0.95  # share of vectors that one more dimension makes equally long, for ip
-EVEN: Final = 1e-3  # share of their squared length that vectors may lack to count as equally long, for ip
 SAMPLE: Final = 20_000  # rows that say how large values get
 SAMPLED_VALUES: Final = 1_000_000  # of theirs, for what is asked of all dimensions together
 CLIPPED: Final = 1e-3  # share of values beyond what the int8 codes' ends are measured by
@@ -235,7 +234,7 @@ class _Codes:
     low: NDArray[np.uint8]
     bias: NDArray[np.float32] | None  # l2: the squared distance from the mean
     lengths: NDArray[np.float64] | None  # ip: squared
-    augment: NDArray[np.float32] | None  # ip, unless they are: what makes vectors equally long, 0 for the longest
+    augment: NDArray[np.float32] | None  # ip: the dimension that makes vectors equally long, 0 for the longest
     rows: NDArray[np.float32] | None  # (size, dim) by place, where codes blur: what `between` compares then
 
     def __init__(self, vectors: StoredVectors, metric: Metric) -> None:
@@ -244,14 +243,15 @@ class _Codes:
         self._metric = metric
         self.lengths = np.empty(size) if metric == "ip" else None
         self.augment = self.rows = None
+        self._even = False
         self.scale, self._step = self._measure(vectors)
         if self.lengths is not None:
             # Were they measured by the longest of all, the others would be near each other and nowhere near it, and
             # no edge would lead to the longest, which are what most queries want.
             self._bound = float(np.quantile(self.lengths, EQUAL_UP_TO))
             missing = np.maximum(0.0, self._bound - self.lengths)
-            if missing.max() > EVEN * self._bound:
-                self.augment = np.sqrt(missing).astype(np.float32)
+            self.augment = np.sqrt(missing).astype(np.float32)
+            self._even = bool(missing.max() <= BLURRED * dim / 6 * self._step**2)
         self.bytes = np.zeros((size, -(-dim // CHUNK_BYTES) * CHUNK_BYTES), np.int8)
         self.high = np.empty((size, code_bytes(dim)), np.uint8)
         self.low = np.empty((size, code_bytes(dim)), np.uint8)
@@ -324,6 +324,8 @@ class _Codes:
         for block, rows in _by_place(vectors, order):
             self.rows[block] = self._as_compared(rows)
         self.block.put(here.ROWS, self.rows)
+        if self.augment is not None:
+            self.block.put(here.AUGMENT, self.augment)
         self.block.values[here.WIDTH] = self.scale.shape[1]
 
     def reorder(self, order: NDArray[np.int32]) -> None:
@@ -345,10 +347,15 @@ class _Codes:
                 here.BYTES: self.bytes,
                 here.SQUARES: lengths,
                 here.SHIFTS: shifts,
-                here.AUGMENT: self.augment,
+                here.AUGMENT: self.extra,
                 here.STEP: np.array([self._step], np.float32),
             },
         )
+
+    @property
+    def extra(self) -> NDArray[np.float32] | None:
+        """`augment`, but where vectors are as equally long as codes can tell: it costs a sixth of a build."""
+        return None if self._even and self.rows is None else self.augment
 
     def outliers(self, count: int) -> NDArray[np.int32]:
         """Up to `count` places of vectors so far out that walks from anywhere else would seldom come by.
@@ -501,8 +508,8 @@ class _Builder:
         codes = self.codes
         bias, most = bounded(codes.bias)
         euclidean = codes.bias is not None or (codes.rows is not None and codes.augment is None)
-        if codes.augment is not None:
-            bias, most = codes.augment, float(codes.augment.max(initial=0.0)) ** 2
+        if codes.extra is not None:
+            bias, most = codes.extra, float(codes.extra.max(initial=0.0)) ** 2
         return Block(
             at.INDEX_SLOTS,
             {

@@ -236,6 +236,13 @@ def test_half_of_a_corpus_in_tight_clusters_is_noticed_whatever_the_order_of_row
     assert build(vectors, "l2").spec.params["walk"] == "vectors"
 
 
+@pytest.mark.parametrize("spread", [0.1, 0.01])
+def test_lengths_that_rounding_leaves_matter_under_products_where_clusters_are_tight(spread: float) -> None:
+    vectors, queries = split(unit(tight(spread)).astype(np.float16).astype(np.float32))
+    found = search(build(vectors, "ip"), queries)
+    assert recall(found, distances_of(queries, vectors, "ip")) >= 0.95
+
+
 def test_duplicates_are_no_reason_to_draw_a_graph_by_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     def copied(*_: Any) -> None:
         raise AssertionError
