@@ -41,6 +41,7 @@ from vecsvc.indexes.base import params_dict
 from vecsvc.indexes.nng import (
     CHUNK_BYTES,
     CHUNK_VALUES,
+    FEW,
     MAX_PIVOTS,
     NngIndex,
     NngParts,
@@ -79,6 +80,7 @@ SLACK_PERCENT: Final = 110  # distances between neighbours count so much when ed
 BLURRED: Final = 10.0
 BLURRED_RANK: Final = 10  # the neighbour that is looked at, ...
 BLURRED_PLACES: Final = 1000  # ... of so many places
+SAME_UNIT: Final = 1e-7  # values of unit vectors that differ by no more are the same
 
 MISLED_ROWS: Final = 200  # vectors that are searched for, to see whether codes mislead a walk
 MISLED_K: Final = 10
@@ -189,9 +191,9 @@ def _misled(index: NngIndex, vectors: StoredVectors, rng: np.random.Generator, n
     Asked for by some of the rows themselves. What no walk would find is no fault of the codes.
     """
     size, copy = len(vectors), index.parts.vectors
-    if size <= MISLED_EF:
-        return False  # every walk sees all
-    if copy is not None and max(copy.max(), -copy.min()) >= np.finfo(np.float16).max:
+    if size <= MISLED_K:
+        return False  # all are answers
+    if copy is not None and _held(copy) > FEW:
         return False  # a copy that had to be held within float16 knows less than codes
     drawn = np.sort(rng.choice(size, min(size, MISLED_ROWS), replace=False))
     rows = np.asarray(vectors[drawn], np.float32)
@@ -298,14 +300,14 @@ class _Codes:
             high = np.maximum(high, np.minimum(greatest, mean + reach))
         scale = np.stack([mean, low, (high - low) / 255])
         far = np.abs(drawn - mean)
-        step = 1.2 * float(np.quantile(far.reshape(-1)[:: max(1, far.size // SAMPLED_VALUES)], 1 - CLIPPED)) / 127
+        step = 1.2 * float(np.quantile(far[:: max(1, far.size // SAMPLED_VALUES)], 1 - CLIPPED)) / 127
         return scale, step or 1.0
 
     def blur(self, known: Lists, vectors: StoredVectors, order: NDArray[np.int32]) -> bool:
         """Whether half of all places have neighbours so near that rounding to codes has a say in which are nearest.
 
-        Rounding moves a value by a variance of 1/12 of a step, so two vectors by dim / 6. Duplicates are no less the
-        same as codes.
+        Rounding moves a value by a variance of 1/12 of a step, so two vectors by dim / 6. Places whose neighbours are
+        duplicates do not count: those are no less the same as codes.
         """
         lists, filled = known
         places = np.flatnonzero(filled >= BLURRED_RANK)
@@ -313,7 +315,10 @@ class _Codes:
         entries = lists[places, BLURRED_RANK - 1]
         folded = entries & 0xFFFFFFFF
         others = places + ((folded >> 1) ^ -(folded & 1))  # as nng_kernels.other_of
-        different = np.any(vectors[order[places]] != vectors[order[others]], axis=1)
+        apart = self._as_compared(np.asarray(vectors[order[places]], np.float32))
+        apart = apart - self._as_compared(np.asarray(vectors[order[others]], np.float32))
+        # Of unit vectors the last digits are of their lengths.
+        different = np.abs(apart).max(axis=1) > (SAME_UNIT if self._metric == "cosine" else 0.0)
         if not different.any():
             return False
         return bool(np.median(entries[different] >> 32) < BLURRED * self.scale.shape[1] / 6)
@@ -396,6 +401,12 @@ def _float16(vectors: StoredVectors, order: NDArray[np.int32], metric: Metric) -
     for block, rows in _by_place(vectors, order):
         copy[block] = np.clip(unit(rows) if metric == "cosine" else rows, -ends, ends)
     return copy
+
+
+def _held(copy: NDArray[np.float16]) -> float:
+    """The share of rows, some of them looked at, with a value at the ends of float16."""
+    rows = copy[:: max(1, len(copy) // SAMPLE)]
+    return float((np.abs(rows.astype(np.float32)).max(axis=1) >= np.finfo(np.float16).max).mean())
 
 
 def _by_place(vectors: StoredVectors, order: NDArray[np.int32]) -> Iterator[tuple[slice, Vectors]]:

@@ -77,6 +77,8 @@ def fuse(model: onnx.ModelProto, *, attention: bool = True) -> Any:
         # Level 0 is the fusions alone: what onnxruntime itself would change depends on this machine.
         fused = optimize_model(model, model_type="bert", optimization_options=options, opt_level=0)
         fused.topological_sort()
+        for number, node in enumerate(fused.model.graph.node):
+            node.name = node.name or f"node_{number}"  # by which quantising tells them apart
     opsets = {entry.domain for entry in fused.model.opset_import}
     if _CONTRIB not in opsets:
         fused.model.opset_import.append(import_onnx().helper.make_opsetid(_CONTRIB, 1))
@@ -127,7 +129,8 @@ def smooth(model: onnx.ModelProto, greatest: Mapping[str, NDArray[np.float32]]) 
             weight = weights[node.input[1]]
             matrix = onnx.numpy_helper.to_array(weight)
             seen = greatest[node.input[0]]
-            activations = np.maximum(seen, max(MIN_CHANNEL, SILENT * float(np.median(seen))))
+            usual = float(np.median(seen[seen > MIN_CHANNEL])) if (seen > MIN_CHANNEL).any() else 0.0
+            activations = np.maximum(seen, max(MIN_CHANNEL, SILENT * usual))
             rows = np.maximum(np.abs(matrix).max(axis=1), MIN_CHANNEL)
             factor = activations**SMOOTHING / rows ** (1 - SMOOTHING)
             factor = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
@@ -229,8 +232,9 @@ def _quantise_blocks(model: onnx.ModelProto) -> None:
     onnx = import_onnx()
     graph = model.graph
     weights = {weight.name: weight for weight in graph.initializer}
+    users = Counter(name for node in graph.node for name in node.input)
     for node in graph.node:
-        weight = weights.get(node.input[1]) if node.op_type == "MatMul" else None
+        weight = weights.get(node.input[1]) if node.op_type == "MatMul" and users[node.input[1]] == 1 else None
         if weight is None or len(weight.dims) != 2 or weight.dims[0] % BLOCK:
             continue
         matrix = onnx.numpy_helper.to_array(weight).astype(np.float32)
@@ -240,12 +244,12 @@ def _quantise_blocks(model: onnx.ModelProto) -> None:
         scaled = np.divide(blocks, scale[..., None], out=np.zeros_like(blocks), where=scale[..., None] > 0)
         codes = (np.rint(scaled) + 128).astype(np.uint8)  # 128 stands for 0
         graph.initializer.remove(weights.pop(node.input[1]))
-        graph.initializer.append(onnx.numpy_helper.from_array(codes, f"{node.name}_codes"))
-        graph.initializer.append(onnx.numpy_helper.from_array(scale, f"{node.name}_scale"))
+        graph.initializer.append(onnx.numpy_helper.from_array(codes, f"{weight.name}_codes"))
+        graph.initializer.append(onnx.numpy_helper.from_array(scale, f"{weight.name}_scale"))
         node.op_type, node.domain = "MatMulNBits", _CONTRIB
         given = node.input[0]
         del node.input[:]
-        node.input.extend([given, f"{node.name}_codes", f"{node.name}_scale"])
+        node.input.extend([given, f"{weight.name}_codes", f"{weight.name}_scale"])
         # Level 4 lets the sums be of 8-bit integers, too.
         for key, value in (("K", inner), ("N", outer), ("bits", 8), ("block_size", BLOCK), ("accuracy_level", 4)):
             node.attribute.append(onnx.helper.make_attribute(key, value))

@@ -193,7 +193,9 @@ def test_nothing_more_is_opened_when_the_time_is_over(monkeypatch: pytest.Monkey
     monkeypatch.setattr(machine, "open", slowly)
     choice = machine.choose(8)
     assert kept(choice) == (2, 1, False), "what takes long to open wins by threads, too"
-    assert len(machine.opened) == 2 and choice.why.endswith("1 s were over")
+    assert len(machine.opened) == 2 and choice.why.endswith(
+        "4 threads were not tried after 1 s; spinning was not tried after 1 s"
+    )
 
 
 def test_another_opening_that_fails_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,6 +243,13 @@ def test_lengths_that_rounding_leaves_matter_under_products_where_clusters_are_t
     assert recall(found, distances_of(queries, vectors, "ip")) >= 0.95
 
 
+def test_few_rows_that_codes_cannot_tell_apart_are_walked_by_vectors() -> None:
+    both = (1 + 0.001 * np.random.default_rng(15).standard_normal((120, 40))).astype(np.float32)
+    both[0] = -50
+    vectors, queries = both[:60], both[60:]
+    assert recall(search(build(vectors, "l2"), queries), distances_of(queries, vectors, "l2")) >= 0.95
+
+
 def test_duplicates_are_no_reason_to_draw_a_graph_by_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     def copied(*_: Any) -> None:
         raise AssertionError

@@ -159,12 +159,15 @@ def open_fastest(
 
     for threads in steps(cores)[1:]:
         # Large models take long to open, and win the most by threads: the second opening does not look at the time.
-        if (threads > 2 and clock() >= end) or not try_out(threads, spinning is True):
+        if threads > 2 and clock() >= end:
+            told.append(f"{threads} threads were not tried after {WHOLE_S:g} s")
+            break
+        if not try_out(threads, spinning is True):
             break
     if spinning is None and clock() < end:
         try_out(max(2, best.threads), True)
-    if clock() >= end:
-        told.append(f"{WHOLE_S:g} s were over")
+    elif spinning is None:
+        told.append(f"spinning was not tried after {WHOLE_S:g} s")
     runs = runs_at_once(best.timing.texts_s)
     return best.encoder, RunChoice(threads=best.threads, spinning=best.spinning, instances=runs, why="; ".join(told))
 
@@ -174,8 +177,7 @@ def measure(
 ) -> Timing:
     """Time a short query, and batches with so many runs `at_once` as pay, in turn, each for about PART_S.
 
-    Raises EncoderError where a run alone fails; of several at once, which a memory ceiling may not hold, the rest is
-    left out.
+    Raises EncoderError where a run alone fails; several at once, which a memory ceiling may not hold, count as nothing.
     """
     short = encoder.split([SHORT])
     for tokens in (short, batch):
@@ -188,8 +190,10 @@ def measure(
         try:
             texts_s[runs] = _texts_s(encoder, batch, runs, clock)
         except EncoderError:
-            if not texts_s:
+            if runs == 1:
                 raise
+            if not texts_s:
+                texts_s[runs] = 0.0  # given, and more than a memory ceiling holds of such batches
             break
         if runs_at_once(texts_s) != runs:
             break
