@@ -463,5 +463,5 @@ def test_texts_whose_deadline_passed_are_never_encoded(bulk: bool) -> None:
         await until(lambda: engine.in_flight == 0)
         assert len(runs) == 1
 
-    with opened(service.index("texts"), inline_ms=0) as engine:
+    with opened(service.index("texts"), inline_ms=0, encoder_instances=1) as engine:
         run(ask(engine))
