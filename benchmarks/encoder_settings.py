@@ -23,7 +23,6 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -35,7 +34,7 @@ from common import save, table
 import index_builders
 from vecsvc import onnx_session
 from vecsvc.encoders import default_encoder
-from vecsvc.encoders.measure import LONGER, MAX_BATCH_TEXTS, SHORT, open_fastest, steps
+from vecsvc.encoders.measure import LONGER, MAX_BATCH_TEXTS, SHORT, open_fastest, steps, texts_a_second
 from vecsvc.encoders.onnx import OnnxEncoder, open_encoder
 from vecsvc.onnx_session import usable_cores
 
@@ -112,9 +111,10 @@ def measure(encoder: OnnxEncoder, runs: int, part_s: float, search: Callable[[],
     paced_ms, paced_cpu_ms = queries(encoder, part_s, PAUSE_S)
     with Neighbour(search) as beside_queries:
         beside_ms, _ = queries(encoder, part_s, PAUSE_S)
-    texts_s = batches(encoder, runs, part_s)
+    batch = encoder.split([LONGER] * MAX_BATCH_TEXTS)
+    texts_s = texts_a_second(encoder, batch, runs, part_s)
     with Neighbour(search) as beside_batches:
-        beside_texts_s = batches(encoder, runs, part_s)
+        beside_texts_s = texts_a_second(encoder, batch, runs, part_s)
     return {
         "query ms": query_ms,
         "paced ms": paced_ms,
@@ -138,22 +138,6 @@ def queries(encoder: OnnxEncoder, part_s: float, pause_s: float) -> tuple[float,
         if pause_s:
             time.sleep(pause_s)
     return median(spent) * 1e3, (time.process_time() - processor) / len(spent) * 1e3
-
-
-def batches(encoder: OnnxEncoder, runs: int, part_s: float) -> float:
-    """Texts a second with so many runs at once."""
-    batch = encoder.split([LONGER] * MAX_BATCH_TEXTS)
-    started = time.perf_counter()
-
-    def work(_: int) -> int:
-        done = 0
-        while not done or time.perf_counter() < started + part_s:
-            encoder.run(batch)
-            done += len(batch)
-        return done
-
-    with ThreadPoolExecutor(runs) as pool:
-        return sum(pool.map(work, range(runs))) / (time.perf_counter() - started)
 
 
 # ------------------------------------------------------------------------------------------------ the others

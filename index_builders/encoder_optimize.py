@@ -185,6 +185,7 @@ def _first_within(
 ) -> tuple[Recipe, Loss]:
     """Write models to the staging folder until one keeps the loss. Raises EncoderError where none does."""
     tried = []
+    greatest: dict[str, NDArray[np.float32]] | None = None  # the same for all recipes: they are fused alike
     for recipe in _recipes(asked.precision):
         target = staging / MODELS[0]
         delete_file(target)
@@ -195,7 +196,9 @@ def _first_within(
             write_float16(fused, target)
         else:
             if recipe.smooth:
-                smooth(fused.model, _greatest(fused.model, staging, comparison.sample, asked))
+                if greatest is None:
+                    greatest = _greatest(fused.model, staging, comparison.sample, asked)
+                smooth(fused.model, greatest)
             write_int8(fused.model, recipe, target)
         changed: OnnxEncoder = open_encoder(staging, device=asked.device, num_threads=asked.num_threads)
         try:

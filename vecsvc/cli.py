@@ -372,7 +372,7 @@ def inspect(directory: Path, versions: bool, as_json: bool) -> None:
 
 def _version(folder: IndexFolder, name: str) -> dict[str, Any]:
     """What a list of versions says of one: `damage` is what the manifest and the sizes of its files show."""
-    from vecsvc.manifest import check_version, read_manifest
+    from vecsvc.manifest import check_sizes_here, read_manifest
 
     created, damage = None, None
     try:
@@ -380,8 +380,9 @@ def _version(folder: IndexFolder, name: str) -> dict[str, Any]:
     except ArtifactDamaged:
         serves = False  # a rollback mends it, and this list is where to find the version to roll back to
     try:
-        created = read_manifest(folder.path / name).created  # also said where files are damaged
-        check_version(folder.path / name)
+        manifest = read_manifest(folder.path / name)
+        created = manifest.created  # also said where files are damaged
+        check_sizes_here(folder.path / name, manifest)
     except VecsvcError as error:
         damage = str(error)
     return {"version": name, "created": created, "serves": serves, "damage": damage}
@@ -461,9 +462,9 @@ def rollback(directory: Path, to: str | None) -> None:
     Where its manifest or the size of a file shows that it is damaged, nothing is changed and the exit code is 1; vecsvc
     verify reads the files whole.
     """
-    from vecsvc.manifest import check_version
+    from vecsvc.manifest import check_whole
 
-    before, after = _one(directory).rollback(to, check_version)
+    before, after = _one(directory).rollback(to, check_whole)
     click.echo(f"{before} -> {after}; running services follow on their own")
 
 

@@ -263,11 +263,13 @@ def file_entries(folder: Path, paths: Iterable[Path]) -> list[FileEntry]:
     ]
 
 
-def check_version(folder: Path) -> Manifest:
-    """The manifest of a version; refused where it, or the size of a file that is here, shows damage."""
-    manifest = read_manifest(folder)
+def check_whole(folder: Path) -> None:
+    """Refuse a version whose manifest, or the size of a file that is here, shows that it is damaged."""
+    check_sizes_here(folder, read_manifest(folder))
+
+
+def check_sizes_here(folder: Path, manifest: Manifest) -> None:
     check_files(folder, manifest.files_of(shards_here(folder, manifest)), hashes=False)
-    return manifest
 
 
 def check_files(folder: Path, entries: Sequence[FileEntry], *, hashes: bool = True, remedy: str = MEND_VERSION) -> None:

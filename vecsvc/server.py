@@ -46,7 +46,7 @@ from vecsvc.errors import (
 )
 from vecsvc.front_door import Backend
 from vecsvc.heads import Head
-from vecsvc.manifest import check_version
+from vecsvc.manifest import check_whole
 from vecsvc.question_checks import count
 from vecsvc.reaper import Reaper
 from vecsvc.server_embed import EmbedRoutes
@@ -427,7 +427,7 @@ class Service:
         folders = {folder.name: folder for folder in index_folders(self._directory)}
         if name not in folders:
             raise UnknownIndex(f"no index {name[:80]!r}; there are: {', '.join(folders)}")
-        before, after = await self._as_admin(lambda: folders[name].rollback(to, check_version))
+        before, after = await self._as_admin(lambda: folders[name].rollback(to, check_whole))
         await self.refresh(again=True)
         return _json(schemas.encode({"index": name, "from": before, "to": after, "problems": self.catalog.problems}))
 

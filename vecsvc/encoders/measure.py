@@ -75,10 +75,15 @@ class _Opened(Generic[E]):
     def __str__(self) -> str:
         at_once = runs_at_once(self.timing.texts_s)
         return (
-            f"{self.threads} {'spinning ' if self.spinning else ''}thread{'s' if self.threads > 1 else ''}: "
-            f"{self.timing.short_s * 1e3:.2f} ms a query, {self.timing.busy_s * 1e3:.2f} beside busy threads, "
+            f"{_way(self.threads, self.spinning)}: {self.timing.short_s * 1e3:.2f} ms a query, "
+            f"{self.timing.busy_s * 1e3:.2f} beside busy threads, "
             f"{self.timing.texts_s[at_once]:,.0f} texts/s with {at_once} run{'s' if at_once > 1 else ''} at once"
         )
+
+
+def _way(threads: int, spinning: bool) -> str:
+    """How an encoder was opened, for people."""
+    return f"{threads} {'spinning ' if spinning else ''}thread{'s' if threads > 1 else ''}"
 
 
 # ------------------------------------------------------------------------------------------------- the rules
@@ -149,7 +154,7 @@ def open_fastest(
                 with _closing(encoder):
                     tried = _Opened(encoder, threads, spins, measure(encoder, at_once(threads), cores, batch, clock))
             except EncoderError as error:
-                told.append(f"{threads} {'spinning ' if spins else ''}threads: {error}")
+                told.append(f"{_way(threads, spins)}: {error}")
                 return False
         told.append(str(tried))
         better = pays(best.timing, tried.timing)
@@ -188,7 +193,7 @@ def measure(
     texts_s: dict[int, float] = {}
     for runs in at_once:
         try:
-            texts_s[runs] = _texts_s(encoder, batch, runs, clock)
+            texts_s[runs] = texts_a_second(encoder, batch, runs, PART_S, clock)
         except EncoderError:
             if runs == 1:
                 raise
@@ -230,14 +235,16 @@ def _median(encoder: Encoder, tokens: Sequence[Tokens], clock: Clock) -> float:
     return statistics.median(seconds)
 
 
-def _texts_s(encoder: Encoder, batch: Sequence[Tokens], runs: int, clock: Clock) -> float:
-    """Texts a second while so many threads run the batch again and again."""
+def texts_a_second(
+    encoder: Encoder, batch: Sequence[Tokens], runs: int, part_s: float, clock: Clock = time.perf_counter
+) -> float:
+    """Texts a second while so many threads run the batch again and again, each at least once."""
     started = clock()
 
     def work(_: int) -> int:
         encoder.run(batch)
         done = len(batch)
-        while clock() < started + PART_S:
+        while clock() < started + part_s:
             encoder.run(batch)
             done += len(batch)
         return done
