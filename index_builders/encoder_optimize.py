@@ -53,7 +53,7 @@ MAX_TEXTS_READ: Final = 20_000
 WATCHED_TEXTS: Final = 128  # queries, and as many documents, that show how large activations get
 
 # What is tried in turn; the first that keeps the loss stays.
-_FULL: Final = Recipe(name="8 bits, smoothed", smooth=True)
+_FULL: Final = (Recipe(name="8 bits"), Recipe(name="8 bits, smoothed", smooth=True))
 _REDUCED: Final = Recipe(name="7 bits of 8, smoothed", reduce_range=True, smooth=True)
 _MIDDLE: Final = Recipe(
     name="7 bits of 8, smoothed, narrowing matrices left", reduce_range=True, smooth=True, narrow=False
@@ -177,7 +177,7 @@ def _recipes(precision: str) -> list[Recipe]:
     if precision != "int8":
         return [Recipe(name="fused")]
     # Where the processor has VNNI nothing saturates, and the eighth bit is free.
-    return [*([_FULL] if best_path().endswith("vnni") else []), _REDUCED, _MIDDLE, _BLOCKS]
+    return [*(_FULL if best_path().endswith("vnni") else ()), _REDUCED, _MIDDLE, _BLOCKS]
 
 
 def _first_within(
@@ -189,7 +189,12 @@ def _first_within(
     for recipe in _recipes(asked.precision):
         target = staging / MODELS[0]
         delete_file(target)
-        fused = fuse(load_model(model), attention=not recipe.blocks)
+        fused = fuse(
+            load_model(model),
+            attention=not recipe.blocks,
+            skip=asked.precision == "fp16",
+            tanh=asked.precision == "int8",
+        )
         if asked.precision == "fp32":
             write_model(fused.model, target)
         elif asked.precision == "fp16":

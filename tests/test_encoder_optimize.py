@@ -75,9 +75,9 @@ def operators(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("precision", "expected"),
     [
-        ("int8", {"QAttention", "MatMulInteger", "SkipLayerNormalization"}),
-        ("fp16", {"Attention", "BiasGelu"}),
-        ("fp32", {"Attention", "BiasGelu", "SkipLayerNormalization"}),
+        ("int8", {"QAttention", "MatMulInteger", "LayerNormalization"}),
+        ("fp16", {"Attention", "BiasGelu", "SkipLayerNormalization"}),
+        ("fp32", {"Attention", "BiasGelu", "LayerNormalization"}),
     ],
 )
 def test_an_optimized_encoder_agrees_with_its_original_and_says_so(
@@ -118,7 +118,7 @@ def test_the_next_recipe_is_tried_where_one_loses_too_much(
 
 def test_eight_whole_bits_are_tried_first_where_nothing_saturates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "best_path", lambda: "avx512-vnni")
-    assert [recipe.reduce_range for recipe in module._recipes("int8")] == [False, True, True, False]
+    assert [recipe.reduce_range for recipe in module._recipes("int8")] == [False, False, True, True, False]
     monkeypatch.setattr(module, "best_path", lambda: "avx2")
     assert module._recipes("int8")[0].reduce_range
 
@@ -262,14 +262,25 @@ def test_narrowing_matrices_can_be_left_as_they_are(folder: Path, tmp_path: Path
     assert left == [0, 2]  # one a layer
 
 
+def test_sums_stay_in_one_node_with_their_normalisation_only_where_asked(folder: Path, tmp_path: Path) -> None:
+    copies = [write_tiny_bert(tmp_path / name, dim=64) for name in ("together", "apart")]
+    found = []
+    for copy, skip in zip(copies, (True, False), strict=True):
+        (copy / "model.onnx").unlink()
+        write_model(fuse(load_model(folder / "model.onnx"), skip=skip).model, copy / "model.onnx")
+        assert ("SkipLayerNormalization" in operators(copy)) is skip
+        found.append(open_encoder(copy, num_threads=1).encode(TEXTS))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+
+
 def unlike_channels(model: onnx.ModelProto) -> None:
     """Make one channel of what every layer hands on forty times as great as the others."""
     weights = {weight.name: weight for weight in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "SkipLayerNormalization":
-            gamma = onnx.numpy_helper.to_array(weights[node.input[2]]).copy()
+        if node.op_type == "LayerNormalization":
+            gamma = onnx.numpy_helper.to_array(weights[node.input[1]]).copy()
             gamma[5] *= 40
-            weights[node.input[2]].CopyFrom(onnx.numpy_helper.from_array(gamma, node.input[2]))
+            weights[node.input[1]].CopyFrom(onnx.numpy_helper.from_array(gamma, node.input[1]))
 
 
 def test_smoothing_changes_nothing_until_bits_are_few_and_then_keeps_more(folder: Path, tmp_path: Path) -> None:
