@@ -285,6 +285,33 @@ def test_of_several_runs_at_once_bulk_leaves_one_to_queries(workers: int) -> Non
     play(scene, BulkGate(), workers=workers)
 
 
+def test_with_one_worker_a_query_may_begin_beside_bulk_and_a_second_one_not() -> None:
+    async def scene(world: World) -> None:
+        world.encoder.gate.clear()
+        jobs = [world.ask([text(100 + at, 64) for at in range(40)], lane="bulk") for _ in range(2)]
+        await world.entered()
+        await world.ask([text(2)])  # through, while bulk is held
+        await world.entered()
+        assert world.encoder.runs[-1] == [2] and sum(len(run) > 1 for run in world.encoder.runs) == 1
+        pair = world.ask([text(3), text(4)])  # held, and so is the place of queries
+        await world.entered()
+        later = world.ask([text(5)])
+        await asyncio.sleep(0.05)
+        assert world.encoder.runs[-1] == [3, 4] and not later.done()
+        await world.release()
+        await asyncio.gather(*jobs, pair, later)
+
+    play(scene, BulkGate(), workers=1, beside_bulk=True)
+
+
+def test_texts_that_join_a_running_batch_have_no_run_beside_it() -> None:
+    async def scene(world: World) -> None:
+        assert len(world.batcher._workers) == 1
+        await world.ask([text(2)])
+
+    play(scene, FakeStepEncoder(), workers=1, beside_bulk=True)
+
+
 @pytest.mark.parametrize("long_runs", [1e9, 0])
 def test_a_short_text_runs_in_its_callers_thread_beside_bulk_unless_that_seems_to_hang(
     long_runs: float, monkeypatch: pytest.MonkeyPatch
@@ -315,7 +342,7 @@ def test_a_worker_that_bulk_was_kept_from_takes_it_when_another_run_ends() -> No
         batcher._runs = {-1: run, -2: Run("bulk", [(request, 1)])}
         request.take(0, 64, 2)
         batcher._lanes.add(request, "bulk")
-        assert not batcher.takes_bulk(), "two of three runs are bulk already"
+        assert not batcher.takes("bulk"), "two of three runs are bulk already"
         batcher._changed.notify_all()
     batcher.finish(-1, run, [], [], 0.0, None)
     assert encoder.entered.acquire(timeout=20)
@@ -597,7 +624,7 @@ def test_a_wedged_run_is_given_up_and_a_new_encoder_takes_the_rest(kind: type[Fa
 def test_a_bug_in_a_worker_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene(world: World) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(Lanes, "take", lambda self, *_: 1 / 0)
+            patch.setattr(Lanes, "take", lambda self, *_, **__: 1 / 0)
             with pytest.raises(EncoderError, match="the batcher failed: ZeroDivisionError"):
                 await world.ask([text(2)])
         await world.ask([text(3)])

@@ -23,8 +23,8 @@ Read = Callable[[str], np.ndarray | None]
 @pytest.fixture(params=machine_code.PATHS[machine_code.PATHS.index(HERE) :], autouse=True)
 def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything here holds on each path that this processor has."""
-    kernel = machine_code.load("vecsvc.json_kernels", "json_rows", 4, request.param)
-    monkeypatch.setattr(json_vectors, "_loaded", [kernel])
+    kernels = [machine_code.load("vecsvc.json_kernels", name, 4, request.param) for name in ("json_rows", "json_text")]
+    monkeypatch.setattr(json_vectors, "_loaded", kernels)
 
 
 def vector(text: str) -> np.ndarray | None:
@@ -158,3 +158,54 @@ def test_until_the_kernel_is_there_the_decoder_does_it(monkeypatch: pytest.Monke
     after, _ = schemas.parse_search(body, LIMITS)
     assert isinstance(before, VectorQuery) and isinstance(after, VectorQuery)
     assert before.vectors.tobytes() == after.vectors.tobytes()
+
+
+# ---------------------------------------------------------------------------------------------- into text
+
+
+def written(values: np.ndarray) -> np.ndarray:
+    text = json_vectors.text(values)
+    assert text == b"".join(text.split()) and text[:1] + text[-1:] == b"[]"
+    return decoded(text.decode())
+
+
+@pytest.mark.parametrize("exponent", range(-44, 38, 3))
+def test_what_is_written_is_read_as_the_same_number(exponent: int) -> None:
+    values = (np.random.default_rng(exponent + 100).standard_normal(3000) * 10.0**exponent).astype(np.float32)
+    assert written(values).tobytes() == values.tobytes()
+
+
+def test_numbers_beside_powers_of_ten_and_two_are_written_right() -> None:
+    powers = [float(f"1e{n}") for n in range(-13, 9)] + [2.0**n for n in range(-43, 30)]
+    middle = np.array(powers, np.float32)
+    near = [np.nextafter(middle, np.float32(side)) for side in (0, np.inf)]
+    values = np.concatenate([middle, *near])
+    values = np.concatenate([values, -values, np.array([0.0, -0.0], np.float32)])
+    for value in values:
+        assert written(value[None]).tobytes() == value.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.5, "0.5"),
+        (-1, "-1.0"),
+        (123456, "123456.0"),
+        (-1234.5, "-1234.5"),
+        (0.1, "0.100000001"),
+        (3 / 2**16, "0.0000457763672"),
+        (2.0**-20, "9.53674316e-07"),
+        (0, "0.0"),
+    ],
+)
+def test_numbers_are_written_as_people_write_them(value: float, expected: str) -> None:
+    assert json_vectors.text(np.array([value], np.float32)).decode() == f"[{expected}]"
+
+
+def test_rows_that_are_no_plain_numbers_are_left_to_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert json_vectors.text(np.array([], np.float32)) == b"[]"
+    assert json_vectors.text(np.array([1e30, 0.5], np.float32)) == msgspec.json.encode([float(np.float32(1e30)), 0.5])
+    strided = np.arange(12, dtype=np.float32)[::3]
+    assert json_vectors.text(strided) == b"[0.0,3.0,6.0,9.0]"
+    monkeypatch.setattr(json_vectors, "_loaded", [])
+    assert json_vectors.text(np.array([0.5], np.float32)) == b"[0.5]"

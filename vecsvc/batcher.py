@@ -1,8 +1,8 @@
 """Gathers waiting texts into one run of the encoder, with two lanes, a deadline for each caller, and no timer.
 
 What waits goes as soon as the model is free. Interactive requests overtake bulk ones, and no run of either lane is
-planned to hold the model longer than `run_s`; so a query that comes while a large job is under way waits for the end
-of one short run. Where several runs may be under way at once, bulk leaves one of them to queries.
+planned to hold the model longer than `run_s`. Where runs may be under way at once, bulk leaves one of them to queries,
+so that a query that comes while a large job is under way waits for no run of it; else it waits for one short run.
 
 The seam to encoders is `encoders/base.py`: an `Encoder` has `run(tokens)`, one run of its model over a batch that is
 chosen here. A `StepEncoder` brings a `Stepper` besides, and its texts join and leave the running batch between
@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from vecsvc.encoders.base import Encoder, run_checked
+from vecsvc.encoders.base import Encoder, StepEncoder, run_checked
 from vecsvc.errors import DeadlineExceeded, EncoderError, NotReady, Overloaded
 from vecsvc.lanes import LaneName, Lanes, Place, Request, begin, cost, fail
 from vecsvc.run_times import RunTimes
@@ -65,6 +65,7 @@ class BatchSettings:
     inline_s: float = 0.0005  # a lone text whose like took less is run in its caller's thread
     max_waiting_tokens: int = 1 << 20  # in each lane
     workers: int = 1  # runs at the same time; of several, one is kept free of bulk
+    beside_bulk: bool = False  # where `workers` is 1, a run of queries may begin beside one of bulk
 
 
 class Waiting(Request):
@@ -176,8 +177,9 @@ class Batcher:
         latest = time.perf_counter() - LONG_RUNS * self.settings.run_s
         if any(run.started < latest for run in self._runs.values()):
             return False
-        bulk_comes = self._lanes.tokens("bulk") > 0 and self.takes_bulk()
-        return not self._lanes.tokens("interactive") and len(self._runs) + bulk_comes < self.settings.workers
+        bulk_comes = self._lanes.tokens("bulk") > 0 and self.takes("bulk")
+        room = self.takes("interactive") and len(self._runs) + bulk_comes < self._most_runs()
+        return room and not self._lanes.tokens("interactive")
 
     def _submit(self, request: Request, lane: LaneName) -> None:
         with self._changed:
@@ -253,9 +255,14 @@ class Batcher:
         encoder.close()
 
     def _start(self) -> None:
-        for _ in range(self.settings.workers):
+        for _ in range(self._most_runs()):
             number = next(self._numbers)
             self._workers[number] = self._start_worker(self, self.encoder, number)
+
+    def _most_runs(self) -> int:
+        """Runs of either lane at the same time. A batch that goes by steps has both lanes' texts inside."""
+        beside = self.settings.beside_bulk and not isinstance(self.encoder, StepEncoder)
+        return max(self.settings.workers, 2 if beside else 1)
 
     # ----------------------------------------------------------------------------------------- for the workers
 
@@ -283,10 +290,10 @@ class Batcher:
             if run is not None:
                 return run
 
-    def takes_bulk(self) -> bool:
-        """Whether bulk may begin a run, for whoever holds the lock: one worker of several waits for queries."""
-        runs = sum(run.lane == "bulk" for run in self._runs.values())
-        return runs < max(1, self.settings.workers - 1)
+    def takes(self, lane: LaneName) -> bool:
+        """Whether a lane may begin a run, for whoever holds the lock: of several, one is left to queries."""
+        runs = sum(run.lane == lane for run in self._runs.values())
+        return runs < (max(1, self._most_runs() - 1) if lane == "bulk" else self.settings.workers)
 
     def retry(self, number: int, run: Run) -> bool:
         """Note that a worker begins a part of its run anew; False where it is no longer wanted."""

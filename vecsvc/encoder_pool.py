@@ -49,6 +49,8 @@ class PooledEncoder(QueryEncoder):
             inline_s=settings.inline_ms / 1e3 if device == INLINE_DEVICE else 0.0,
             max_waiting_tokens=settings.max_waiting_tokens,
             workers=choice.instances,
+            # Under a ceiling a second run might fail for want of memory.
+            beside_bulk=not settings.encoder_memory_mb,
         )
         super().__init__(encoder, batches, settings.encoder_cache, metrics)
         self.hashes = hashes

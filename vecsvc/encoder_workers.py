@@ -58,7 +58,8 @@ class _Worker:
 
     def _choose(self, lanes: Lanes) -> Run | None:
         budget = self.batcher.times.budget(self.batcher.settings.run_s)
-        lane, places = lanes.take(budget, self.batcher.takes_bulk())
+        interactive, bulk = self.batcher.takes("interactive"), self.batcher.takes("bulk")
+        lane, places = lanes.take(budget, interactive=interactive, bulk=bulk)
         return Run(lane, places) if places else None
 
     def run_whole(self, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Vectors out of JSON text, without a Python object for each number."""
+"""Vectors out of JSON text and into it, without a Python object for each number, and without Python's lock."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from typing import Final
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from vecsvc import machine_code
 from vecsvc.types import Vectors
 
 _POWERS: Final = np.array([float(f"1e{i}") for i in range(23)])
 _POWERS_AT: Final = int(_POWERS.ctypes.data)
-_loaded: Final[list[machine_code.Kernel]] = []
-_MORE: Final = 4  # places that the kernel needs beyond one for every second byte
+_loaded: Final[list[machine_code.Kernel]] = []  # what reads, and what writes
+_MORE: Final = 4  # places that the reading kernel needs beyond one for every second byte
+_BYTES: Final = 17  # a number takes no more, its comma included, ...
+_ENDS: Final = 10  # ... and the array no more besides
 
 
 def vector(text: msgspec.Raw | bytes) -> Vectors | None:
@@ -43,7 +46,19 @@ def _read(text: msgspec.Raw | bytes) -> tuple[Vectors | None, int]:
     return (None, 0) if found < 1 else (out[: found & 0xFFFFFFFF], found >> 32)
 
 
+def text(row: NDArray[np.float32]) -> bytes:
+    """The values of a row (n,) as a JSON array, by which each is found again to the bit."""
+    if _loaded:
+        values = np.ascontiguousarray(row, np.float32)
+        out = np.empty(_BYTES * len(values) + _ENDS, np.uint8)
+        size = _loaded[1](id(values), len(values), id(out), _POWERS_AT)
+        if size > 0:
+            return out[:size].tobytes()
+    return msgspec.json.encode(row.tolist())
+
+
 def load() -> None:
-    """Make ready what reads the text, which is compiled where it is not kept. Until then `msgspec.json` has to do."""
+    """Make ready what reads and writes the text, compiled where it is not kept. Until then `msgspec.json` has to do."""
     if not _loaded:
-        _loaded.append(machine_code.load("vecsvc.json_kernels", "json_rows", 4))
+        kernels = [machine_code.load("vecsvc.json_kernels", name, 4) for name in ("json_rows", "json_text")]
+        _loaded.extend(kernels)

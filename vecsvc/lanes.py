@@ -187,13 +187,13 @@ class Lanes:
         """Forget whose callers left; those whose deadline has passed come back, and wait no longer."""
         return [request for lane in self._lanes.values() for request in lane.sweep(now)]
 
-    def take(self, budget: int, bulk: bool = True) -> tuple[LaneName, list[Place]]:
+    def take(self, budget: int, *, interactive: bool = True, bulk: bool = True) -> tuple[LaneName, list[Place]]:
         """The texts of the next run, of at most `budget` tokens with padding; none where nothing waits.
 
-        Bulk has its turn only where `bulk` is true.
+        A lane has its turn only where it is true.
         """
-        name = self._first() if bulk else "interactive"
-        return name, self._lanes[name].take(budget)
+        name = self._first() if interactive and bulk else "bulk" if bulk else "interactive"
+        return name, self._lanes[name].take(budget) if interactive or bulk else []
 
     def take_any(self, room: int, spare: int) -> list[Place]:
         """Texts of any length that may join a running batch; bulk leaves `spare` of the `room` to queries to come.

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from msgspec import UNSET, Struct, UnsetType
 
+from vecsvc import json_vectors
 from vecsvc.config import HttpSettings
 from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.errors import InvalidRequest
@@ -147,7 +148,7 @@ def _text(text: Any, name: str, limits: HttpSettings) -> str:
 class OpenAIEmbedding(Struct, frozen=True):
     object: Literal["embedding"]
     index: int
-    embedding: list[float] | str  # numbers, or base64 of little-endian float32
+    embedding: msgspec.Raw | str  # numbers, or base64 of little-endian float32
 
 
 class OpenAIUsage(Struct, frozen=True):
@@ -165,7 +166,13 @@ class OpenAIAnswer(Struct, frozen=True):
 def encode_openai(embedded: Embedded, *, as_base64: bool) -> bytes:
     rows = np.ascontiguousarray(embedded.vectors, dtype="<f4")
     data = (
-        OpenAIEmbedding("embedding", index, base64.b64encode(row).decode() if as_base64 else row.tolist())
+        msgspec.json.encode(
+            OpenAIEmbedding(
+                "embedding",
+                index,
+                base64.b64encode(row).decode() if as_base64 else msgspec.Raw(json_vectors.text(row)),
+            )
+        )
         for index, row in enumerate(rows)
     )
     tokens = sum(embedded.tokens)
@@ -174,13 +181,12 @@ def encode_openai(embedded: Embedded, *, as_base64: bool) -> bytes:
 
 
 def encode_tei(embedded: Embedded) -> bytes:
-    return _list(row.tolist() for row in embedded.vectors)
+    return _list(map(json_vectors.text, embedded.vectors))
 
 
-def _list(rows: Iterable[Any]) -> bytes:
-    """A JSON list, made row by row: in one piece a long one would hold the interpreter's lock for tens of
-    milliseconds, and queries that come meanwhile would wait for it."""
-    return b"[%b]" % b",".join(map(msgspec.json.encode, rows))
+def _list(rows: Iterable[bytes]) -> bytes:
+    """A JSON list, made row by row: queries that come meanwhile would wait for the interpreter's lock otherwise."""
+    return b"[%b]" % b",".join(rows)
 
 
 # ------------------------------------------------------------------------------------------------- errors
