@@ -257,6 +257,9 @@ def code_key(index, work, high, place, chunks, code, bias, factor):
 def fetch_code(index, high, place, chunks):
     for line in range(chunks):
         prefetch(high + place * (chunks << 6) + (line << 6))
+    bias = get_i64(index, BIAS)
+    if bias != 0:
+        prefetch(bias + (place << 2))
 
 
 @inlined
@@ -584,6 +587,9 @@ def answer(index, work, size, k, depth, labels, distances):
     """Write the k nearest of the pool's first `depth` entries."""
     pool = get_i64(work, POOL)
     compared = min(size, depth)
+    if get_i64(index, VECTORS) != 0 and not get_i64(index, VECTORS_BY_PLACE):
+        for i in range(compared):  # where a vector lies has to be read before it can be fetched
+            prefetch(get_i64(index, ORDER) + (place_of(get_i64(pool, i)) << 2))
     constant = constant_part(index, work)
     found = 0
     for i in range(-ROWS_AHEAD, compared):
