@@ -28,6 +28,8 @@ from common import K, Task, load_task, parser, save, table, vecsvc, work_folder,
 from load import Tally, Wire, closed_loop, open_loop, post, run
 from nodes import Place
 
+from vecsvc.encoders import DEFAULT
+
 BATCH = 50
 WINDOW_S = 0.5
 NORMAL = 2.0  # a median of at most so many times the one before counts as normal
@@ -39,9 +41,9 @@ def texts(n: int, seed: int) -> list[str]:
     return [" ".join(chance.choice(WORDS, 8)) + f" {seed}-{i}" for i in range(n)]
 
 
-def build(task: Task, work: Path, n_texts: int) -> Path:
-    """An index of vectors, and one of texts with the default encoder."""
-    out = work / f"overload-{len(task.base)}-{n_texts}"
+def build(task: Task, work: Path, n_texts: int, encoder: str) -> Path:
+    """An index of vectors, and one of texts."""
+    out = work / f"overload-{len(task.base)}-{n_texts}-{Path(encoder).name}"
     if not (out / "texts" / "CURRENT").exists():
         flags = ["--out", str(out), "--certificate-queries", "0", "--kind"]
         source = write_corpus(task.base, work / "overload.parquet")
@@ -50,7 +52,7 @@ def build(task: Task, work: Path, n_texts: int) -> Path:
             vecsvc("build-index", str(source), *flags, "nng", "--name", "vectors", "--metric", "ip"), **quiet
         )
         pq.write_table(pa.table({"id": list(range(n_texts)), "text": texts(n_texts, 1)}), source)
-        more = ["--name", "texts", "--encoder", "default"]
+        more = ["--name", "texts", "--encoder", encoder]
         subprocess.run(vecsvc("build-index", str(source), *flags, "nng", *more), **quiet)
         source.unlink()
     return out
@@ -203,6 +205,7 @@ def main() -> None:
     arguments = parser("One node under several times the load that it can take")
     arguments.add_argument("--seconds", type=float, default=2.0, help="how long each overload lasts")
     arguments.add_argument("--texts", type=int, default=2000, help="texts in the index of texts")
+    arguments.add_argument("--encoder", default=DEFAULT, help="a folder; the one that comes with the package without")
     arguments.add_argument("--rows", type=int, help="only so many vectors")
     arguments.add_argument("--apart", action="store_true", help="the node on one core, what asks it on another")
     arguments.add_argument("--serve", nargs="*", default=[], help="more flags of vecsvc serve, without their dashes")
@@ -211,7 +214,7 @@ def main() -> None:
     if read.rows:
         task = Task(task.name, task.base[: read.rows], task.queries, task.bounds)
     with work_folder(read.work) as work:
-        directory = build(task, work, read.texts)
+        directory = build(task, work, read.texts, read.encoder)
         asked = questions(task)
         found = []
         node_core, own_core = [{core} for core in sorted(os.sched_getaffinity(0))[:2]] if read.apart else (None, None)

@@ -47,14 +47,21 @@ TRIES: Final = 15
 MAX_PREVIOUS: Final = 2  # versions before the one that serves, of an index, which front doors may still ask
 
 
+# A slice of a batch costs some 150 us beside its searches.
+SLICE: Final = 64
+MAX_SLICE: Final = 1024
+SLICE_S: Final = 0.01
+
+
 class Plan:
     """The kind's search settings, and the measured seconds of one question; None until one was measured."""
 
-    __slots__ = ("_asked", "_short", "_slow", "_tried", "params", "plain", "seconds")
+    __slots__ = ("_asked", "_short", "_slow", "_tried", "params", "plain", "seconds", "slice")
 
     def __init__(self, params: Any) -> None:
         self.params = params
         self.seconds: float | None = None
+        self.slice = SLICE  # queries of a batch between two looks at the deadline
         self.plain: bool | None = None  # see quick.is_plain; None until somebody asked
         self._short = False
         self._slow = 0  # questions in a row that took more than twice what is usual
@@ -71,6 +78,11 @@ class Plan:
         if 0 < self._slow < SLOW_IN_A_ROW:
             seconds = 2.0 * known
         self.seconds = 0.9 * known + 0.1 * seconds
+
+    def learn_slice(self, queries: int, seconds: float) -> None:
+        """What so many queries of a batch took together: the next slices take about SLICE_S, or are SLICE."""
+        if queries >= SLICE:
+            self.slice = min(max(SLICE, int(queries * SLICE_S / max(seconds, 1e-6))), MAX_SLICE)
 
     def is_short(self, limit_s: float) -> bool:
         """Whether such questions take at most so long; those that did stay short up to twice as long.

@@ -44,7 +44,7 @@ from vecsvc.types import BatchAnswer, ColumnsAnswer, Query, SearchAnswer, Search
 log: Final = logging.getLogger("vecsvc.server")
 
 HOLD_S: Final = 0.01  # so long may the rest of a message be under way; then it goes the long way
-MAX_HELD_BYTES: Final = 65_536  # longer bodies go the long way at once, where they are counted
+MAX_HELD_BYTES: Final = 1 << 20  # longer bodies go the long way at once: each piece of one that is held copies it
 MAX_BEHIND_BYTES: Final = 65_536  # of what a client sends before it is answered; past that it is not read
 _ANSWERED: Final = frozenset(at + path for at in ("", "/indexes/{name}") for path in ("/search", "/search/batch"))
 LOST: Final = -1  # where one message ends and the next begins is known to aiohttp's parser alone
@@ -105,12 +105,15 @@ class Direct:
         *,
         request_id: Callable[[str | None], str],
         open: Callable[[int], bool],
+        reserve: Callable[[int], bool],
+        release: Callable[[int], None],
         closes: Callable[[], bool],
         may_log: Callable[[], bool],
         refused: Callable[[Head, Exception, float, Key | None], tuple[int, dict[str, str], bytes]],
     ) -> None:
         """`open` says of a body's length whether it may go the short way now, `closes` whether connections end,
-        `may_log` whether there is room for another line about a failure.
+        `may_log` whether there is room for another line about a failure. `reserve` counts a body whose rest is on its
+        way until `release`, or says that there is no room for it.
 
         `refused` tells what became of a message after so many seconds, and gives the status, the headers and the body
         of the answer.
@@ -119,6 +122,7 @@ class Direct:
         self._forms = Forms(settings)
         self._engine, self._settings, self._request_id, self._open = engine, settings, request_id, open
         self._metrics, self._door, self._refused = metrics, door, refused
+        self.reserve, self.release = reserve, release
         self.closes, self._may_log = closes, may_log
         self._second, self._date = 0, b""
 
@@ -304,13 +308,17 @@ _ARROW_HEADERS: Final = f"{hdrs.CONTENT_TYPE}: {schemas.ARROW}\r\nX-Request-Id: 
 class DirectHandler(web.RequestHandler):
     """aiohttp's connection, but a message that `direct` answers at once never reaches its parser."""
 
-    __slots__ = (*("_behind", "_call_off", "_direct", "_drop", "_finished", "_held", "_left", "_reaper", "_release"),)
+    __slots__ = (
+        *("_behind", "_call_off", "_direct", "_drop", "_finished"),
+        *("_held", "_left", "_reaper", "_release", "_reserved"),
+    )
 
     def __init__(self, server: web.Server | None, *, direct: Direct | None, reaper: Reaper, **options: Any) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **options)  # type: ignore[arg-type]
         self._direct, self._reaper = direct, reaper
         self._held = b""  # a message whose rest is on its way
         self._release: asyncio.TimerHandle | None = None
+        self._reserved = 0  # bytes of its body, where they are counted
         self._finished = 0  # messages that had come when the last answer of the long way was written
         self._drop = 0  # bytes to come of a body that nobody will read
         self._left = 0  # bytes to come of a message that goes the long way, or LOST
@@ -395,6 +403,7 @@ class DirectHandler(web.RequestHandler):
                 self._hold_a_turn(data)
                 return
             if missing <= 0:
+                self._free()
                 answer = direct.answer(head, data[:size], self._later)
                 if answer is not None:
                     self._behind = data[size:]
@@ -402,12 +411,13 @@ class DirectHandler(web.RequestHandler):
                     self._answered(answer)
                     return
                 if answer is not None:
-                    self._free()
                     self._call_off = answer
                     self._reaper.asked(self)
                     return
-            elif head.length <= MAX_HELD_BYTES:
-                # Many clients send head and body by themselves, the one right behind the other.
+            elif head.length <= MAX_HELD_BYTES and (self._reserved or direct.reserve(head.length)):
+                # Many clients send head and body by themselves, the one right behind the other, and long bodies come
+                # in pieces.
+                self._reserved = head.length
                 self._hold(data)
                 return
         self._the_long_way(data, head)
@@ -482,6 +492,9 @@ class DirectHandler(web.RequestHandler):
         if self._release is not None:
             self._release.cancel()
             self._release = None
+        if self._reserved and self._direct is not None:
+            self._direct.release(self._reserved)
+            self._reserved = 0
 
     def _let_go(self) -> None:
         """Send what is held the long way, where the rest may take its time."""

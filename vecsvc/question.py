@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Iterable, Sequence
 from itertools import repeat
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -52,8 +52,6 @@ from vecsvc.types import (
 )
 
 A = TypeVar("A", SearchAnswer, BatchAnswer, ColumnsAnswer)
-
-SLICE: Final = 64  # queries of a batch between two looks at the deadline
 
 
 class Search:
@@ -110,12 +108,14 @@ class Search:
         assert self.vectors is not None
         before = time.perf_counter()
         slices: list[list[Found]] = []
-        for start in range(0, len(self.vectors), SLICE):
-            queries = self.vectors[start : start + SLICE]
+        size = self.plan.slice
+        for start in range(0, len(self.vectors), size):
+            queries = self.vectors[start : start + size]
             if self._is_too_late(start, len(self.vectors)):
                 slices.append([_nothing(part, len(queries)) for part in slices[0]])
             else:
                 slices.append([self._ask(shard, queries, {}) for shard in self.shards])
+                self.plan.learn_slice(len(queries), sum(part.took_s for part in slices[-1]))
         found = slices[0]
         if len(slices) > 1:
             found = [_joined(parts) for parts in zip(*slices, strict=True)]
@@ -159,13 +159,15 @@ class Search:
         found: list[Found | None] = []
         lists: list[list[Hit]] = []
         columns: list[Columns] = []
-        for start in range(0, len(queries), SLICE):
+        size = self.plan.slice
+        for start in range(0, len(queries), size):
             if start and self._is_too_late(start, len(queries)):
                 found = [part if part is None else msgspec.structs.replace(part, stopped=True) for part in found]
                 lists += [[] for _ in range(start, len(queries))]
                 break
-            some = queries[start : start + SLICE]
+            some = queries[start : start + size]
             part = self.recall(some, own)
+            self.plan.learn_slice(len(some), sum(one.took_s for one in part if one is not None))
             if kind is ColumnsAnswer:
                 columns.append(self._columns(part, start, len(some)))
             else:

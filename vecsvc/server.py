@@ -124,6 +124,8 @@ class Service:
                 MAX_LINE_BYTES,
                 request_id=self._named,
                 open=self._short_way_is_open,
+                reserve=self._reserve,
+                release=self._release,
                 closes=lambda: self.draining,
                 may_log=self.may_log,
                 refused=self._refused,
@@ -260,8 +262,22 @@ class Service:
 
     def _short_way_is_open(self, length: int) -> bool:
         """Whether a message with so long a body may go the short way, past the border, where nobody is told of it."""
-        full = length > LARGE_BYTES and self._buffered + length > self.settings.max_buffered_bytes
-        return not (self.draining or self._log_all or full)
+        return not (self.draining or self._log_all) and self._has_room(length)
+
+    def _has_room(self, length: int) -> bool:
+        """Whether a body of so many bytes may be read beside those that are being read."""
+        # max_connections bounds small ones. A few who announce much and send nothing must not keep them out.
+        return length <= LARGE_BYTES or self._buffered + length <= self.settings.max_buffered_bytes
+
+    def _reserve(self, length: int) -> bool:
+        """Count a body as being read until `_release`, where there is room for it."""
+        if not self._has_room(length):
+            return False
+        self._buffered += _counted(length)
+        return True
+
+    def _release(self, length: int) -> None:
+        self._buffered -= _counted(length)
 
     def refuse(self, why: str) -> web.Response:
         """The answer to bytes that are no HTTP, and so never became a request."""
@@ -307,16 +323,13 @@ class Service:
         if declared is None:
             # Until the end of such a body nobody knows how long it is, so it counts as the longest from the start.
             declared, request = limit, request.clone(client_max_size=limit)
-        if declared <= LARGE_BYTES:
-            # max_connections bounds these. A few who announce much and send nothing must not keep them out.
-            declared = 0
-        elif self._buffered + declared > self.settings.max_buffered_bytes:
+        if not self._has_room(declared):
             raise Overloaded(f"{self._buffered} bytes of bodies are being read, the limit is max_buffered_bytes")
         if not request.content.is_eof():
             self.reaper.await_body(request)
         elif length is not None and (whole := arrived(request.content)) is not None:
             return whole
-        self._buffered += declared
+        self._buffered += _counted(declared)
         try:
             await invite(request)
             if request.transport is None:
@@ -327,7 +340,7 @@ class Service:
         except web.RequestPayloadError as error:
             raise MalformedRequest(f"the body ended early: {error}") from error
         finally:
-            self._buffered -= declared
+            self._release(declared)
 
     # -------------------------------------------------------------------------------------------- handlers
 
@@ -498,6 +511,11 @@ def _no_page(request: web.Request) -> None:
     """A browser says which page sends a request; no page has any business on the admin port."""
     if hdrs.ORIGIN in request.headers:
         raise InvalidRequest(f"requests of web pages are refused here, Origin is {request.headers[hdrs.ORIGIN][:80]!r}")
+
+
+def _counted(length: int) -> int:
+    """What a body counts of max_buffered_bytes while it is read."""
+    return length if length > LARGE_BYTES else 0
 
 
 def _json(body: bytes) -> web.Response:
