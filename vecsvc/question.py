@@ -238,11 +238,12 @@ class Search:
         metric, whole = self.served.manifest.metric, self.served.manifest.id_type == "int"
         part = found[0]
         if len(self.shards) == 1 and part is not None:
-            places = part.labels >= 0
-            query, rank = np.nonzero(places)
-            flat = part.distances[places]
-            ids = self.shards[0].ids.column(part.labels[places])
-            return Columns(query + first, rank, [ids], whole, score(flat, metric), flat)
+            labels, flat, k = part.labels.reshape(-1), part.distances.reshape(-1), part.labels.shape[1]
+            query, rank = np.divmod(np.arange(first * k, (first + n) * k, dtype=np.int32), np.int32(k))
+            if (part.labels[:, -1] < 0).any():  # places that stayed empty, which are the last of their rows
+                places = labels >= 0
+                labels, flat, query, rank = labels[places], flat[places], query[places], rank[places]
+            return Columns(query, rank, [self.shards[0].ids.column(labels)], whole, score(flat, metric), flat)
         return columns_of(self._name(found, n), first, whole, metric)
 
     def _name(self, found: Sequence[Found | None], n: int) -> list[list[Hit]]:
@@ -336,8 +337,8 @@ def columns_of(lists: list[list[Hit]], first: int, whole: bool, metric: Metric) 
     counts = [len(one) for one in lists]
     flat = np.array([hit.distance for one in lists for hit in one], np.float32)
     return Columns(
-        np.repeat(np.arange(first, first + len(lists)), counts),
-        np.concatenate([np.arange(count) for count in counts]),
+        np.repeat(np.arange(first, first + len(lists), dtype=np.int32), counts),
+        np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
         [[hit.id for one in lists for hit in one]],
         whole,
         score(flat, metric),

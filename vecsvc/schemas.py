@@ -447,6 +447,9 @@ _INT_IDS, _STRING_IDS = (
 )
 
 
+_END: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream: a message of no bytes
+
+
 def encode(answer: Any) -> bytes:
     """JSON. Arrow values that JSON has no word for come as texts."""
     return _encoder.encode(answer)
@@ -460,21 +463,11 @@ def encode_arrow(answer: ColumnsAnswer) -> bytes:
     found = answer.results
     kind = pa.int64() if found.whole else pa.string()
     ids = [part if isinstance(part, pa.Array) else pa.array(part, kind) for part in found.ids]
-    table = pa.RecordBatch.from_arrays(
-        [
-            pa.array(found.query.astype(np.int32)),
-            pa.array(found.rank.astype(np.int32)),
-            pa.concat_arrays(ids),
-            pa.array(found.scores),
-            pa.array(found.distances),
-        ],
-        schema=(_INT_IDS if found.whole else _STRING_IDS).with_metadata({"vecsvc": _rest(answer)}),
-    )
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_batch(table)
-    stream: bytes = sink.getvalue().to_pybytes()
-    return stream
+    schema = (_INT_IDS if found.whole else _STRING_IDS).with_metadata({"vecsvc": _rest(answer)})
+    columns = [pa.array(found.query), pa.array(found.rank), ids[0] if len(ids) == 1 else pa.concat_arrays(ids)]
+    columns += [pa.array(found.scores), pa.array(found.distances)]
+    # What a stream writer would write, without the writer.
+    return b"".join([schema.serialize(), pa.RecordBatch.from_arrays(columns, schema=schema).serialize(), _END])
 
 
 def _rest(answer: ColumnsAnswer) -> bytes:

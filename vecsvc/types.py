@@ -204,8 +204,8 @@ class BatchAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
 class Columns(msgspec.Struct, frozen=True, gc=False):
     """The hits of many queries as columns, ordered by query and rank."""
 
-    query: NDArray[np.int64]  # (hits,)
-    rank: NDArray[np.int64]  # (hits,)
+    query: NDArray[np.int32]  # (hits,)
+    rank: NDArray[np.int32]  # (hits,)
     ids: list[Any]  # parts, one behind the other: lists of ids, or Arrow arrays
     whole: bool  # whether ids are integers, which no ids at all do not tell
     scores: Distances  # (hits,)
