@@ -25,6 +25,7 @@ from aiohttp import web
 from service import BINARY, DIM, JSON, JSON_TYPE, TOLD, Service, answers, at_once, plain, post, ways
 
 from vecsvc import direct
+from vecsvc.admission import LARGE_BYTES
 from vecsvc.config import ServeSettings
 from vecsvc.process import node
 from vecsvc.server import Connection
@@ -617,6 +618,35 @@ def test_a_client_that_leaves_before_its_message_was_looked_at_is_no_surprise(me
         await runner.cleanup()
 
     asyncio.run(leave())
+
+
+def test_a_long_body_in_pieces_goes_the_short_way_and_counts_until_it_is_whole(short: Service) -> None:
+    body = json.dumps({"vectors": [VECTOR] * 50, "k": 2}).encode() + b" " * LARGE_BYTES
+    message = post(body, "/search/batch")
+    assert len(body) > LARGE_BYTES
+    before = ways(short).count("short")
+    pieces = [(message[:50_000], 0.0), (message[50_000:90_000], 0.0), (message[90_000:], 0.0)]
+    assert [status for status, _ in replies(short, pieces, 1)] == [200]
+    assert ways(short).count("short") == before + 1
+
+    async def count(room: int) -> list[int]:
+        made = node(service.index("products"), ServeSettings(max_buffered_bytes=room))[2]
+        runner = web.AppRunner(made.app())
+        await runner.setup()
+        connection = Connection(made, runner.server)
+        connection.connection_made(Wire())
+        await asyncio.sleep(0)
+        connection.data_received(message[:50_000])
+        counted = [made._buffered]
+        connection.data_received(message[50_000:60_000])
+        counted.append(made._buffered)
+        connection.connection_lost(None)
+        await asyncio.sleep(0)
+        await runner.cleanup()
+        return [*counted, made._buffered]
+
+    assert asyncio.run(count(len(body))) == [len(body), len(body), 0]
+    assert asyncio.run(count(len(body) - 1))[-1] == 0, "there was no room, and it went the long way"
 
 
 # ------------------------------------------------------------------------------------------------------- columns
