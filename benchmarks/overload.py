@@ -11,6 +11,7 @@ then not the node's doing; `--apart` measures the peak, too, on one core.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -43,7 +44,8 @@ def texts(n: int, seed: int) -> list[str]:
 
 def build(task: Task, work: Path, n_texts: int, encoder: str) -> Path:
     """An index of vectors, and one of texts."""
-    out = work / f"overload-{len(task.base)}-{n_texts}-{Path(encoder).name}"
+    told = hashlib.sha256(encoder.encode()).hexdigest()[:8]
+    out = work / f"overload-{len(task.base)}-{n_texts}-{told}"
     if not (out / "texts" / "CURRENT").exists():
         flags = ["--out", str(out), "--certificate-queries", "0", "--kind"]
         source = write_corpus(task.base, work / "overload.parquet")
@@ -226,7 +228,8 @@ def main() -> None:
                 for factor in (1.5, 2.0) if name == "vectors" else (5.0,):
                     found.append(overload(node, name, requests, factor, read.seconds))
     report(found)
-    save("overload", {"task": task.name, "serve": read.serve, "apart": read.apart, "loads": found})
+    how = {"serve": read.serve, "apart": read.apart, "encoder": read.encoder}
+    save("overload", {"task": task.name, **how, "loads": found})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import onnx
 
 BLOCK: Final = 32  # weights that share a scale where they are quantised by blocks
-LAYER_NORMALIZATION_OPSET: Final = 17  # the first opset that has it as one operator
+SKIP_EPSILON: Final = 1e-12  # of a SkipLayerNormalization that names none
 MIN_TABLE_BYTES: Final = 1 << 16  # smaller tables of embeddings stay float32: nothing would be saved
 
 # How much of what makes channels unlike goes from activations to weights: of all-MiniLM-L6-v2, .7 was best of .3 to .9.
@@ -102,19 +102,21 @@ def _part_sums(model: onnx.ModelProto) -> None:
         if node.op_type != "SkipLayerNormalization" or any(node.output[1:]):
             model.graph.node.append(node)
             continue
-        given, skipped, scale, shift, *bias = node.input
+        given, skipped, scale, *more = node.input
+        shift, bias = [*more, "", ""][:2]
         name = node.output[0]
         # The bias first: where a product of integers came before, onnxruntime adds it within the product.
-        for part, term in [("bias", term) for term in bias if term] + [("sum", skipped)]:
-            added = f"{name}_{part}"
-            model.graph.node.append(onnx.helper.make_node("Add", [given, term], [added], name=added))
-            given = added
-        whole = onnx.helper.make_node("LayerNormalization", [given, scale, shift], [name], name=node.name, axis=-1)
-        whole.attribute.extend(node.attribute)
+        for part, term in (("bias", bias), ("sum", skipped)):
+            if term:
+                added = f"{name}_{part}"
+                model.graph.node.append(onnx.helper.make_node("Add", [given, term], [added], name=added))
+                given = added
+        # onnxruntime knows it in every opset, the standard from 17 on.
+        inputs = [given, scale, shift] if shift else [given, scale]
+        whole = onnx.helper.make_node("LayerNormalization", inputs, [name], name=node.name, axis=-1)
+        epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), SKIP_EPSILON)
+        whole.attribute.append(onnx.helper.make_attribute("epsilon", epsilon))
         model.graph.node.append(whole)
-    for opset in model.opset_import:
-        if opset.domain in ("", "ai.onnx"):
-            opset.version = max(opset.version, LAYER_NORMALIZATION_OPSET)
 
 
 def write_model(model: onnx.ModelProto, file: Path) -> None:

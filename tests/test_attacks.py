@@ -378,7 +378,7 @@ ROW = np.arange(1, DIM + 1, dtype="<f4")
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
-        ("/search", b"", "the body has 0 bytes, expected a multiple of 32"),
+        ("/search", b"", "the body is empty, expected rows of 8"),
         ("/search", ROW.tobytes()[:-1], "the body has 31 bytes, expected a multiple of 32: rows of 8 little-endian"),
         ("/search", ROW.tobytes() + b"\0", "the body has 33 bytes"),
         ("/search", ROW.astype("<f8").tobytes(), "float64 is not read, send float32"),
@@ -389,7 +389,7 @@ ROW = np.arange(1, DIM + 1, dtype="<f4")
         ("/search", np.array([1, 1, 1, 1, 1, 1, -np.inf, 1], "<f4").tobytes(), "vector[6] is -inf"),
         ("/search", np.full(8, 1e30, "<f4").tobytes(), "vector[0] is 1e+30"),
         ("/search", b"\x00\x01\xff\xff" * 8, "vector[0] is nan"),
-        ("/search/batch", b"", "the body has 0 bytes"),
+        ("/search/batch", b"", "the body is empty"),
         ("/search/batch", ROW.tobytes() * 2 + b"\0\0", "the body has 66 bytes"),
         ("/search/batch", ROW.tobytes() * 1025, "the batch has 1025 queries, expected 1 to 1024"),
         ("/search/batch", ROW.tobytes() + np.zeros(8, "<f4").tobytes(), "vectors[1] is all zeros"),

@@ -396,6 +396,18 @@ def test_a_node_that_starts_in_the_middle_of_a_roll_out_has_the_version_before_f
     node.close()
 
 
+def test_a_node_that_starts_after_a_rollback_and_a_new_version_has_the_one_that_served_too(
+    out: Path, folder: IndexFolder
+) -> None:
+    # v2 was rolled back, v1 served, and v3 came while the node was away.
+    build(write_corpus(out.parent / "demo.parquet", n=40, seed=3), out, version="v3")
+    folder.serve("v3")
+    node = Catalog(out, ServeSettings(shard_port=0))
+    node.refresh()
+    assert [served.version for served, _ in node.held()] == ["v3", "v1", "v2"]
+    node.close()
+
+
 def test_without_a_shard_port_and_where_the_version_before_is_damaged_there_is_only_the_current_one(
     out: Path, folder: IndexFolder
 ) -> None:

@@ -646,7 +646,9 @@ def test_a_long_body_in_pieces_goes_the_short_way_and_counts_until_it_is_whole(s
         return [*counted, made._buffered]
 
     assert asyncio.run(count(len(body))) == [len(body), len(body), 0]
-    assert asyncio.run(count(len(body) - 1))[-1] == 0, "there was no room, and it went the long way"
+    assert asyncio.run(count(len(body) - 1)) == [0, 0, 0], "there was no room, and it went the long way"
+    message = message.replace(b"/search/batch", b"/embed", 1)
+    assert asyncio.run(count(len(body)))[0] == 0, "what would not be answered here is not held"
 
 
 # ------------------------------------------------------------------------------------------------------- columns

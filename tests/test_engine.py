@@ -18,7 +18,7 @@ from corpora import build, write_corpus
 from service import DIM, Corpus, corpora
 
 from vecsvc import exact_search, filters, schemas
-from vecsvc.catalog import TRIES, Catalog, Plan, Served
+from vecsvc.catalog import MAX_SLICE, SLICE, SLICE_S, TRIES, Catalog, Plan, Served
 from vecsvc.config import ServeSettings
 from vecsvc.engine import PARTIAL_GRACE_S, Engine
 from vecsvc.errors import (
@@ -893,8 +893,26 @@ def cut_after(spy: Spy, search: Search, slices: int) -> None:
     spy.search = counting  # type: ignore[method-assign]
 
 
+def test_slices_of_a_batch_grow_while_they_are_quick_and_shrink_at_once() -> None:
+    plan = Plan(None)
+    plan.learn_slice(SLICE - 1, 1e-6)
+    assert plan.slice == SLICE, "so few say little"
+    grown = []
+    while plan.slice < MAX_SLICE:
+        plan.learn_slice(plan.slice, 0.0)
+        grown.append(plan.slice)
+    assert grown == [SLICE << n for n in range(1, len(grown) + 1)]
+    plan.learn_slice(MAX_SLICE, 4 * SLICE_S)
+    assert plan.slice == MAX_SLICE // 4
+    plan.learn_slice(SLICE, 60.0)
+    assert plan.slice == SLICE
+
+
 @pytest.mark.parametrize("kind", [BatchAnswer, ColumnsAnswer])
-def test_a_batch_that_takes_parts_keeps_what_was_found_before_the_deadline(kind: type[Any]) -> None:
+def test_a_batch_that_takes_parts_keeps_what_was_found_before_the_deadline(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vecsvc.catalog.MAX_SLICE", SLICE)  # however quick they are
     with opened(service.index("products")) as engine:
         spy = Spy(engine)
         served = engine.catalog.get(None)

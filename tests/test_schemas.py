@@ -201,7 +201,7 @@ def test_binary_rows_take_their_settings_from_the_url() -> None:
 @pytest.mark.parametrize(
     ("body", "query", "message"),
     [
-        (b"", {}, "the body has 0 bytes, expected a multiple of 12"),
+        (b"", {}, "the body is empty, expected rows of 3"),
         (b"x" * 13, {}, "the body has 13 bytes"),
         (b"x" * 60, {}, "the batch has 5 queries"),
         (b"x" * 12, {"k": "x"}, 'k must be an integer, got "x"'),

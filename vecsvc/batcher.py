@@ -33,7 +33,7 @@ from vecsvc.run_times import RunTimes
 from vecsvc.tokenizer import Tokens
 from vecsvc.types import Vectors
 
-CLOSE_S: Final = 1.0  # how long `close` waits for a run under way
+CLOSE_S: Final = 1.0  # how long `close` waits for runs under way
 
 
 class RunFacts(msgspec.Struct, frozen=True):
@@ -214,9 +214,10 @@ class Batcher:
             workers = list(self._workers.values())
             self._changed.notify_all()
         self._tell(waiting, NotReady(f"encoder {self.encoder.spec.name!r} was closed"))
+        end = time.monotonic() + CLOSE_S
         for worker in workers:
             if worker is not threading.current_thread():
-                worker.join(CLOSE_S)
+                worker.join(max(0.0, end - time.monotonic()))
         self.encoder.close()
 
     # ---------------------------------------------------------------------------------------- for the keeper

@@ -80,9 +80,12 @@ class Plan:
         self.seconds = 0.9 * known + 0.1 * seconds
 
     def learn_slice(self, queries: int, seconds: float) -> None:
-        """What so many queries of a batch took together: the next slices take about SLICE_S, or are SLICE."""
+        """What so many queries of a batch took together: the next slice takes about SLICE_S, or is SLICE.
+
+        It grows by no more than twice, for one that was quick by chance says little.
+        """
         if queries >= SLICE:
-            self.slice = min(max(SLICE, int(queries * SLICE_S / max(seconds, 1e-6))), MAX_SLICE)
+            self.slice = max(SLICE, min(int(queries * SLICE_S / max(seconds, 1e-6)), 2 * self.slice, MAX_SLICE))
 
     def is_short(self, limit_s: float) -> bool:
         """Whether such questions take at most so long; those that did stay short up to twice as long.
@@ -493,17 +496,22 @@ class Catalog:
         return True
 
     def _open_before(self, folder: IndexFolder, version: str) -> None:
-        """At start a node opens the version before too: front doors may still be on it, and have no other node."""
+        """At start a node opens versions before too: front doors may still be on one, and have no other node.
+
+        Not the last one alone, for that may be one that was rolled back.
+        """
         versions = folder.versions() if self._keep_previous_s else []
         older = versions[: versions.index(version)] if version in versions else []
-        if not older:
-            return
-        try:
-            served = Served(folder, older[-1], self._settings, self.encoders)
-        except (VecsvcError, MemoryError, OSError) as error:
-            log.info("not kept", extra={"data": {"index": folder.name, "version": older[-1], "why": str(error)}})
-            return
-        self._previous = {**self._previous, folder.name: [served]}
+        kept = []
+        for before in older[-MAX_PREVIOUS:]:
+            try:
+                kept.append(Served(folder, before, self._settings, self.encoders))
+            except (VecsvcError, MemoryError, OSError) as error:
+                log.info("not kept", extra={"data": {"index": folder.name, "version": before, "why": str(error)}})
+            else:
+                log.info("kept", extra={"data": {"index": folder.name, "version": before}})
+        if kept:
+            self._previous = {**self._previous, folder.name: kept}
 
     def gauges(self, metrics: Metrics) -> None:
         """Set what is looked up when metrics are asked for."""

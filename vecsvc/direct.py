@@ -29,7 +29,7 @@ from aiohttp.http import RESPONSES, SERVER_SOFTWARE
 
 from vecsvc import schemas
 from vecsvc.access import Key
-from vecsvc.admission import Budget
+from vecsvc.admission import LARGE_BYTES, Budget
 from vecsvc.config import HttpSettings
 from vecsvc.door import DRAIN_BYTES, Door
 from vecsvc.errors import InvalidRequest, MalformedRequest, Overloaded
@@ -122,7 +122,7 @@ class Direct:
         self._forms = Forms(settings)
         self._engine, self._settings, self._request_id, self._open = engine, settings, request_id, open
         self._metrics, self._door, self._refused = metrics, door, refused
-        self.reserve, self.release = reserve, release
+        self._reserve, self.release = reserve, release
         self.closes, self._may_log = closes, may_log
         self._second, self._date = 0, b""
 
@@ -130,12 +130,32 @@ class Direct:
         """Whether the message had better wait a turn of the loop, until those before it have taken their places."""
         return self._engine.admission.crowded(head.load, head.length)
 
-    def refusal(self, head: Head) -> bytes | None:
-        """The answer to a message that there is no place for; None where there is one, or it is not that simple."""
+    def reserve(self, head: Head) -> bool:
+        """Whether the rest of a message may be waited for here; a long body counts from now on, until `release`."""
+        if head.length > LARGE_BYTES:
+            if not self._takes(head):
+                return False
+            try:
+                self._door.knock(head.key, "read")
+            except Exception:
+                return False
+        return self._reserve(head.length)
+
+    def _takes(self, head: Head) -> bool:
+        """Whether a message with such a head may be answered here."""
+        limits = self._settings
+        most = limits.max_query_bytes if head.load == "single" else limits.max_body_bytes
+        return head.operation in _ANSWERED and head.length <= most and self._open(head.length)
+
+    def refusal(self, head: Head, reserved: int) -> bytes | None:
+        """The answer to a message that there is no place for; None where there is one, or it is not that simple.
+
+        `reserved` are bytes of its body that count already.
+        """
         try:
             self._engine.admission.check(head.load, head.length)
         except Overloaded as error:
-            if not self._open(head.length) or head.length > DRAIN_BYTES:
+            if not self._open(head.length - reserved) or head.length > DRAIN_BYTES:
                 return None
             try:
                 key = self._door.knock(head.key, "read")
@@ -151,11 +171,9 @@ class Direct:
         `later` is called once with the answer's bytes.
         """
         started = time.perf_counter()
-        if head.operation not in _ANSWERED or not self._open(head.length):
+        if not self._takes(head):
             return None
         single = head.load == "single"
-        if head.length > (self._settings.max_query_bytes if single else self._settings.max_body_bytes):
-            return None
         body = data[head.size :]
         try:
             key = self._door.knock(head.key, "read")
@@ -393,7 +411,7 @@ class DirectHandler(web.RequestHandler):
             self._hold_a_turn(data)
             return
         if short and self._idle():
-            refusal = direct.refusal(head)
+            refusal = direct.refusal(head, self._reserved)
             if refusal is not None:
                 self._drop = max(missing, 0)
                 self._behind = data[size:]
@@ -414,7 +432,7 @@ class DirectHandler(web.RequestHandler):
                     self._call_off = answer
                     self._reaper.asked(self)
                     return
-            elif head.length <= MAX_HELD_BYTES and (self._reserved or direct.reserve(head.length)):
+            elif head.length <= MAX_HELD_BYTES and (self._reserved or direct.reserve(head)):
                 # Many clients send head and body by themselves, the one right behind the other, and long bodies come
                 # in pieces.
                 self._reserved = head.length

@@ -49,8 +49,8 @@ class PooledEncoder(QueryEncoder):
             inline_s=settings.inline_ms / 1e3 if device == INLINE_DEVICE else 0.0,
             max_waiting_tokens=settings.max_waiting_tokens,
             workers=choice.instances,
-            # Under a ceiling a second run might fail for want of memory.
-            beside_bulk=not settings.encoder_memory_mb,
+            # Who says how many runs there may be gets no more; under a ceiling a second one might fail.
+            beside_bulk=not (settings.encoder_instances or settings.encoder_memory_mb) and device == INLINE_DEVICE,
         )
         super().__init__(encoder, batches, settings.encoder_cache, metrics)
         self.hashes = hashes

@@ -108,14 +108,15 @@ class Search:
         assert self.vectors is not None
         before = time.perf_counter()
         slices: list[list[Found]] = []
-        size = self.plan.slice
-        for start in range(0, len(self.vectors), size):
-            queries = self.vectors[start : start + size]
+        start = 0
+        while start < len(self.vectors):
+            queries = self.vectors[start : start + self.plan.slice]
             if self._is_too_late(start, len(self.vectors)):
                 slices.append([_nothing(part, len(queries)) for part in slices[0]])
             else:
                 slices.append([self._ask(shard, queries, {}) for shard in self.shards])
-                self.plan.learn_slice(len(queries), sum(part.took_s for part in slices[-1]))
+                self._learn_slice(len(queries), slices[-1])
+            start += len(queries)
         found = slices[0]
         if len(slices) > 1:
             found = [_joined(parts) for parts in zip(*slices, strict=True)]
@@ -149,6 +150,9 @@ class Search:
         clock.search = time.perf_counter() - before - clock.rerank
         return self._answer(found, results, len(queries), hits, kind)
 
+    def _learn_slice(self, queries: int, found: Sequence[Found | None]) -> None:
+        self.plan.learn_slice(queries, sum(part.took_s + part.rerank_s for part in found if part is not None))
+
     def answer_from(self, found: Sequence[Found | None]) -> SearchAnswer:
         """The answer of one query that was searched for already."""
         [results] = self._name(found, 1)
@@ -159,20 +163,21 @@ class Search:
         found: list[Found | None] = []
         lists: list[list[Hit]] = []
         columns: list[Columns] = []
-        size = self.plan.slice
-        for start in range(0, len(queries), size):
+        start = 0
+        while start < len(queries):
             if start and self._is_too_late(start, len(queries)):
                 found = [part if part is None else msgspec.structs.replace(part, stopped=True) for part in found]
                 lists += [[] for _ in range(start, len(queries))]
                 break
-            some = queries[start : start + size]
+            some = queries[start : start + self.plan.slice]
             part = self.recall(some, own)
-            self.plan.learn_slice(len(some), sum(one.took_s for one in part if one is not None))
+            self._learn_slice(len(some), part)
             if kind is ColumnsAnswer:
                 columns.append(self._columns(part, start, len(some)))
             else:
                 lists += self._name(part, len(some))
             found = [_either(a, b) for a, b in zip(found, part, strict=True)] if found else part
+            start += len(some)
         if kind is ColumnsAnswer:
             joined = _joined_columns(columns)
             return found, joined, len(joined.distances)

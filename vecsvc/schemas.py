@@ -173,7 +173,9 @@ def parse_binary(body: bytes, dim: int, query: Mapping[str, str], limits: HttpSe
 
 def raw_batch(body: bytes, dim: int, limits: HttpSettings) -> VectorQuery:
     """The queries of a body of raw vectors."""
-    if not body or len(body) % (4 * dim):
+    if not body:
+        raise InvalidRequest(f"the body is empty, expected rows of {dim} little-endian float32")
+    if len(body) % (4 * dim):
         raise InvalidRequest(
             f"the body has {len(body)} bytes, expected a multiple of {4 * dim}: rows of {dim} little-endian float32"
         )

@@ -148,7 +148,15 @@ def _text(text: Any, name: str, limits: HttpSettings) -> str:
 class OpenAIEmbedding(Struct, frozen=True):
     object: Literal["embedding"]
     index: int
-    embedding: msgspec.Raw | str  # numbers, or base64 of little-endian float32
+    embedding: list[float] | str  # numbers, or base64 of little-endian float32
+
+
+class _Embedding(Struct, frozen=True):
+    """As OpenAIEmbedding, whose numbers are text already."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: msgspec.Raw | str
 
 
 class OpenAIUsage(Struct, frozen=True):
@@ -167,7 +175,7 @@ def encode_openai(embedded: Embedded, *, as_base64: bool) -> bytes:
     rows = np.ascontiguousarray(embedded.vectors, dtype="<f4")
     data = (
         msgspec.json.encode(
-            OpenAIEmbedding(
+            _Embedding(
                 "embedding",
                 index,
                 base64.b64encode(row).decode() if as_base64 else msgspec.Raw(json_vectors.text(row)),
