@@ -45,12 +45,9 @@ SLOW_IN_A_ROW: Final = 3  # so many slow questions are no accident
 # short way and the long one look in turns.
 TRIES: Final = 15
 MAX_PREVIOUS: Final = 2  # versions before the one that serves, of an index, which front doors may still ask
-
-
-# A slice of a batch costs some 150 us beside its searches.
-SLICE: Final = 64
-MAX_SLICE: Final = 1024
-SLICE_S: Final = 0.01
+SLICE: Final = 64  # queries of a batch between two looks at the deadline, however long they take
+MAX_SLICE: Final = 1024  # and however quick they are: a slice costs some 150 us beside its searches
+SLICE_S: Final = 0.01  # what it takes in between
 
 
 class Plan:

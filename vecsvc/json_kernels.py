@@ -6,7 +6,7 @@ so near the middle between two float32 that those few units decide. Such a numbe
 whatever is out of the ordinary, and whatever is no JSON.
 
 The other way nine digits tell every float32 from its neighbours. They come from one product with a power of ten that
-float64 has exactly, so the last of them may be off by one, which is a sixth of what it takes to mean a neighbour.
+float64 has exactly, so the last of them may be off by one, a third at most of what means a neighbour.
 """
 
 from __future__ import annotations

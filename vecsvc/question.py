@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any, TypeVar
 
@@ -108,15 +108,12 @@ class Search:
         assert self.vectors is not None
         before = time.perf_counter()
         slices: list[list[Found]] = []
-        start = 0
-        while start < len(self.vectors):
-            queries = self.vectors[start : start + self.plan.slice]
+        for start, queries in self._parts(self.vectors):
             if self._is_too_late(start, len(self.vectors)):
                 slices.append([_nothing(part, len(queries)) for part in slices[0]])
             else:
                 slices.append([self._ask(shard, queries, {}) for shard in self.shards])
                 self._learn_slice(len(queries), slices[-1])
-            start += len(queries)
         found = slices[0]
         if len(slices) > 1:
             found = [_joined(parts) for parts in zip(*slices, strict=True)]
@@ -150,6 +147,14 @@ class Search:
         clock.search = time.perf_counter() - before - clock.rerank
         return self._answer(found, results, len(queries), hits, kind)
 
+    def _parts(self, queries: Vectors) -> Iterator[tuple[int, Vectors]]:
+        """Slices of a batch, each as long as its plan knows by then, and where they begin."""
+        start = 0
+        while start < len(queries):
+            some = queries[start : start + self.plan.slice]
+            yield start, some
+            start += len(some)
+
     def _learn_slice(self, queries: int, found: Sequence[Found | None]) -> None:
         self.plan.learn_slice(queries, sum(part.took_s + part.rerank_s for part in found if part is not None))
 
@@ -163,13 +168,11 @@ class Search:
         found: list[Found | None] = []
         lists: list[list[Hit]] = []
         columns: list[Columns] = []
-        start = 0
-        while start < len(queries):
+        for start, some in self._parts(queries):
             if start and self._is_too_late(start, len(queries)):
                 found = [part if part is None else msgspec.structs.replace(part, stopped=True) for part in found]
                 lists += [[] for _ in range(start, len(queries))]
                 break
-            some = queries[start : start + self.plan.slice]
             part = self.recall(some, own)
             self._learn_slice(len(some), part)
             if kind is ColumnsAnswer:
@@ -177,7 +180,6 @@ class Search:
             else:
                 lists += self._name(part, len(some))
             found = [_either(a, b) for a, b in zip(found, part, strict=True)] if found else part
-            start += len(some)
         if kind is ColumnsAnswer:
             joined = _joined_columns(columns)
             return found, joined, len(joined.distances)
