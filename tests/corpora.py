@@ -92,8 +92,8 @@ def current_version(folder: IndexFolder) -> Manifest:
 
 
 def strays(folder: IndexFolder) -> list[str]:
-    """Every file and folder of an index that no published version and no CURRENT accounts for."""
-    known = {folder.path / "CURRENT"}
+    """Every file and folder of an index that no published version, CURRENT or HISTORY accounts for."""
+    known = {folder.path / "CURRENT", folder.path / "HISTORY"}
     for version in folder.versions():
         path = folder.path / version
         files = [path / file.path for file in read_manifest(path).files()] + [path / "manifest.json"]

@@ -390,7 +390,7 @@ def two_builds(world: World) -> list[str]:
         points = failpoints(lambda: world.build(out), out)
     storage.TURN_WAIT_S = 0.1  # type: ignore[misc]
     published, serves = points.index("rename v3") + 1, points.index("rename CURRENT") + 1
-    changing = range(points.index("delete CURRENT.tmp") + 1, serves + 2)  # CURRENT, until its folder is synced
+    changing = range(points.index("delete HISTORY.tmp") + 1, serves + 2)  # who serves, until its folder is synced
     chosen = [1, 2, 3, 5, 8, *range(20, published - 4, 25), *range(published - 1, len(points) + 1)]
 
     def play(nth: int, first_lives: bool, out: Path) -> None:

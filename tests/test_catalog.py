@@ -404,7 +404,7 @@ def test_a_node_that_starts_after_a_rollback_and_a_new_version_has_the_one_that_
     folder.serve("v3")
     node = Catalog(out, ServeSettings(shard_port=0))
     node.refresh()
-    assert [served.version for served, _ in node.held()] == ["v3", "v1", "v2"]
+    assert [served.version for served, _ in node.held()] == ["v3", "v2", "v1"]
     node.close()
 
 

@@ -127,7 +127,7 @@ def test_a_disk_that_fills_up_in_any_file_publishes_nothing_and_what_served_serv
     names = ["vectors.npy", "ids.arrow", "fields.arrow"]
     # What was encoded lies there twice until the shards have it. Where that fitted, the manifest fits in its place,
     # unless an index came between.
-    names += ["CURRENT"] if kind == "exact" else ["manifest.json"]
+    names += ["HISTORY"] if kind == "exact" else ["manifest.json"]
     names += {
         "exact": ["model.onnx"],
         "hnsw": ["hnsw.bin"],

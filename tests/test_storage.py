@@ -66,6 +66,61 @@ def test_rollback_goes_one_version_back_each_time(index: IndexFolder) -> None:
         index.rollback("v9")
 
 
+def test_rollback_never_goes_to_what_was_rolled_back(index: IndexFolder) -> None:
+    assert index.rollback() == ("v3", "v2")
+    publish(index, "v4")
+    assert index.before("v4") == ["v2", "v3", "v1"]
+    assert index.rollback() == ("v4", "v2") and index.rollback() == ("v2", "v1")
+    assert index.rollback("v3") == ("v1", "v3") and index.rollback() == ("v3", "v1")
+    assert index.history() == ["v1", "v2", "v3", "v2", "v4", "v2", "v1", "v3", "v1"]
+
+
+def test_gc_keeps_the_way_back_then_what_served_last_then_what_never_did(index: IndexFolder) -> None:
+    index.rollback("v1")
+    publish(index, "v4")
+    staging = index.path / f"{storage.STAGING}v5"
+    staging.mkdir()
+    storage.write_file(staging / storage.MANIFEST, b"v5")
+    index.publish(staging, "v5")
+    gone = [index.gc(keep) for keep in (3, 2, 1)]
+    assert gone == [["v5"], ["v2"], ["v3"]] and index.rollback() == ("v4", "v1")
+
+
+def test_what_served_is_followed_past_versions_that_are_gone(index: IndexFolder) -> None:
+    shutil.rmtree(index.path / "v2")
+    assert index.history() == ["v1", "v3"] and index.rollback() == ("v3", "v1")
+
+
+def test_a_current_changed_by_hand_or_a_crash_before_it_was_written_counts_for_what_it_says(index: IndexFolder) -> None:
+    (index.path / storage.CURRENT).write_bytes(b"v2\n")
+    assert index.before("v2") == ["v3", "v1"] and index.rollback() == ("v2", "v1")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\n", b"../v1\n" * 4000, b"v1"])
+def test_where_nothing_can_be_read_of_what_served_versions_served_in_the_order_of_their_making(
+    index: IndexFolder, content: bytes | None
+) -> None:
+    record = index.path / storage.HISTORY
+    record.unlink()
+    if content is None:
+        record.mkdir()
+    else:
+        record.write_bytes(content)
+    assert index.history() == ["v1", "v2", "v3"] and index.before("v3") == ["v2", "v1"]
+    if content is None:
+        record.rmdir()
+    assert index.rollback() == ("v3", "v2")
+    assert record.read_bytes() == b"v1\nv2\nv3\nv2\n"
+
+
+def test_the_record_of_what_served_is_bounded(index: IndexFolder) -> None:
+    for _ in range(storage.MAX_HISTORY):
+        index.serve("v1")
+        index.serve("v2")
+    served = (index.path / storage.HISTORY).read_bytes().split()
+    assert len(served) == storage.MAX_HISTORY and served[-1] == b"v2" and index.rollback() == ("v2", "v1")
+
+
 @pytest.mark.parametrize("content", [b"", b"../v1\n", b"v9\nv1\n", b"\xff\xfe\n"])
 def test_a_damaged_current_is_refused_by_name_and_mended_by_rollback(index: IndexFolder, content: bytes) -> None:
     (index.path / storage.CURRENT).write_bytes(content)
@@ -79,7 +134,7 @@ def test_gc_keeps_current_and_the_newest(index: IndexFolder) -> None:
     index.rollback("v1")
     assert index.gc(keep=1) == ["v2", "v3"]
     assert index.versions() == ["v1", "v4"]
-    assert sorted(p.name for p in index.path.iterdir()) == ["CURRENT", "v1", "v4"]
+    assert sorted(p.name for p in index.path.iterdir()) == ["CURRENT", storage.HISTORY, "v1", "v4"]
 
 
 def test_gc_never_touches_what_another_process_serves(index: IndexFolder) -> None:
@@ -196,9 +251,10 @@ def dated(index: IndexFolder, **times: str) -> None:
 
 def test_a_copy_that_lost_the_files_times_keeps_the_order_of_versions(index: IndexFolder, tmp_path: Path) -> None:
     dated(index, v3="2026-01-01T00:00:00Z", v1="2026-01-01T00:00:00.250Z", v2="2026-01-01T01:00:01+01:00")
+    (index.path / storage.CURRENT).write_bytes(b"v2\n")
+    (index.path / storage.HISTORY).unlink()
     copy = IndexFolder(shutil.copytree(index.path, tmp_path / "copy", copy_function=shutil.copyfile))
     for folder in (index, copy):
-        folder.serve("v2")
         assert folder.versions() == ["v3", "v1", "v2"] and folder.rollback() == ("v2", "v1")
         assert folder.gc(keep=0) == ["v3", "v2"]
 
@@ -220,8 +276,9 @@ def test_a_damaged_manifest_is_ordered_by_its_file_and_stands_in_nobodys_way(ind
         file.unlink()
         os.mkfifo(file)
     os.utime(file, (4e9, 4e9))
+    (index.path / storage.HISTORY).unlink()
     assert index.versions() == ["v1", "v3", "v2"]
-    assert index.rollback() == ("v3", "v1") and index.gc(keep=1) == ["v3"]
+    assert index.rollback() == ("v3", "v1") and index.gc(keep=1) == ["v2"]
 
 
 def test_replacing_a_file_survives_what_an_earlier_crash_left(tmp_path: Path) -> None:

@@ -493,14 +493,10 @@ class Catalog:
         return True
 
     def _open_before(self, folder: IndexFolder, version: str) -> None:
-        """At start a node opens versions before too: front doors may still be on one, and have no other node.
-
-        Not the last one alone, for that may be one that was rolled back.
-        """
-        versions = folder.versions() if self._keep_previous_s else []
-        older = versions[: versions.index(version)] if version in versions else []
+        """At start a node opens versions before too: front doors may still be on one, and have no other node."""
+        older = folder.before(version)[:MAX_PREVIOUS] if self._keep_previous_s else []
         kept = []
-        for before in older[-MAX_PREVIOUS:]:
+        for before in reversed(older):
             try:
                 kept.append(Served(folder, before, self._settings, self.encoders))
             except (VecsvcError, MemoryError, OSError) as error:

@@ -455,7 +455,7 @@ def verify(directory: Path, version: str | None) -> None:
 
 @cli.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--to", help="the version to serve; the one before the current otherwise")
+@click.option("--to", help="the version to serve; otherwise what served before, less what was rolled back")
 def rollback(directory: Path, to: str | None) -> None:
     """Serve an earlier version of the index in DIR.
 

@@ -184,8 +184,8 @@ def stop_signal() -> asyncio.Event:
 
 def _compiling(catalog: Catalog, what: str) -> None:
     """Called in the thread that loads an index, for each kernel that has to be compiled."""
+    catalog.waits_for(what)  # first: who has read the line may ask /readyz at once
     log.info("compiling", extra={"data": {"what": what}})
-    catalog.waits_for(what)
 
 
 def _stop(stop: asyncio.Event) -> None:

@@ -1,6 +1,7 @@
 """Where artifacts live, and the only file that writes them: whole or not at all, synced, renamed into place.
 
 <out>/<name>/CURRENT               one line: the version that serves
+<out>/<name>/HISTORY               a line for each version that came to serve, the last one last: what rollback follows
 <out>/<name>/<version>/...         a published version; never changes
 <out>/<name>/.staging-<version>/   a build at work, or what is left of one that died
 <out>/<name>/.state-<version>      how far that build is
@@ -37,6 +38,7 @@ from vecsvc.errors import ArtifactDamaged, ConfigError, StorageError, UnknownVer
 from vecsvc.seal import MAX_MANIFEST_BYTES, unsealed
 
 CURRENT: Final = "CURRENT"
+HISTORY: Final = "HISTORY"
 MANIFEST: Final = "manifest.json"
 STAGING: Final = ".staging-"
 TRASH: Final = ".trash-"
@@ -44,6 +46,8 @@ STATE: Final = ".state-"
 PART: Final = ".part-"
 
 MAX_CURRENT_BYTES: Final = 256
+MAX_HISTORY: Final = 100  # versions that the record of what served names
+MAX_HISTORY_BYTES: Final = MAX_HISTORY * 65
 # Parts that nobody holds wait for the others and for publishing; what waits for longer was given up.
 PART_KEPT_S: Final = 7 * 86_400.0
 TURN_WAIT_S: Final = 5.0  # changing CURRENT takes milliseconds; whoever holds it for longer is stuck
@@ -79,6 +83,8 @@ def check_version(version: str) -> str:
         raise ConfigError(
             f"version {version[:80]!r} must be 1 to 64 letters, digits, ., _ and -, and start with a letter or digit"
         )
+    if version in (CURRENT, HISTORY):
+        raise ConfigError(f"version {version!r}: that is the name of a file beside the versions; choose another")
     return version
 
 
@@ -320,6 +326,17 @@ def take_folder(folder: Path, held: str) -> Lease:
 # ---------------------------------------------------------------------------------- versions of an index
 
 
+def _line(history: list[str]) -> list[str]:
+    """What a rollback walks back along: who comes to serve again takes back everything after his first time."""
+    line: list[str] = []
+    for version in history:
+        if version in line:
+            del line[line.index(version) + 1 :]
+        else:
+            line.append(version)
+    return line
+
+
 def delete_unheld(folder: Path) -> bool:
     """Delete a folder that no living process holds; False where one does."""
     lease = Lease.take(folder, exclusive=True)
@@ -369,6 +386,35 @@ class IndexFolder:
                     found.append((*_made(folder / MANIFEST), folder.name))
         return [name for *_, name in sorted(found)]
 
+    def history(self) -> list[str]:
+        """Versions that are still here in the order in which they came to serve, each as often as it did; CURRENT last.
+
+        A folder without a record is taken to have served its versions in the order of their making.
+        """
+        versions = self.versions()
+        served = [version for version in self._recorded() if version in versions]
+        try:
+            current = self.current()
+        except ArtifactDamaged:
+            current = None
+        if not served:
+            served = versions[: versions.index(current)] if current in versions else versions
+        if current is not None and current in versions and served[-1:] != [current]:
+            served.append(current)
+        return served
+
+    def before(self, version: str) -> list[str]:
+        """What else has served, the last of it first, each once; also what was rolled back."""
+        return [other for other in dict.fromkeys(self.history()[::-1]) if other != version]
+
+    def _recorded(self) -> list[str]:
+        """The record of what served; empty where there is none that can be read: nothing that serves depends on it."""
+        try:
+            with (self.path / HISTORY).open("rb") as file:
+                return file.read(MAX_HISTORY_BYTES).decode("ascii").split("\n")[:-1]
+        except (OSError, UnicodeDecodeError):
+            return []
+
     def version(self, version: str) -> Path:
         if version not in self.versions():
             raise UnknownVersion(f"{self.name} has no version {version!r}; there are: {self._listed()}")
@@ -391,6 +437,11 @@ class IndexFolder:
             raise UnknownVersion(f"{self.name} {version} is just being deleted; there are: {self._listed()}")
         try:
             with self._turn(TURN_WAIT_S):
+                # The record first: one that is ahead of CURRENT is understood, one that lacks a version is not.
+                served = self.history()
+                if served[-1:] != [version]:
+                    served.append(version)
+                replace_file(self.path / HISTORY, "".join(f"{v}\n" for v in served[-MAX_HISTORY:]).encode())
                 replace_file(self.path / CURRENT, f"{version}\n".encode())
         finally:
             lease.release()
@@ -409,7 +460,7 @@ class IndexFolder:
             lease.release()
 
     def rollback(self, to: str | None = None, check: Callable[[Path], object] = lambda folder: None) -> tuple[str, str]:
-        """Serve `to`, or the version before the one that serves. Returns (from, to).
+        """Serve `to`, or what served before CURRENT and was not itself rolled back. Returns (from, to).
 
         `check` sees its folder before anything is changed, and may refuse.
         """
@@ -417,9 +468,8 @@ class IndexFolder:
             current = self.current()
         except ArtifactDamaged:
             current = None  # rolling back is also how a damaged CURRENT is mended
-        versions = self.versions()
         if to is None:
-            older = versions[: versions.index(current)] if current in versions else versions
+            older = [version for version in _line(self.history()) if version != current]
             if not older:
                 raise UnknownVersion(
                     f"{self.name} has no version before {current}; there are: {self._listed()}: name one with --to"
@@ -432,18 +482,17 @@ class IndexFolder:
     def gc(self, keep: int) -> list[str]:
         """Delete all but CURRENT and `keep` others, and what dead builds left.
 
-        The versions before CURRENT stay first, the newest of them: they are what a rollback goes to. What is
-        newer than CURRENT was rolled away from, and stays only where there is room.
+        What a rollback goes to stays first, then what served last, then what never did, the newest of it.
 
         A version that a process serves is never touched: its folder is flocked. Returns what went.
         """
         current = self.current()
         gone = []
         self._empty_trash()  # a version of the same name may be in it since a crash
-        versions = self.versions()
-        at = versions.index(current) if current in versions else len(versions)
-        wanted = versions[:at][::-1] + versions[at + 1 :][::-1]
-        for version in sorted(wanted[keep:], key=versions.index):
+        versions, history = self.versions(), self.history()
+        wanted = dict.fromkeys([*_line(history)[::-1], *history[::-1], *versions[::-1]])
+        wanted.pop(current or "", None)
+        for version in sorted(list(wanted)[keep:], key=versions.index):
             lease = Lease.take(self.path / version, exclusive=True)
             if lease is None:
                 continue
@@ -472,9 +521,10 @@ class IndexFolder:
         for state in sorted(self.path.glob(f"{STATE}*")):
             if not (self.path / state.name.replace(STATE, STAGING, 1).removesuffix(".tmp")).exists():
                 delete_file(state)
-        if (self.path / f"{CURRENT}.tmp").exists():
-            with self._turn(TURN_WAIT_S):
-                delete_file(self.path / f"{CURRENT}.tmp")
+        for aside in (self.path / f"{CURRENT}.tmp", self.path / f"{HISTORY}.tmp"):
+            if aside.exists():
+                with self._turn(TURN_WAIT_S):
+                    delete_file(aside)
         return gone
 
     def _sweep_parts(self) -> list[str]:
