@@ -13,6 +13,7 @@ from vecsvc.kernels import (
     get_f32,
     get_i64,
     nibble_dot,
+    nibble_dots,
     prefetch,
     put_f32,
     put_i64,
@@ -24,6 +25,12 @@ from vecsvc.kernels import (
 
 def nibbles(codes, query, chunks):  # type: ignore[no-untyped-def]
     return nibble_dot(codes, query, chunks)
+
+
+def four_nibbles(rows, query, chunks, out):  # type: ignore[no-untyped-def]
+    a, b, c, d = get_i64(rows, 0), get_i64(rows, 1), get_i64(rows, 2), get_i64(rows, 3)
+    nibble_dots(a, b, c, d, query, chunks, out)
+    return 0
 
 
 def bytes_(left, right, lines, shift):  # type: ignore[no-untyped-def]

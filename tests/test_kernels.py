@@ -17,8 +17,8 @@ from vecsvc.types import METRICS, Metric
 HERE = machine_code.best_path()
 PATHS = machine_code.PATHS[machine_code.PATHS.index(HERE) :]
 ARITIES = {
-    "nibbles": 3, "bytes_": 4, "dot32": 4, "dot16": 4, "squares32": 4, "squares16": 4, "widen": 3, "roots": 3,
-    "first_after_fetching": 2, "address": 1,
+    "nibbles": 3, "four_nibbles": 4, "bytes_": 4, "dot32": 4, "dot16": 4, "squares32": 4, "squares16": 4,
+    "widen": 3, "roots": 3, "first_after_fetching": 2, "address": 1,
 }  # fmt: skip
 DIMS = (*range(1, 131), 384, 1000)
 
@@ -69,6 +69,19 @@ def test_products_of_4_bit_codes_are_those_of_integers(
         assert kernel("nibbles")(at(high[0]), at(signed), chunks) == expected
         packed, side = unaligned(low[1]), unaligned(signed)
         assert kernel("nibbles")(at(packed), at(side), chunks) == expected
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4, 5])
+def test_products_of_four_codes_at_once_are_those_of_each(
+    kernel: Callable[[str], machine_code.Kernel], chunks: int
+) -> None:
+    rng = np.random.default_rng(chunks)
+    codes = rng.integers(0, 256, (4, 64 * chunks)).astype(np.uint8)
+    query = unaligned(rng.integers(-128, 128, 128 * chunks).astype(np.int8))
+    rows = [unaligned(codes[i]) for i in (2, 0, 3, 1)]
+    sums = np.full(5, 7, np.int32)
+    assert kernel("four_nibbles")(at(np.array([at(row) for row in rows])), at(query), chunks, at(sums)) == 0
+    assert sums.tolist() == [kernel("nibbles")(at(row), at(query), chunks) for row in rows] + [7]
 
 
 @pytest.mark.parametrize("lines", [1, 2, 3, 4, 5, 256])

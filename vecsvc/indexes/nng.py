@@ -328,13 +328,15 @@ class Workspace:
         """For the index of that block."""
         dim, codes = int(index.values[at.DIM]), int(index.values[at.CHUNKS]) * CHUNK_VALUES
         arrays: dict[int, NDArray[Any]] = {
-            at.FRESH: np.empty(at.MAX_DEGREE + 1, np.int32),
+            at.FRESH: np.zeros(at.MAX_DEGREE + 4, np.int32),
             at.SEEN: np.zeros(int(index.values[at.SIZE]), np.uint8),
             at.QUERY: np.empty(dim, np.float32),
             at.CENTRED: np.empty(dim, np.float32),
             at.QUERY_CODE: np.empty(codes, np.int8),
             at.WEIGHTS: np.empty(codes, np.float32),
             at.RANKED: np.empty(at.SEEDS * at.ROUNDS + 1, np.int64),
+            at.KEYS: np.empty(at.MAX_DEGREE + 4, np.int32),
+            at.NEAR: np.empty(at.MAX_DEGREE + 1, np.int64),
         }
         self._block = Block(at.WORK_SLOTS, {}, arrays)
         self.room = 0

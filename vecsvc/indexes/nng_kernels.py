@@ -35,12 +35,14 @@ from vecsvc.indexes.nng_layout import (
     HOPS,
     INDEX,
     INVERSE_NORMS,
+    KEYS,
     L2,
     LABELS,
     LEFT,
     LOW,
     METRIC,
     N_PIVOTS,
+    NEAR,
     ORDER,
     PIVOT_CODES,
     PIVOTS,
@@ -81,6 +83,7 @@ from vecsvc.kernels import (
     inlined,
     inlined_sum,
     nibble_dot,
+    nibble_dots,
     prefetch,
     push,
     put_f32,
@@ -96,8 +99,8 @@ from vecsvc.kernels import (
 
 ZERO_AT = 1 << 30  # keys are shifted by so much, so that they are positive
 ROWS_AHEAD = 6  # vectors that are fetched before they are compared
-AHEAD = 12
 FAR = 1 << 40  # farther than any key
+FARTHEST = (1 << 63) - 1  # than any entry of a pool
 # How many standard deviations of what codes leave open may hide one of the nearest. The k-th best by both halves, from
 # which it is counted, is itself the luckiest of many, by two of them where vectors lie densely.
 SURE_UPPER = 3.0
@@ -191,18 +194,15 @@ def insert(pool, size, capacity, entry):
         if entry >= get_i64(pool, size - 1):
             return -1
         size -= 1
-    # Halving without branches: which half an entry is in cannot be foreseen, how often there is one to choose can.
-    low, left = 0, size
-    while left > 1:
-        half = left >> 1
-        low += half * (get_i64(pool, low + half - 1) < entry)
-        left -= half
-    if left == 1:
-        low += get_i64(pool, low) < entry
-    for i in range(size, low, -1):
-        put_i64(pool, i, get_i64(pool, i - 1))
-    put_i64(pool, low, entry)
-    return low
+    at = size
+    while at > 0:  # looking for its place and making room in one
+        before = get_i64(pool, at - 1)
+        if before < entry:
+            break
+        put_i64(pool, at, before)
+        at -= 1
+    put_i64(pool, at, entry)
+    return at
 
 
 @inlined
@@ -245,41 +245,60 @@ def exact_distance(index, query, place, label, dim):
 
 
 @inlined
-def code_key(index, work, high, place, chunks, code, bias, factor):
-    """The distance of a place in units of 16 products, by the upper halves of its codes."""
-    key = ZERO_AT - nibble_dot(high + place * (chunks << 6), code, chunks)
+def biased(bias, place, factor, product):
+    """The key of a place, given the product of its codes."""
+    key = ZERO_AT - product
     if bias != 0:
         key += int(get_f32(bias, place) * factor)
     return key
 
 
 @inlined
-def fetch_code(index, high, place, chunks):
+def code_keys(index, work, places, count, keys, factor):
+    """Put the distances of places (count,) int32 into keys (count,) int32, in units of 16 products.
+
+    They are those of the upper halves of codes. Four are compared at a time: what is read and written beyond the last
+    has to be places and room, too.
+    """
+    chunks, high, bias = get_i64(index, CHUNKS), get_i64(index, HIGH), get_i64(index, BIAS)
+    code, row = get_i64(work, QUERY_CODE), chunks << 6
+    for i in range(0, count, 4):
+        a, b, c, d = get_i32(places, i), get_i32(places, i + 1), get_i32(places, i + 2), get_i32(places, i + 3)
+        four = keys + (i << 2)
+        nibble_dots(high + a * row, high + b * row, high + c * row, high + d * row, code, chunks, four)
+        put_i32(four, 0, biased(bias, a, factor, get_i32(four, 0)))
+        put_i32(four, 1, biased(bias, b, factor, get_i32(four, 1)))
+        put_i32(four, 2, biased(bias, c, factor, get_i32(four, 2)))
+        put_i32(four, 3, biased(bias, d, factor, get_i32(four, 3)))
+
+
+@inlined
+def fetch_code(index, place):
+    chunks, bias = get_i64(index, CHUNKS), get_i64(index, BIAS)
+    row = get_i64(index, HIGH) + place * (chunks << 6)
     for line in range(chunks):
-        prefetch(high + place * (chunks << 6) + (line << 6))
-    bias = get_i64(index, BIAS)
+        prefetch(row + (line << 6))
     if bias != 0:
         prefetch(bias + (place << 2))
 
 
 @inlined
-def vector_key(index, work, high, place, chunks, code, bias, factor):
-    """The distance of a place by its vector, as an integer that orders as it does."""
-    label = get_i32(get_i64(index, ORDER), place)
-    distance = exact_distance(index, get_i64(work, QUERY), place, label, get_i64(index, DIM))
-    if bias != 0 and get_i64(index, METRIC) != L2:
-        distance += get_f32(bias, place) * factor
-    bits = np.int64(bits_of(np.float32(distance)))
-    return bits if bits >= 0 else -(bits & 0x7FFFFFFF)  # those of negative floats order the other way round
+def vector_keys(index, work, places, count, keys, factor):
+    """Put the distances of the vectors of places (count,) int32 into keys (count,), as int32 that order alike."""
+    bias = get_i64(index, BIAS) if get_i64(index, METRIC) != L2 else 0
+    for i in range(count):
+        place = get_i32(places, i)
+        label = get_i32(get_i64(index, ORDER), place)
+        distance = exact_distance(index, get_i64(work, QUERY), place, label, get_i64(index, DIM))
+        if bias != 0:
+            distance += get_f32(bias, place) * factor
+        bits = np.int64(bits_of(np.float32(distance)))
+        # Those of negative floats order the other way round.
+        put_i32(keys, i, bits if bits >= 0 else -(bits & 0x7FFFFFFF))
 
 
-@inlined
-def fetch_row(index, high, place, chunks):
-    fetch_vector(index, place)
-
-
-def walks_by(key_of, fetch, side_by_side):
-    """(rank_pivots, walk) that compare places by that key; `side_by_side` where it is that of codes.
+def walks_by(keys_of, fetch, side_by_side):
+    """(rank_pivots, walk) that compare places by those keys; `side_by_side` where they are those of codes.
 
     The pivots' codes lie one behind the other, which is what makes ranking them cheap.
     """
@@ -290,21 +309,24 @@ def walks_by(key_of, fetch, side_by_side):
 
         As many are kept as the walk may ever start from. Returns how many those are.
         """
-        chunks, count = get_i64(index, CHUNKS), get_i64(index, N_PIVOTS)
+        chunks, total = get_i64(index, CHUNKS), get_i64(index, N_PIVOTS)
         codes, pivots, bias = get_i64(index, PIVOT_CODES), get_i64(index, PIVOTS), get_i64(index, BIAS)
-        high = get_i64(index, HIGH)
-        code, ranked = get_i64(work, QUERY_CODE), get_i64(work, RANKED)
-        size = 0
-        for i in range(count):
-            place = get_i32(pivots, i)
+        code, ranked, keys = get_i64(work, QUERY_CODE), get_i64(work, RANKED), get_i64(work, KEYS)
+        size, row = 0, chunks << 6
+        for first in range(0, total, 4):
+            count, places = min(4, total - first), pivots + (first << 2)
             if side_by_side:
-                key = ZERO_AT - nibble_dot(codes + i * (chunks << 6), code, chunks)
-                if bias != 0:
-                    key += int(get_f32(bias, place) * factor)
+                a = codes + first * row
+                b, c, d = a + min(1, count - 1) * row, a + min(2, count - 1) * row, a + (count - 1) * row
+                nibble_dots(a, b, c, d, code, chunks, keys)
             else:
-                key = key_of(index, work, high, place, chunks, code, bias, factor)
-            if insert(ranked, size, SEEDS * ROUNDS, (key << 32) | (place << 1)) >= 0 and size < SEEDS * ROUNDS:
-                size += 1
+                keys_of(index, work, places, count, keys, factor)
+            for i in range(count):
+                place, key = get_i32(places, i), np.int64(get_i32(keys, i))
+                if side_by_side:
+                    key = biased(bias, place, factor, key)
+                if insert(ranked, size, SEEDS * ROUNDS, (key << 32) | (place << 1)) >= 0 and size < SEEDS * ROUNDS:
+                    size += 1
         return size
 
     @inlined
@@ -316,10 +338,9 @@ def walks_by(key_of, fetch, side_by_side):
         (Wang and Li, Query-Driven Iterated Neighborhood Graph Search for Large Scale Indexing, ACM MM 2012, section 3).
         Returns (size of the pool, places compared, whether max_visited cut it short, hops: places that were expanded).
         """
-        chunks, degree = get_i64(index, CHUNKS), get_i64(index, DEGREE)
-        graph, high, bias = get_i64(index, GRAPH), get_i64(index, HIGH), get_i64(index, BIAS)
+        degree, graph = get_i64(index, DEGREE), get_i64(index, GRAPH)
         pool, fresh, seen = get_i64(work, POOL), get_i64(work, FRESH), get_i64(work, SEEN)
-        code, ranked = get_i64(work, QUERY_CODE), get_i64(work, RANKED)
+        ranked, keys, near = get_i64(work, RANKED), get_i64(work, KEYS), get_i64(work, NEAR)
         epoch = next_epoch(index, work)
         size, offered, at, visited, stopped, hops = 0, 0, 0, get_i64(index, N_PIVOTS), 0, 0
         while True:
@@ -351,26 +372,26 @@ def walks_by(key_of, fetch, side_by_side):
                 probable = graph + place_of(get_i64(pool, following)) * (degree << 2)
                 for line in range((degree + 15) >> 4):
                     prefetch(probable + (line << 6))
-            # The neighbours are collected before any is compared, so that their codes are on the way together.
+            # All neighbours are asked for before any is compared, so that they are on the way from memory together.
             # Which of them are new cannot be foreseen, so that nothing branches on it.
             count = 0
             for j in range(degree):
                 place = get_i32(edges, j)
                 if place < 0:
                     break
+                fetch(index, place)
                 put_i32(fresh, count, place)
-                new = get_u8(seen, place) != epoch
+                count += get_u8(seen, place) != epoch
                 put_u8(seen, place, epoch)
-                count += new
-                if count <= AHEAD:
-                    fetch(index, high, place, chunks)
-            best = size
+            keys_of(index, work, fresh, count, keys, factor)
+            # Nor can it be foreseen which are near enough: those are picked out before any is put into the pool.
+            farthest, passed, best = get_i64(pool, size - 1) if size == ef else FARTHEST, 0, size
             for i in range(count):
-                if i + AHEAD < count:
-                    fetch(index, high, get_i32(fresh, i + AHEAD), chunks)
-                place = get_i32(fresh, i)
-                key = key_of(index, work, high, place, chunks, code, bias, factor)
-                position = insert(pool, size, ef, (key << 32) | (place << 1))
+                entry = (np.int64(get_i32(keys, i)) << 32) | (get_i32(fresh, i) << 1)
+                put_i64(near, passed, entry)
+                passed += entry < farthest
+            for i in range(passed):
+                position = insert(pool, size, ef, get_i64(near, i))
                 if position >= 0:
                     size += size < ef
                     best = min(best, position)
@@ -388,8 +409,8 @@ def walks_by(key_of, fetch, side_by_side):
     return rank_pivots, walk
 
 
-rank_by_codes, walk_by_codes = walks_by(code_key, fetch_code, True)
-rank_by_vectors, walk_by_vectors = walks_by(vector_key, fetch_row, False)
+rank_by_codes, walk_by_codes = walks_by(code_keys, fetch_code, True)
+rank_by_vectors, walk_by_vectors = walks_by(vector_keys, fetch_vector, False)
 
 
 @inlined
@@ -442,14 +463,10 @@ def refine(index, work, size, factor):
     chunks, low, bias = get_i64(index, CHUNKS), get_i64(index, LOW), get_i64(index, BIAS)
     pool, code = get_i64(work, POOL), get_i64(work, QUERY_CODE)
     row = chunks << 6
-    for i in range(min(size, AHEAD)):
+    for i in range(size):
         for line in range(chunks):
             prefetch(low + place_of(get_i64(pool, i)) * row + (line << 6))
     for i in range(size):
-        if i + AHEAD < size:
-            ahead = low + place_of(get_i64(pool, i + AHEAD)) * row
-            for line in range(chunks):
-                prefetch(ahead + (line << 6))
         entry = get_i64(pool, i)
         place = place_of(entry)
         coarse = (entry >> 32) - ZERO_AT
