@@ -88,7 +88,47 @@ def test_gc_keeps_the_way_back_then_what_served_last_then_what_never_did(index: 
 
 def test_what_served_is_followed_past_versions_that_are_gone(index: IndexFolder) -> None:
     shutil.rmtree(index.path / "v2")
-    assert index.history() == ["v1", "v3"] and index.rollback() == ("v3", "v1")
+    assert index.before("v3") == ["v1"] and index.rollback() == ("v3", "v1")
+
+
+def test_a_rollback_does_not_go_to_what_was_rolled_back_though_where_it_went_is_gone(index: IndexFolder) -> None:
+    index.rollback()
+    publish(index, "v4")
+    shutil.rmtree(index.path / "v2")
+    assert index.rollback() == ("v4", "v1")
+
+
+def test_a_name_that_comes_again_is_another_version(index: IndexFolder) -> None:
+    for _ in range(3):
+        shutil.rmtree(index.path / "v1")
+        publish(index, "v1")
+        assert index.rollback() == ("v1", "v3")
+    assert index.rollback() == ("v3", "v2")
+
+
+def test_what_was_put_to_serve_later_is_not_before(index: IndexFolder) -> None:
+    assert index.before("v2") == ["v1"] and index.before("v1") == [] and index.before("v9") == ["v3", "v2", "v1"]
+
+
+def test_a_crash_between_the_record_and_current_leaves_the_way_back(
+    index: IndexFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dying(point: str) -> None:
+        if point == "rename CURRENT":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "failpoint", dying)
+    with pytest.raises(KeyboardInterrupt):
+        publish(index, "v4")
+    monkeypatch.undo()
+    assert index.current() == "v3" and index.history()[-2:] == ["v4", "v3"]
+    assert index.rollback() == ("v3", "v2")
+
+
+@pytest.mark.parametrize("name", ["CURRENT", "HISTORY", "CURRENT.tmp", "HISTORY.tmp"])
+def test_a_version_is_not_named_as_the_files_beside_it(name: str) -> None:
+    with pytest.raises(ConfigError, match="name of a file beside the versions"):
+        storage.check_version(name)
 
 
 def test_a_current_changed_by_hand_or_a_crash_before_it_was_written_counts_for_what_it_says(index: IndexFolder) -> None:
@@ -96,7 +136,7 @@ def test_a_current_changed_by_hand_or_a_crash_before_it_was_written_counts_for_w
     assert index.before("v2") == ["v3", "v1"] and index.rollback() == ("v2", "v1")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\n", b"../v1\n" * 4000, b"v1"])
+@pytest.mark.parametrize("content", [None, b"", b"\xff\n", b"../v1\n" * 6000, b"v1"])
 def test_where_nothing_can_be_read_of_what_served_versions_served_in_the_order_of_their_making(
     index: IndexFolder, content: bytes | None
 ) -> None:
@@ -113,12 +153,20 @@ def test_where_nothing_can_be_read_of_what_served_versions_served_in_the_order_o
     assert record.read_bytes() == b"v1\nv2\nv3\nv2\n"
 
 
-def test_the_record_of_what_served_is_bounded(index: IndexFolder) -> None:
+def test_a_pipe_in_the_place_of_the_record_holds_nobody_up(index: IndexFolder) -> None:
+    (index.path / storage.HISTORY).unlink()
+    os.mkfifo(index.path / storage.HISTORY)
+    assert index.rollback() == ("v3", "v2") and (index.path / storage.HISTORY).is_file()
+
+
+def test_the_record_of_what_served_is_bounded_and_keeps_the_way_back(index: IndexFolder) -> None:
+    index.rollback()
+    publish(index, "v4")
     for _ in range(storage.MAX_HISTORY):
-        index.serve("v1")
         index.serve("v2")
-    served = (index.path / storage.HISTORY).read_bytes().split()
-    assert len(served) == storage.MAX_HISTORY and served[-1] == b"v2" and index.rollback() == ("v2", "v1")
+        index.serve("v4")
+    assert len((index.path / storage.HISTORY).read_bytes().split()) <= storage.MAX_HISTORY
+    assert index.rollback() == ("v4", "v2") and index.rollback() == ("v2", "v1")
 
 
 @pytest.mark.parametrize("content", [b"", b"../v1\n", b"v9\nv1\n", b"\xff\xfe\n"])

@@ -472,7 +472,10 @@ def rollback(directory: Path, to: str | None) -> None:
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--keep", default=1, type=click.IntRange(0), help="versions to keep besides the one that serves")
 def gc(directory: Path, keep: int) -> None:
-    """Delete old versions of the indexes in DIR, and what dead builds left. Never what serves."""
+    """Delete old versions of the indexes in DIR, and what dead builds left. Never what serves.
+
+    Of the others stays first what a rollback goes to, then what served last, then what never did, the newest of it.
+    """
     for folder in index_folders(directory, begun=True):
         gone = folder.gc(keep)
         click.echo(f"{folder.name}: deleted {', '.join(gone) if gone else 'nothing'}")

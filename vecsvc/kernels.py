@@ -158,7 +158,7 @@ def _byte_width() -> tuple[int, int]:
 
 
 def _nibble_products(builder: Any, query: Any, at: Any, lines: list[Any], totals: list[Any]) -> list[Any]:
-    """To each of the totals, the products of chunk number `at` of its line of codes and of the query."""
+    """To each of the totals, the products of chunk number `at` of its codes and of the query."""
     width, _ = _byte_width()
     mask, four = _splat(I8, width, 15), _splat(I8, width, 4)
     side = builder.add(query, builder.shl(at, ir.Constant(I64, 7)))
@@ -200,7 +200,7 @@ def nibble_dot(typing: Any, codes: Any, query: Any, chunks: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def nibble_dots(typing: Any, a: Any, b: Any, c: Any, d: Any, query: Any, chunks: Any, out: Any) -> Any:
-    """Four of `nibble_dot` at once, in half of the time: `out` (4,) int32 becomes the sums for the codes a, b, c, d."""
+    """Four of `nibble_dot` at once: `out` (4,) int32 becomes the sums for the codes a, b, c, d."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         *codes, query, chunks, out = arguments
@@ -346,8 +346,8 @@ squares_f16 = _float_sum(F16, squares=True)
 def prefetch(typing: Any, address: Any) -> Any:
     """Ask for the cache line at an address, without waiting for it. Any address is harmless.
 
-    It comes into the second level of cache: the first has room for some dozen lines on their way, the second for
-    many more.
+    It comes into the second level of cache: the first has room for some two dozen lines on their way, the second
+    for many more.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

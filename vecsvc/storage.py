@@ -9,8 +9,8 @@
 <out>/<name>/.part-<version>-NNN/  one shard of a version that is built in parts, see parts.py; .state beside it
 
 Who holds what: a builder holds an exclusive flock on its staging folder, whoever serves a version a shared one
-on the version's folder, whoever changes CURRENT an exclusive one on the index's folder. The kernel drops them
-when the process dies, so what nobody holds is free to go, and there is nothing to clean up by hand after a crash.
+on the version's folder, whoever changes CURRENT or HISTORY an exclusive one on the index's folder. The kernel drops
+them when the process dies, so what nobody holds is free to go, and there is nothing to clean up by hand after a crash.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ PART: Final = ".part-"
 
 MAX_CURRENT_BYTES: Final = 256
 MAX_HISTORY: Final = 100  # versions that the record of what served names
-MAX_HISTORY_BYTES: Final = MAX_HISTORY * 65
+MAX_HISTORY_BYTES: Final = MAX_HISTORY * 256
 # Parts that nobody holds wait for the others and for publishing; what waits for longer was given up.
 PART_KEPT_S: Final = 7 * 86_400.0
 TURN_WAIT_S: Final = 5.0  # changing CURRENT takes milliseconds; whoever holds it for longer is stuck
 
+_GONE: Final = "-"  # before a version in the record whose name another one has taken
 _SAFE: Final = "what serves is untouched"
 _MEND_CURRENT: Final = "run vecsvc rollback"
 
@@ -83,7 +84,7 @@ def check_version(version: str) -> str:
         raise ConfigError(
             f"version {version[:80]!r} must be 1 to 64 letters, digits, ., _ and -, and start with a letter or digit"
         )
-    if version in (CURRENT, HISTORY):
+    if version.removesuffix(".tmp") in (CURRENT, HISTORY):
         raise ConfigError(f"version {version!r}: that is the name of a file beside the versions; choose another")
     return version
 
@@ -387,33 +388,54 @@ class IndexFolder:
         return [name for *_, name in sorted(found)]
 
     def history(self) -> list[str]:
-        """Versions that are still here in the order in which they came to serve, each as often as it did; CURRENT last.
+        """Versions in the order in which they came to serve, each as often as it did, also those that are gone since.
 
-        A folder without a record is taken to have served its versions in the order of their making.
+        CURRENT's is the last one, where that can be read and is here. Without a record, versions are taken to have
+        served in the order of their making, up to CURRENT's if there is one.
         """
-        versions = self.versions()
-        served = [version for version in self._recorded() if version in versions]
         try:
             current = self.current()
         except ArtifactDamaged:
             current = None
+        served = self._recorded()
         if not served:
+            versions = self.versions()
             served = versions[: versions.index(current)] if current in versions else versions
-        if current is not None and current in versions and served[-1:] != [current]:
+        if current is not None and served[-1:] != [current] and self._is_here(current):
             served.append(current)
         return served
 
     def before(self, version: str) -> list[str]:
-        """What else has served, the last of it first, each once; also what was rolled back."""
-        return [other for other in dict.fromkeys(self.history()[::-1]) if other != version]
+        """What is here and was put to serve before `version`, the last of it first; also what was rolled back."""
+        served = self.history()[::-1]
+        earlier = served[served.index(version) :] if version in served else served
+        return [other for other in dict.fromkeys(earlier) if other != version and self._is_here(other)]
+
+    def _way_back(self) -> list[str]:
+        """What is here of that along which a rollback goes, the last one being where it is now."""
+        return [version for version in _line(self.history()) if self._is_here(version)]
+
+    def _is_here(self, version: str) -> bool:
+        return _VERSION.fullmatch(version) is not None and (self.path / version).is_dir()
 
     def _recorded(self) -> list[str]:
-        """The record of what served; empty where there is none that can be read: nothing that serves depends on it."""
+        """The record of what served; empty where there is none that can be read: no answer depends on it."""
+        path = self.path / HISTORY
         try:
-            with (self.path / HISTORY).open("rb") as file:
-                return file.read(MAX_HISTORY_BYTES).decode("ascii").split("\n")[:-1]
-        except (OSError, UnicodeDecodeError):
+            if not path.is_file():
+                return []
+            with path.open("rb") as file:
+                lines = file.read(MAX_HISTORY_BYTES).decode("ascii", "replace").split("\n")[:-1]
+        except OSError:
             return []
+        return [line for line in lines if _VERSION.fullmatch(line.lstrip(_GONE))]
+
+    def _record(self, served: list[str]) -> None:
+        """Write the record; of one that has grown long, what is oldest shrinks to the way back that it leaves."""
+        if len(served) > MAX_HISTORY:
+            half = MAX_HISTORY // 2
+            served = _line(served[:-half])[-half:] + served[-half:]
+        replace_file(self.path / HISTORY, "".join(f"{version}\n" for version in served).encode())
 
     def version(self, version: str) -> Path:
         if version not in self.versions():
@@ -428,6 +450,13 @@ class IndexFolder:
         for folder in sorted((f for f in staging.rglob("*") if f.is_dir()), reverse=True):
             sync_folder(folder)
         sync_folder(staging)
+        if version in (recorded := self._recorded()):
+            # One of that name was here before and is gone: what the record says is not about this one.
+            gone = _GONE + version
+            while gone in recorded:
+                gone = _GONE + gone
+            with self._turn(TURN_WAIT_S):
+                self._record([gone if other == version else other for other in self._recorded()])
         rename(staging, target)
 
     def serve(self, version: str) -> None:
@@ -441,14 +470,14 @@ class IndexFolder:
                 served = self.history()
                 if served[-1:] != [version]:
                     served.append(version)
-                replace_file(self.path / HISTORY, "".join(f"{v}\n" for v in served[-MAX_HISTORY:]).encode())
+                self._record(served)
                 replace_file(self.path / CURRENT, f"{version}\n".encode())
         finally:
             lease.release()
 
     @contextlib.contextmanager
     def _turn(self, wait_s: float) -> Iterator[None]:
-        """One process at a time changes CURRENT: two would write the same file aside."""
+        """One process at a time changes CURRENT or HISTORY: two would write the same file aside."""
         end = time.monotonic() + wait_s
         while (lease := Lease.take(self.path, exclusive=True)) is None:
             if time.monotonic() >= end:
@@ -469,7 +498,7 @@ class IndexFolder:
         except ArtifactDamaged:
             current = None  # rolling back is also how a damaged CURRENT is mended
         if to is None:
-            older = [version for version in _line(self.history()) if version != current]
+            older = [version for version in self._way_back() if version != current]
             if not older:
                 raise UnknownVersion(
                     f"{self.name} has no version before {current}; there are: {self._listed()}: name one with --to"
@@ -489,10 +518,10 @@ class IndexFolder:
         current = self.current()
         gone = []
         self._empty_trash()  # a version of the same name may be in it since a crash
-        versions, history = self.versions(), self.history()
-        wanted = dict.fromkeys([*_line(history)[::-1], *history[::-1], *versions[::-1]])
-        wanted.pop(current or "", None)
-        for version in sorted(list(wanted)[keep:], key=versions.index):
+        versions = self.versions()
+        wanted = dict.fromkeys([*self._way_back()[::-1], *self.history()[::-1], *versions[::-1]])
+        others = [version for version in wanted if version in versions and version != current]
+        for version in sorted(others[keep:], key=versions.index):
             lease = Lease.take(self.path / version, exclusive=True)
             if lease is None:
                 continue

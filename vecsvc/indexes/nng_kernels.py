@@ -98,7 +98,10 @@ from vecsvc.kernels import (
 )
 
 ZERO_AT = 1 << 30  # keys are shifted by so much, so that they are positive
-ROWS_AHEAD = 6  # vectors that are fetched before they are compared
+AHEAD = 64  # codes that are fetched before they are compared
+ROWS_AHEAD = 6  # vectors, likewise
+LONG = 256  # entries of a pool in which it pays to look for a place by halving
+HEAD = 32  # lines of a vector that a walk asks for: the processor sees what follows
 FAR = 1 << 40  # farther than any key
 FARTHEST = (1 << 63) - 1  # than any entry of a pool
 # How many standard deviations of what codes leave open may hide one of the nearest. The k-th best by both halves, from
@@ -194,6 +197,18 @@ def insert(pool, size, capacity, entry):
         if entry >= get_i64(pool, size - 1):
             return -1
         size -= 1
+    if size > LONG:
+        low, left = 0, size
+        while left > 0:
+            half = left >> 1
+            if get_i64(pool, low + half) < entry:
+                low, left = low + half + 1, left - half - 1
+            else:
+                left = half
+        for i in range(size, low, -1):
+            put_i64(pool, i, get_i64(pool, i - 1))
+        put_i64(pool, low, entry)
+        return low
     at = size
     while at > 0:  # looking for its place and making room in one
         before = get_i64(pool, at - 1)
@@ -280,6 +295,15 @@ def fetch_code(index, place):
         prefetch(row + (line << 6))
     if bias != 0:
         prefetch(bias + (place << 2))
+
+
+@inlined
+def fetch_head(index, place):
+    """Ask for the first lines of the vector of a place, of which a walk asks for many at once."""
+    width = get_i64(index, DIM) * (2 if get_i64(index, VECTORS_HALF) else 4)
+    place = place if get_i64(index, VECTORS_BY_PLACE) else get_i32(get_i64(index, ORDER), place)
+    for line in range(min(HEAD, (width + 63) >> 6)):
+        prefetch(get_i64(index, VECTORS) + place * width + (line << 6))
 
 
 @inlined
@@ -410,7 +434,7 @@ def walks_by(keys_of, fetch, side_by_side):
 
 
 rank_by_codes, walk_by_codes = walks_by(code_keys, fetch_code, True)
-rank_by_vectors, walk_by_vectors = walks_by(vector_keys, fetch_vector, False)
+rank_by_vectors, walk_by_vectors = walks_by(vector_keys, fetch_head, False)
 
 
 @inlined
@@ -463,10 +487,13 @@ def refine(index, work, size, factor):
     chunks, low, bias = get_i64(index, CHUNKS), get_i64(index, LOW), get_i64(index, BIAS)
     pool, code = get_i64(work, POOL), get_i64(work, QUERY_CODE)
     row = chunks << 6
-    for i in range(size):
-        for line in range(chunks):
-            prefetch(low + place_of(get_i64(pool, i)) * row + (line << 6))
-    for i in range(size):
+    for i in range(-AHEAD, size):
+        if i + AHEAD < size:
+            ahead = low + place_of(get_i64(pool, i + AHEAD)) * row
+            for line in range(chunks):
+                prefetch(ahead + (line << 6))
+        if i < 0:
+            continue
         entry = get_i64(pool, i)
         place = place_of(entry)
         coarse = (entry >> 32) - ZERO_AT

@@ -38,7 +38,9 @@ COSINE: Final = 2
 
 # --- where one search works ------------------------------------------------------------------------------
 POOL: Final = 0  # (pool_size + 1,) int64
-FRESH: Final = 1  # (MAX_DEGREE + 4,) int32, places of the index all of them, also where nothing was put yet
+# (MAX_DEGREE + 4,) int32, places of the index all of them, also where nothing was put yet. A scan of what is allowed
+# puts 72 there, and `lower_halves` MEASURED.
+FRESH: Final = 1
 SEEN: Final = 2  # (size,) uint8: the epoch in which a place was last met
 EPOCH: Final = 3  # the current epoch itself, 1 to 255
 QUERY: Final = 4  # (dim,) float32: the query as the vectors want it
@@ -46,8 +48,8 @@ CENTRED: Final = 5  # (dim,) float32: the query as the codes want it
 QUERY_CODE: Final = 6  # (chunks * 128,) int8
 WEIGHTS: Final = 7  # (chunks * 128,) float32: what single codes count, where there are no vectors
 RANKED: Final = 8  # (SEEDS * ROUNDS + 1,) int64
-KEYS: Final = 9  # (MAX_DEGREE + 4,) int32
-NEAR: Final = 10  # (MAX_DEGREE + 1,) int64
+KEYS: Final = 9  # (MAX_DEGREE + 4,) int32: the distances of what is in FRESH
+NEAR: Final = 10  # (MAX_DEGREE + 1,) int64: entries for the pool
 WORK_SLOTS: Final = 11
 
 # --- what one call asks for; packed as nineteen int64, for each argument of its own costs a call 0.1 µs ------------
