@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import signal
@@ -236,6 +237,11 @@ def test_a_second_service_of_the_same_folder_serves_beside_the_first() -> None:
 
 @pytest.fixture(scope="module")
 def folder() -> IndexFolder:
+    return three_versions()
+
+
+@functools.cache  # a module's tests may come back to a process that has left it meanwhile
+def three_versions() -> IndexFolder:
     out = service.work_folder() / "swaps"
     for number in (1, 2, 3):
         rows = 2000 + number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -64,6 +65,11 @@ def asked_of_each(running: Service) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def folder() -> IndexFolder:
+    return two_versions()
+
+
+@functools.cache  # a module's tests may come back to a process that has left it meanwhile
+def two_versions() -> IndexFolder:
     out = service.work_folder() / "for-workers"
     for number in (1, 2):
         corpus = Corpus([f"v{number}-{i}" for i in range(200)], service.vectors(200, seed=50 + number), [], "l2")
