@@ -121,7 +121,7 @@ def main() -> None:
     task = load_task(given.data)
     what = f"ef_search {EF_SEARCH}, {task.base.shape[0]:,} x {task.base.shape[1]}"
     with work_folder(given.work) as work:
-        folder = build(task, work)
+        folder = build(task, "hnsw", work)
         rows = hnsw_rows(task, Served(folder, str(folder.current()), ServeSettings()))
     table(f"one filtered query, hnsw {what}", ["allowed", "rows", "walk ms", "walk recall", "exact ms"], rows)
     nng = nng_rows(task, index_builders.build(task.base, kind="nng", metric="ip"))
