@@ -411,10 +411,6 @@ class IndexFolder:
         earlier = served[served.index(version) :] if version in served else served
         return [other for other in dict.fromkeys(earlier) if other != version and self._is_here(other)]
 
-    def _way_back(self) -> list[str]:
-        """What is here of that along which a rollback goes, the last one being where it is now."""
-        return [version for version in _line(self.history()) if self._is_here(version)]
-
     def _is_here(self, version: str) -> bool:
         return _VERSION.fullmatch(version) is not None and (self.path / version).is_dir()
 
@@ -498,7 +494,7 @@ class IndexFolder:
         except ArtifactDamaged:
             current = None  # rolling back is also how a damaged CURRENT is mended
         if to is None:
-            older = [version for version in self._way_back() if version != current]
+            older = [version for version in _line(self.history()) if version != current and self._is_here(version)]
             if not older:
                 raise UnknownVersion(
                     f"{self.name} has no version before {current}; there are: {self._listed()}: name one with --to"
@@ -518,8 +514,8 @@ class IndexFolder:
         current = self.current()
         gone = []
         self._empty_trash()  # a version of the same name may be in it since a crash
-        versions = self.versions()
-        wanted = dict.fromkeys([*self._way_back()[::-1], *self.history()[::-1], *versions[::-1]])
+        versions, history = self.versions(), self.history()
+        wanted = dict.fromkeys([*_line(history)[::-1], *history[::-1], *versions[::-1]])
         others = [version for version in wanted if version in versions and version != current]
         for version in sorted(others[keep:], key=versions.index):
             lease = Lease.take(self.path / version, exclusive=True)

@@ -101,7 +101,8 @@ ZERO_AT = 1 << 30  # keys are shifted by so much, so that they are positive
 AHEAD = 64  # codes that are fetched before they are compared
 ROWS_AHEAD = 6  # vectors, likewise
 LONG = 256  # entries of a pool in which it pays to look for a place by halving
-HEAD = 32  # lines of a vector that a walk asks for: the processor sees what follows
+HEAD = 32  # lines of a vector that a walk, which wants many at once, asks for: the processor sees what follows
+WHOLE = 1 << 30  # lines, more than any vector has
 FAR = 1 << 40  # farther than any key
 FARTHEST = (1 << 63) - 1  # than any entry of a pool
 # How many standard deviations of what codes leave open may hide one of the nearest. The k-th best by both halves, from
@@ -237,13 +238,23 @@ def next_epoch(index, work):
 
 
 @inlined
-def fetch_vector(index, place):
-    """Ask for the vector of a place, where there is one."""
+def fetch_lines(index, place, most):
+    """Ask for up to so many lines of the vector of a place, where there is one."""
     vectors, width = get_i64(index, VECTORS), get_i64(index, DIM) * (2 if get_i64(index, VECTORS_HALF) else 4)
     if vectors != 0:
         row = vectors + (place if get_i64(index, VECTORS_BY_PLACE) else get_i32(get_i64(index, ORDER), place)) * width
-        for line in range((width + 63) >> 6):
+        for line in range(min(most, (width + 63) >> 6)):
             prefetch(row + (line << 6))
+
+
+@inlined
+def fetch_vector(index, place):
+    fetch_lines(index, place, WHOLE)
+
+
+@inlined
+def fetch_head(index, place):
+    fetch_lines(index, place, HEAD)
 
 
 @inlined
@@ -295,15 +306,6 @@ def fetch_code(index, place):
         prefetch(row + (line << 6))
     if bias != 0:
         prefetch(bias + (place << 2))
-
-
-@inlined
-def fetch_head(index, place):
-    """Ask for the first lines of the vector of a place, of which a walk asks for many at once."""
-    width = get_i64(index, DIM) * (2 if get_i64(index, VECTORS_HALF) else 4)
-    place = place if get_i64(index, VECTORS_BY_PLACE) else get_i32(get_i64(index, ORDER), place)
-    for line in range(min(HEAD, (width + 63) >> 6)):
-        prefetch(get_i64(index, VECTORS) + place * width + (line << 6))
 
 
 @inlined
