@@ -11,12 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from vecsvc import schemas
+from vecsvc import columns, schemas
 from vecsvc.config import ServeSettings
 from vecsvc.errors import InvalidRequest, MalformedRequest, RequestError
 from vecsvc.types import (
     BatchAnswer,
-    Columns,
     ColumnsAnswer,
     Coverage,
     Hit,
@@ -241,11 +240,12 @@ def test_an_answer_is_json_and_what_json_has_no_word_for_is_text() -> None:
 
 def test_an_arrow_answer_has_a_row_a_hit() -> None:
     one = answer()
-    floats = np.array([0.5, 0.25, 1.0], np.float32), np.array([0.5, 0.75, 0.0], np.float32)
-    columns = Columns(np.array([0, 0, 1]), np.array([0, 1, 0]), [[1], pa.array([2, 3])], True, *floats)
-    whole = ColumnsAnswer(columns, one.took_ms, one.coverage, one.stats, one.index)
+    parts = [columns.of_hits(first, [hits], whole=True, metric="ip") for first, hits in enumerate(one.results)]
+    whole = ColumnsAnswer(parts, one.took_ms, one.coverage, one.stats, one.index)
     table = pa.ipc.open_stream(schemas.encode_arrow(whole)).read_all()
     rest = msgspec.json.decode(table.schema.metadata[b"vecsvc"], type=BatchAnswer)
     assert rest == msgspec.structs.replace(one, results=[])
     assert table.to_pydict()["query"] == [0, 0, 1]
+    assert table.to_pydict()["rank"] == [0, 1, 0]
     assert table.to_pydict()["id"] == [1, 2, 3]
+    assert table.to_pydict()["score"] == [0.5, 0.25, 1.0]

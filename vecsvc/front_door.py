@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 
-from vecsvc import indexes, remote
+from vecsvc import columns, indexes, remote
 from vecsvc.admission import Admission
 from vecsvc.asked import Asked
 from vecsvc.catalog import MAX_PLANS, Served, by_model, by_name
@@ -29,7 +29,7 @@ from vecsvc.errors import (
 from vecsvc.fan_out import Call, Group
 from vecsvc.ids import id_hash
 from vecsvc.manifest import Manifest
-from vecsvc.question import A, columns_of
+from vecsvc.question import A
 from vecsvc.question_checks import (
     INLINE_HITS,
     Clock,
@@ -370,8 +370,8 @@ def _as(kind: type[A], a: BatchAnswer, manifest: Manifest) -> A:
     """The answer in the shape that is asked for."""
     answer: Any = a
     if cast(type, kind) is ColumnsAnswer:
-        columns = columns_of(a.results, 0, manifest.id_type == "int", manifest.metric)
-        answer = ColumnsAnswer(columns, a.took_ms, a.coverage, a.stats, a.index, a.encoder, a.explain)
+        hits = columns.of_hits(0, a.results, manifest.id_type == "int", manifest.metric)
+        answer = ColumnsAnswer([hits], a.took_ms, a.coverage, a.stats, a.index, a.encoder, a.explain)
     return cast(A, answer)
 
 

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 
-from vecsvc import indexes
+from vecsvc import columns, indexes
 from vecsvc.catalog import Served
 from vecsvc.distance import score
 from vecsvc.errors import (
@@ -23,8 +24,9 @@ from vecsvc.errors import (
 from vecsvc.nearest import nearest
 from vecsvc.question_checks import (
     Clock,
+    check_dim,
     check_question,
-    check_vectors,
+    check_values,
     cut_note,
     encoder_of,
     plan_of,
@@ -34,13 +36,11 @@ from vecsvc.ranking import nearest_shards, queries_of_shards
 from vecsvc.shard import Found, Shard, placed
 from vecsvc.types import (
     BatchAnswer,
-    Columns,
     ColumnsAnswer,
     Coverage,
     Hit,
     IdQuery,
     Limit,
-    Metric,
     Query,
     SearchAnswer,
     SearchSettings,
@@ -83,7 +83,9 @@ class Search:
             )
         check_question(query, settings, served.manifest)
         if isinstance(query, VectorQuery):
-            check_vectors(query.vectors, served.manifest)
+            check_dim(query.vectors, served.manifest)
+            if len(query.vectors) == 1:
+                check_values(query.vectors, served.manifest)
         elif isinstance(query, TextQuery):
             encoder_of(served)
 
@@ -106,6 +108,7 @@ class Search:
     def find(self) -> list[Found]:
         """What each shard finds for the vectors of the question, all of them."""
         assert self.vectors is not None
+        self._check_batch()
         before = time.perf_counter()
         slices: list[list[Found]] = []
         for start, queries in self._parts(self.vectors):
@@ -127,6 +130,7 @@ class Search:
         own: dict[int, int] = {}  # shard -> label of the row that a query by id leaves out
         if self.vectors is not None:
             queries = self.vectors
+            self._check_batch()
         else:
             assert isinstance(self.query, IdQuery)
             own = self._find(self.query)
@@ -146,6 +150,11 @@ class Search:
             clock.rerank = sum(part.rerank_s for part in found if part is not None)
         clock.search = time.perf_counter() - before - clock.rerank
         return self._answer(found, results, len(queries), hits, kind)
+
+    def _check_batch(self) -> None:
+        """The values of many vectors are read in the thread that reads them anyway, not in the event loop."""
+        if isinstance(self.query, VectorQuery) and len(self.query.vectors) > 1:
+            check_values(self.query.vectors, self.served.manifest)
 
     def _parts(self, queries: Vectors) -> Iterator[tuple[int, Vectors]]:
         """Slices of a batch, each as long as its plan knows by then, and where they begin."""
@@ -167,7 +176,7 @@ class Search:
         """What was found for all queries, in parts between which the deadline is looked at; results and hits."""
         found: list[Found | None] = []
         lists: list[list[Hit]] = []
-        columns: list[Columns] = []
+        batches: list[pa.RecordBatch] = []
         for start, some in self._parts(queries):
             if start and self._is_too_late(start, len(queries)):
                 found = [part if part is None else msgspec.structs.replace(part, stopped=True) for part in found]
@@ -176,13 +185,12 @@ class Search:
             part = self.recall(some, own)
             self._learn_slice(len(some), part)
             if kind is ColumnsAnswer:
-                columns.append(self._columns(part, start, len(some)))
+                batches.append(self._columns(part, start, len(some)))
             else:
                 lists += self._name(part, len(some))
             found = [_either(a, b) for a, b in zip(found, part, strict=True)] if found else part
         if kind is ColumnsAnswer:
-            joined = _joined_columns(columns)
-            return found, joined, len(joined.distances)
+            return found, batches, sum(batch.num_rows for batch in batches)
         return found, lists, sum(map(len, lists))
 
     def _is_too_late(self, done: int, of: int) -> bool:
@@ -240,18 +248,12 @@ class Search:
         kind = self.served.manifest.id_type
         raise UnknownId(f"index {self.served.name!r} has no id {query.id!r}{wrong_type(query.id, kind)}")
 
-    def _columns(self, found: Sequence[Found | None], first: int, n: int) -> Columns:
+    def _columns(self, found: Sequence[Found | None], first: int, n: int) -> pa.RecordBatch:
         """Merge the shards' answers of n queries that begin at `first`; of one shard without an object for each hit."""
-        metric, whole = self.served.manifest.metric, self.served.manifest.id_type == "int"
-        part = found[0]
+        manifest, part = self.served.manifest, found[0]
         if len(self.shards) == 1 and part is not None:
-            labels, flat, k = part.labels.reshape(-1), part.distances.reshape(-1), part.labels.shape[1]
-            query, rank = np.divmod(np.arange(first * k, (first + n) * k, dtype=np.int32), np.int32(k))
-            if (part.labels[:, -1] < 0).any():  # places that stayed empty, which are the last of their rows
-                places = labels >= 0
-                labels, flat, query, rank = labels[places], flat[places], query[places], rank[places]
-            return Columns(query, rank, [self.shards[0].ids.column(labels)], whole, score(flat, metric), flat)
-        return columns_of(self._name(found, n), first, whole, metric)
+            return columns.of_arrays(first, part.labels, part.distances, self.shards[0].ids, manifest.metric)
+        return columns.of_hits(first, self._name(found, n), manifest.id_type == "int", manifest.metric)
 
     def _name(self, found: Sequence[Found | None], n: int) -> list[list[Hit]]:
         """Merge the shards' answers and turn labels into hits."""
@@ -337,33 +339,6 @@ class Search:
             for shard, part in zip(self.shards, found, strict=True)
             if part is not None
         ]
-
-
-def columns_of(lists: list[list[Hit]], first: int, whole: bool, metric: Metric) -> Columns:
-    """The hits of queries that begin at `first`, as columns."""
-    counts = [len(one) for one in lists]
-    flat = np.array([hit.distance for one in lists for hit in one], np.float32)
-    return Columns(
-        np.repeat(np.arange(first, first + len(lists), dtype=np.int32), counts),
-        np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
-        [[hit.id for one in lists for hit in one]],
-        whole,
-        score(flat, metric),
-        flat,
-    )
-
-
-def _joined_columns(parts: list[Columns]) -> Columns:
-    if len(parts) == 1:
-        return parts[0]
-    return Columns(
-        np.concatenate([part.query for part in parts]),
-        np.concatenate([part.rank for part in parts]),
-        [ids for part in parts for ids in part.ids],
-        parts[0].whole,
-        np.concatenate([part.scores for part in parts]),
-        np.concatenate([part.distances for part in parts]),
-    )
 
 
 def _joined(parts: tuple[Found, ...]) -> Found:

@@ -128,16 +128,26 @@ def check_question(query: Query, settings: SearchSettings, manifest: Manifest) -
 
 
 def check_vectors(vectors: Vectors, manifest: Manifest) -> None:
+    """Refuse what the index cannot rank: another dimension, or values that no metric can."""
+    check_dim(vectors, manifest)
+    check_values(vectors, manifest)
+
+
+def check_dim(vectors: Vectors, manifest: Manifest) -> None:
     spec = manifest.spec
     if vectors.shape[1] != spec.dim:
         raise DimensionMismatch(f"the vector has {vectors.shape[1]} values, index {manifest.name!r} has dim {spec.dim}")
+
+
+def check_values(vectors: Vectors, manifest: Manifest) -> None:
+    metric = manifest.spec.metric
     if len(vectors) == 1:
-        check_vector(vectors[0], spec.metric)
+        check_vector(vectors[0], metric)
         return
     # Sums of squares within these bounds answer every question at once, as in check_vector.
     squares = np.einsum("ij,ij->i", vectors, vectors)
     for row in np.flatnonzero(~((squares > 0.0) & (squares <= MAX_ABS))).tolist():
-        check_vector(vectors[row], spec.metric, f"vectors[{row}]")
+        check_vector(vectors[row], metric, f"vectors[{row}]")
 
 
 def wrong_params(error: Exception) -> InvalidRequest:

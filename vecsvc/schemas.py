@@ -13,7 +13,6 @@ from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 import numpy as np
-import pyarrow as pa
 from msgspec import UNSET, Struct, UnsetType
 
 from vecsvc import filters, json_vectors
@@ -441,14 +440,6 @@ def shown(value: Any) -> str:
 
 # ------------------------------------------------------------------------------------------------ answers
 
-_INT_IDS, _STRING_IDS = (
-    pa.schema(
-        [("query", pa.int32()), ("rank", pa.int32()), ("id", id), ("score", pa.float32()), ("distance", pa.float32())]
-    )
-    for id in (pa.int64(), pa.string())
-)
-
-
 _END: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream: a message of no bytes
 
 
@@ -462,14 +453,9 @@ def encode_arrow(answer: ColumnsAnswer) -> bytes:
 
     The rest of the answer is in the schema's metadata, `vecsvc`, as JSON.
     """
-    found = answer.results
-    kind = pa.int64() if found.whole else pa.string()
-    ids = [part if isinstance(part, pa.Array) else pa.array(part, kind) for part in found.ids]
-    schema = (_INT_IDS if found.whole else _STRING_IDS).with_metadata({"vecsvc": _rest(answer)})
-    columns = [pa.array(found.query), pa.array(found.rank), ids[0] if len(ids) == 1 else pa.concat_arrays(ids)]
-    columns += [pa.array(found.scores), pa.array(found.distances)]
+    schema = answer.results[0].schema.with_metadata({"vecsvc": _rest(answer)})
     # What a stream writer would write, without the writer.
-    return b"".join([schema.serialize(), pa.RecordBatch.from_arrays(columns, schema=schema).serialize(), _END])
+    return b"".join([schema.serialize(), *[batch.serialize() for batch in answer.results], _END])
 
 
 def _rest(answer: ColumnsAnswer) -> bytes:

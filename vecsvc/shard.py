@@ -172,7 +172,8 @@ class Shard:
 def _total(visited: NDArray[np.int64]) -> int:
     if len(visited) == 1:
         return int(visited[0])
-    return -1 if (visited < 0).any() else int(visited.sum())
+    counts = visited.tolist()
+    return -1 if min(counts, default=0) < 0 else sum(counts)
 
 
 def _strategy(ways: NDArray[np.uint8], kind: str) -> str:
@@ -187,10 +188,8 @@ def _short(neighbors: Neighbors, reachable: int) -> list[int]:
     """The rows in which a place stayed empty although a vector is there for it, and no limit is to blame."""
     if reachable == 0:
         return []
-    if len(neighbors.labels) == 1:
-        return [0] if neighbors.labels[0, reachable - 1] < 0 and not neighbors.stopped[0] else []
-    found: list[int] = np.flatnonzero((neighbors.labels[:, reachable - 1] < 0) & ~neighbors.stopped).tolist()
-    return found
+    last, stopped = neighbors.labels[:, reachable - 1].tolist(), neighbors.stopped
+    return [row for row, label in enumerate(last) if label < 0 and not stopped[row]]
 
 
 def _with_row(neighbors: Neighbors, row: int, other: Neighbors) -> Neighbors:

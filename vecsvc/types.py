@@ -201,21 +201,10 @@ class BatchAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     explain: list[ShardExplain] | None = None
 
 
-class Columns(msgspec.Struct, frozen=True, gc=False):
-    """The hits of many queries as columns, ordered by query and rank."""
-
-    query: NDArray[np.int32]  # (hits,)
-    rank: NDArray[np.int32]  # (hits,)
-    ids: list[Any]  # parts, one behind the other: lists of ids, or Arrow arrays
-    whole: bool  # whether ids are integers, which no ids at all do not tell
-    scores: Distances  # (hits,)
-    distances: Distances  # (hits,)
-
-
 class ColumnsAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     """As BatchAnswer, for those who take columns."""
 
-    results: Columns
+    results: list[Any]  # pyarrow.RecordBatch as columns.py makes them, one behind the other
     took_ms: TookMs
     coverage: Coverage
     stats: Stats
