@@ -9,6 +9,7 @@ import json
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ import pytest
 import service
 from service import BINARY, DIM, JSON, Corpus, Reply, Service
 
+from vecsvc.process import admit_nobody
 from vecsvc.storage import IndexFolder, Lease
 
 QUESTION = json.dumps({"vector": [1.0] * DIM, "k": 5}).encode()
@@ -225,6 +227,28 @@ def test_a_port_that_is_taken_is_one_line_and_exit_code_2(taken: str) -> None:
         )
     assert second.returncode == 2 and second.stdout == ""
     assert second.stderr == f"vecsvc: cannot listen on 127.0.0.1:{port}: Address already in use; choose another port\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the filter is Linux'")
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_that_is_about_to_close_keeps_who_is_in_and_lets_nobody_in(host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as port:
+        address = port.getsockname()[:2]
+        with socket.create_connection(address) as early:
+            admit_nobody(port)
+            with pytest.raises(TimeoutError):
+                socket.create_connection(address, timeout=0.2)
+            port.settimeout(5.0)
+            accepted, _ = port.accept()
+            with accepted:
+                early.sendall(b"question")
+                assert accepted.recv(100) == b"question"
+                accepted.sendall(b"answer")
+                assert early.recv(100) == b"answer"
+            port.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                port.accept()
 
 
 def test_a_second_service_of_the_same_folder_serves_beside_the_first() -> None:

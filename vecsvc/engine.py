@@ -275,16 +275,16 @@ class Engine:
         waiter: asyncio.Future[T] = loop.create_future()
         work.begin()
 
-        def over() -> None:
+        def over(done: Future[T]) -> None:  # not `future`, which would then hold itself, and the version
             work.leave()
             if not waiter.done():
-                _settle(waiter, future)
+                _settle(waiter, done)
 
         def too_late() -> None:
             if not waiter.done():
                 waiter.set_exception(DeadlineExceeded("no answer within timeout_ms; ask for less, or allow more time"))
 
-        future.add_done_callback(lambda future: None if loop.is_closed() else loop.call_soon_threadsafe(over))
+        future.add_done_callback(lambda done: None if loop.is_closed() else loop.call_soon_threadsafe(over, done))
         timer = loop.call_later(max(0.0, clock.deadline + grace_s - time.monotonic()), too_late)
         try:
             return await waiter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import functools
 import gc
@@ -13,6 +14,7 @@ import resource
 import signal
 import socket
 import ssl
+import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +43,11 @@ SPARE_FILES: Final = 1024  # open files besides connections: indexes, logs, libr
 SWITCH_S: Final = 0.001
 BACKLOG: Final = 1024  # connections that wait to be accepted
 GRACE_S: Final = 0.25  # for requests that were on their way when the port closed
+GRACE_LOOKS: Final = 25  # in so many looks, one behind the other, none has come
+
+_SO_ATTACH_FILTER: Final = 26  # Linux; Python has no name for it
+# A program of the classic packet filter, over a TCP head: drop what has the SYN flag, pass the rest.
+_NO_SYN: Final = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
 
 
 def serve(directory: Path, settings: ServeSettings, handed: Handed | None = None) -> None:
@@ -249,6 +256,8 @@ async def close_port(
 ) -> None:
     """Close the port, and take in whom the kernel let in already: for a client, that is to be accepted."""
     held = [socket.socket(fileno=os.dup(port.fileno())) for listener in listeners for port in listener.sockets]
+    for port in held:
+        admit_nobody(port)
     for listener in listeners:
         listener.close()
     waiting: list[socket.socket] = []
@@ -260,6 +269,19 @@ async def close_port(
     loop, options = asyncio.get_running_loop(), _handshake(service, tls)
     taken = [loop.connect_accepted_socket(lambda: Connection(service, runner.server), c, **options) for c in waiting]
     await asyncio.gather(*taken, return_exceptions=True)  # who fails to shake hands is no concern of the others
+
+
+def admit_nobody(port: socket.socket) -> None:
+    """Have the kernel drop whoever would connect from now on, and let those in who are half-way.
+
+    Who came between the last look and the close would be reset with a question on its way, and nobody may ask a POST
+    again. One that is dropped asks again after a second, by then at a closed port, which sends it elsewhere.
+    """
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in _NO_SYN))
+    program = struct.pack("HL", len(_NO_SYN), ctypes.addressof(code))
+    if port.family in (socket.AF_INET, socket.AF_INET6) and sys.platform == "linux":
+        with contextlib.suppress(OSError):  # then it is as without
+            port.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
 
 
 async def _watch(
@@ -299,11 +321,13 @@ async def _watch(
 
 
 async def finish(service: Service, runner: web.AppRunner) -> None:
-    """Wait for requests in flight, and for those that were on their way when the port closed."""
-    now = time.monotonic()
-    end, quiet_since = now + service.settings.shutdown_s, now
-    while now < end and now - quiet_since < GRACE_S:
-        await asyncio.sleep(0.01)
-        now = time.monotonic()
-        if runner.server is not None and not service.reaper.quiet(runner.server.connections):
-            quiet_since = now
+    """Wait for requests in flight, and for those that were on their way when the port closed.
+
+    Looks are counted, not time: one that comes late, because the process had no processor, has not read what came
+    meanwhile.
+    """
+    end, quiet = time.monotonic() + service.settings.shutdown_s, 0
+    while time.monotonic() < end and quiet < GRACE_LOOKS:
+        await asyncio.sleep(GRACE_S / GRACE_LOOKS)
+        connections = runner.server.connections if runner.server is not None else []
+        quiet = quiet + 1 if service.reaper.quiet(connections) else 0
