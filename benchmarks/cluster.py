@@ -11,6 +11,7 @@ d  a whole shard gone, or hanging: statuses and times, with and without `partial
 e  everything restarted, one after the other, under load
 f  versions rolled out and back under load
 g  service times of shards and latencies of queries at stated rates, as JSON for benchmarks/capacity.py --check
+h  the same of nodes that sleep through a search: a cluster whose nodes do not share this machine's processors
 """
 
 from __future__ import annotations
@@ -347,14 +348,16 @@ class ShardClient(asyncio.Protocol):
     def __init__(self) -> None:
         self._frames = remote.Frames(remote.OF_NODES, remote.MAX_ANSWER_BYTES)
         self.answer: asyncio.Future[tuple[Any, bytes]] = asyncio.get_running_loop().create_future()
+        self.number = 0  # of the question whose answer is awaited; what a node holds has 0
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
         transport.write(remote.message(remote.Kind.HELLO, 0, remote.Hello()))
 
     def data_received(self, data: bytes) -> None:
-        for kind, _, payload in self._frames.feed(data):
-            if not self.answer.done():
+        for kind, number, payload in self._frames.feed(data):
+            # A node tells what it holds now and then, unasked.
+            if number == self.number and not self.answer.done():
                 self.answer.set_result((kind, payload))
 
     async def ask(self, shard: int, digest: str, query: np.ndarray) -> float:
@@ -362,8 +365,9 @@ class ShardClient(asyncio.Protocol):
         ask = remote.Ask.made(NAME, digest, len(query), SearchSettings(k=K), k=K, of=1)
         asked = remote.Common.of(remote.encode_ask(ask), query)
         self.answer = asyncio.get_running_loop().create_future()
+        self.number += 1
         began = time.perf_counter()
-        self.transport.write(remote.search_frame(1, 10_000.0, (shard,), asked))
+        self.transport.write(remote.search_frame(self.number, 10_000.0, (shard,), asked))
         kind, payload = await self.answer
         seconds = time.perf_counter() - began
         if kind is not remote.Kind.PART:
@@ -371,60 +375,91 @@ class ShardClient(asyncio.Protocol):
         return seconds
 
 
-async def _service_s(bench: Bench, made: Cluster) -> list[float]:
+async def _service_s(bench: Bench, made: Cluster, requests: int) -> list[float]:
+    """Seconds of so many calls to each shard, one at a time."""
     found = []
     for shard in range(bench.shards):
         port = made.nodes[made.of(shard)[0]].shard_port
         _, client = await asyncio.get_running_loop().create_connection(ShardClient, "127.0.0.1", port)
         _, payload = await client.answer
         [digest] = [held.digest for held in remote.decode(remote.Kind.HOLDINGS, payload).held if held.current]
-        found += [await client.ask(shard, digest, query) for query in bench.queries]
+        found += [await client.ask(shard, digest, query) for query in bench.queries[:requests]]
         client.transport.abort()
     return found
 
 
+# Nodes of g share the processors, and what they wait for is mostly those: of queues and hedges that tells little. A
+# node of h is busy for a time that is drawn from a log-normal distribution, and asleep.
+MEDIAN_S, SIGMA, MOST_S = 0.008, 0.6, 0.1
+SLEEPING = f"""
+import math, random, time
+from vecsvc.shard import Shard
+drawn, search = random.Random(), Shard.search
+def asleep(*arguments, **named):
+    time.sleep(min({MOST_S}, drawn.lognormvariate(math.log({MEDIAN_S}), {SIGMA})))
+    return search(*arguments, **named)
+Shard.search = asleep
+"""
+
+
 def measured(bench: Bench) -> None:
-    runs, lines = [], []
     with cluster(bench.folder.path.parent, bench.shards, bench.replicas, proxied=False) as made:
         run(closed_loop(made.ports, bench.requests, bench.seconds / 2, clients=CLIENTS))  # warm
-        service = [seconds * 1e3 for seconds in run(_service_s(bench, made))]
         peak = run(closed_loop(made.ports, bench.requests, bench.seconds, clients=CLIENTS)).count() / bench.seconds
-        alone = float(np.median(run(_alone(made.ports[0], bench.requests)))) * 1e3
-        for share in bench.rates:
-            rate = share * peak
-            tally = run(open_loop(made.ports, bench.requests, rate, bench.seconds * 2, check=whole))
-            tally.tell()
-            lines.append([f"{share:.0%} of peak, {rate:.0f}/s", tally.total, tally.failed, tally.ms(50), tally.ms(99)])
-            runs.append(
-                {
-                    "what": f"{bench.shards} x {bench.replicas} on one machine, {share:.0%} of peak",
-                    "shards": bench.shards,
-                    "replicas": bench.replicas,
-                    "rate_qps": tally.total / (bench.seconds * 2),
-                    "service_ms": service,
-                    "latency_ms": [seconds * 1e3 for seconds in tally.seconds.get("200", [])],
-                    "threads": 1,
-                    "cores": os.cpu_count(),
-                    "overhead_ms": max(0.0, alone - float(np.median(service))),
-                }
-            )
-    table(f"g: open loop, peak {peak:.0f} queries/s", ["", "requests", "failed", "p50 ms", "p99 ms"], lines)
+        loads(bench, made, "g", bench.requests, peak, os.cpu_count())
+
+
+def asleep(bench: Bench) -> None:
+    requests = bench.requests[:500]
+    with cluster(bench.folder.path.parent, bench.shards, bench.replicas, proxied=False, first=SLEEPING) as made:
+        run(closed_loop(made.ports, requests, bench.seconds, clients=1))  # warm
+        peak = bench.replicas / float(np.mean(run(_service_s(bench, made, requests=200))))
+        loads(bench, made, "h", requests, peak, None)
+
+
+def loads(bench: Bench, made: Cluster, part: str, requests: list[bytes], peak: float, cores: int | None) -> None:
+    """What shards take when nothing waits, and queries at shares of the peak, beside each other in one file."""
+    runs, lines = [], []
+    service = np.array(run(_service_s(bench, made, requests=len(requests)))) * 1e3
+    alone = float(np.median(run(_alone(made.ports[0], requests)))) * 1e3
+    slowest = np.random.default_rng(1).choice(service, (10_000, bench.shards)).max(axis=1)
+    for share in bench.rates:
+        rate = share * peak
+        tally = run(open_loop(made.ports, requests, rate, bench.seconds * 2, check=whole))
+        tally.tell()
+        lines.append([f"{share:.0%} of peak, {rate:.0f}/s", tally.total, tally.failed, tally.ms(50), tally.ms(99)])
+        runs.append(
+            {
+                "what": f"{bench.shards} x {bench.replicas}{' asleep' if cores is None else ''}, {share:.0%} of peak",
+                "shards": bench.shards,
+                "replicas": bench.replicas,
+                "rate_qps": tally.total / (bench.seconds * 2),
+                "service_ms": service.tolist(),
+                "latency_ms": [seconds * 1e3 for seconds in tally.seconds.get("200", [])],
+                "threads": 1,
+                "cores": cores,
+                "overhead_ms": max(0.0, alone - float(np.median(slowest))),
+            }
+        )
+    table(f"{part}: open loop, peak {peak:.0f} queries/s", ["", "requests", "failed", "p50 ms", "p99 ms"], lines)
     print(f"a shard call alone: p50 {np.median(service):.3f} ms, p99 {np.percentile(service, 99):.3f} ms")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / "cluster-for-capacity.json"
+    path = RESULTS / f"cluster-for-capacity{'-asleep' if cores is None else ''}.json"
     path.write_text(json.dumps(runs))
     print(f"for benchmarks/capacity.py --check: {path}")
-    bench.figures["g"] = {"peak_qps": peak, "runs": [{n: v for n, v in r.items() if "_ms" not in n} for r in runs]}
+    bench.figures[part] = {"peak_qps": peak, "runs": [{n: v for n, v in r.items() if "_ms" not in n} for r in runs]}
 
 
 def main() -> None:
     arguments = parser("A front door and its nodes on one machine")
-    arguments.add_argument("--parts", default="abcdefg", help="which of a to g")
+    arguments.add_argument("--parts", default="abcdefgh", help="which of a to h")
     arguments.add_argument("--shards", type=int, default=4)
     arguments.add_argument("--replicas", type=int, default=2)
     arguments.add_argument("--seconds", type=float, default=8.0, help="unit of time of the loads")
     arguments.add_argument("--restarts", type=int, default=20, help="rounds of e")
-    arguments.add_argument("--rates", type=float, nargs="+", default=[0.2, 0.5, 0.7], help="shares of the peak, for g")
+    arguments.add_argument(
+        "--rates", type=float, nargs="+", default=[0.2, 0.5, 0.7], help="shares of the peak, for g and h"
+    )
     arguments.add_argument("--rows", type=int, help="only so many vectors")
     read = arguments.parse_args()
     task = load_task(read.data)
@@ -444,6 +479,8 @@ def main() -> None:
                         step(bench, made)
         if "g" in read.parts:
             measured(bench)
+        if "h" in read.parts:
+            asleep(bench)
     save("cluster", {"task": task.name, "shards": read.shards, "replicas": read.replicas, **bench.figures})
 
 

@@ -93,8 +93,9 @@ def work_folder(given: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def vecsvc(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from vecsvc.cli import main; main()", *arguments]
+def vecsvc(*arguments: str, first: str = "") -> list[str]:
+    """The command; `first` is Python that runs before it."""
+    return [sys.executable, "-c", f"{first}\nfrom vecsvc.cli import main; main()", *arguments]
 
 
 @dataclass

@@ -22,8 +22,9 @@ from prometheus_client.parser import text_string_to_metric_families
 class Place:
     """Where a process of `vecsvc` runs, and runs again after it was ended."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
-        self.arguments, self.log = arguments, log
+    def __init__(self, arguments: list[str], log: Path, first: str = "") -> None:
+        """`first` is Python that the process runs before it begins."""
+        self.arguments, self.log, self.first = arguments, log, first
         self.port = self.admin_port = self.shard_port = 0
         self.process: subprocess.Popen[bytes] | None = None
         self._from = 0  # where this process's part of the log begins
@@ -33,7 +34,7 @@ class Place:
         self._from = self.log.stat().st_size if self.log.exists() else 0
         ports = ["--port", str(self.port), "--admin-port", str(self.admin_port)]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(vecsvc(*self.arguments, *ports), stderr=log)
+            self.process = subprocess.Popen(vecsvc(*self.arguments, *ports, first=self.first), stderr=log)
         facts = self.wait("listening")
         self.port, self.admin_port = facts["port"], facts["admin_port"]
         self.shard_port = facts.get("shard_port", 0)
@@ -101,7 +102,15 @@ class Cluster:
     """`replicas` nodes for each shard, and front doors that know their addresses by a file."""
 
     def __init__(
-        self, directory: Path, shards: int, replicas: int, logs: Path, *, doors: int = 1, proxied: bool = True
+        self,
+        directory: Path,
+        shards: int,
+        replicas: int,
+        logs: Path,
+        *,
+        doors: int = 1,
+        proxied: bool = True,
+        first: str = "",
     ) -> None:
         self.shards, self.replicas = shards, replicas
         self.proxied = proxied
@@ -109,7 +118,7 @@ class Cluster:
         for shard in range(shards):
             for replica in range(replicas):
                 serve = ["serve", str(directory), "--shards", str(shard), "--shard-port", "0", "--search-threads", "1"]
-                self.nodes.append(Place(serve, logs / f"node-{shard}-{replica}.log"))
+                self.nodes.append(Place(serve, logs / f"node-{shard}-{replica}.log", first))
         self.topology = logs / "nodes.toml"
         route = ["route", "--config", str(self.topology), "--max-in-flight", "1000"]
         self.doors = [Place(route, logs / f"door-{number}.log") for number in range(doors)]

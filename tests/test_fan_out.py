@@ -28,7 +28,7 @@ from vecsvc.errors import (
 )
 from vecsvc.fan_out import Budget, Budgets, Call, Group
 from vecsvc.merging import check_part
-from vecsvc.node import KNOWN_AFTER, Latency, Node
+from vecsvc.node import KNOWN_AFTER, LEAST_WEIGHT, MEAN_OVER_S, MOST_WEIGHT, Latency, Node
 from vecsvc.remote import FoundRow, Held, Holdings, Kind, Part
 from vecsvc.route_metrics import RouteMetrics
 from vecsvc.topology import Address
@@ -573,6 +573,23 @@ def test_latency_is_a_moving_mean_and_the_95th_percentile_of_the_last_samples() 
     assert latency.mean == 1.0
     latency.outlived(0.5)
     assert latency.mean == 1.0
+
+
+def test_one_sample_of_many_weighs_little_and_one_after_a_while_much() -> None:
+    latency = Latency()
+    for at, seconds in enumerate((0.004, 0.006, 0.008)):
+        latency.learn(seconds, 100.0 + at / 1e3)
+    assert latency.mean == pytest.approx(0.006)  # of the first few, their mean
+    for at in range(200):
+        latency.learn(0.010, 101.0 + at / 1e3)
+    assert latency.mean == pytest.approx(0.010, rel=1e-3)
+    latency.learn(0.110, 101.2)
+    assert latency.mean == pytest.approx(0.010 + LEAST_WEIGHT * 0.100, rel=1e-3)
+    latency.learn(0.010, 101.2 + MEAN_OVER_S / 4)
+    assert latency.mean == pytest.approx(0.010 + 0.75 * LEAST_WEIGHT * 0.100, rel=1e-3)
+    before = latency.mean
+    latency.learn(0.110, 200.0)
+    assert latency.mean == pytest.approx(before + MOST_WEIGHT * (0.110 - before))
 
 
 def test_a_budget_is_a_share_of_what_was_done_and_a_burst() -> None:

@@ -254,8 +254,10 @@ class Call:
                 continue
             latency = node.latency(self._key)
             # One that was ejected comes back by no other way, so that its copy needs no budget.
-            if now - latency.at > PROBE_S and (node.returning(now) or self._budgets.hedges(group).take()):
-                latency.at = now
+            if now - max(latency.at, latency.probed) > PROBE_S and (
+                node.returning(now) or self._budgets.hedges(group).take()
+            ):
+                latency.probed = now
                 self._budgets.metrics.hedges("probe_sent").inc()
                 self._send(group, node, "probe")
 

@@ -20,6 +20,9 @@ from vecsvc.topology import Address
 log: Final = logging.getLogger("vecsvc.router")
 
 SAMPLES: Final = 64  # latencies from which the 95th percentile is taken
+LEAST_WEIGHT: Final = 0.05  # of one sample in the mean, where many come
+MOST_WEIGHT: Final = 0.5
+MEAN_OVER_S: Final = 4.0  # time between samples over this is a sample's weight
 KNOWN_AFTER: Final = 20  # samples before it is believed
 MAX_KEYS: Final = 256  # sorts of question whose latency is told apart; past that the one not asked for longest goes
 UNKNOWN_S: Final = 0.001  # what is believed of a node that was never asked
@@ -39,17 +42,21 @@ Reply = Callable[[Kind | None, bytes, NodeFailed | None], None]
 class Latency:
     """How long a node takes for one sort of question: a moving mean, and the 95th percentile of the last samples."""
 
-    __slots__ = ("_ring", "at", "count", "mean", "p95")
+    __slots__ = ("_ring", "at", "count", "mean", "p95", "probed")
 
     def __init__(self) -> None:
         self.mean = UNKNOWN_S
         self.p95 = SLOW_START_S
         self.count = 0
         self.at = 0.0  # time.monotonic() of the last sample
+        self.probed = 0.0  # and of the last copy of a question that was sent to get one
         self._ring: list[float] = []
 
     def learn(self, seconds: float, now: float) -> None:
-        self.mean = seconds if not self.count else 0.8 * self.mean + 0.2 * seconds
+        # Where samples come one behind the other, each says little: a mean that followed them would send questions to
+        # wait at one replica while another is free. One that comes after a while says what the replica is like now.
+        weight = max(1.0 / (self.count + 1), min(MOST_WEIGHT, max(LEAST_WEIGHT, (now - self.at) / MEAN_OVER_S)))
+        self.mean += weight * (seconds - self.mean)
         self.at = now
         ring = self._ring
         if len(ring) < SAMPLES:
