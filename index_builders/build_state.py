@@ -15,6 +15,7 @@ import msgspec
 
 from index_builders import bulk_encode
 from index_builders.corpus import Corpus
+from index_builders.given_questions import Given
 from vecsvc.config import BuildSettings
 from vecsvc.encoders.folder import encoder_files
 from vecsvc.errors import StorageError, UserError, VecsvcError
@@ -66,6 +67,7 @@ class Job:
     state_path: Path
     state: State
     stream: TextIO | None  # where progress is shown; None for standard error
+    questions: Given | None = None  # that recall is measured with; None for rows of the corpus
     only: int | None = None  # the shard that is built; None for all of them
     resumed: list[str] = field(default_factory=list)  # steps that an earlier build had done
 

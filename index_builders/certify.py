@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index_builders import base
+from index_builders.questions import moved_rows
 from vecsvc import indexes
 from vecsvc.distance import exact_distances
 from vecsvc.exact_search import ExactSearch
@@ -20,6 +21,7 @@ from vecsvc.storage import release_pages
 from vecsvc.types import Distances, IndexSpec, Metric, StoredVectors, Vectors
 
 K: Final = 10
+MOVED: Final = "rows of the corpus, each moved by as much as its nearest neighbour is away"
 TIMED: Final = 32  # queries whose latency is taken at each operating point
 BLOCK_ROWS: Final = 32_768  # rows compared before their pages are let go
 PROBED: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # numbers of shards that are worth a figure
@@ -28,7 +30,7 @@ _Ranked: TypeAlias = tuple[Distances, NDArray[np.int64]]  # distances and corpus
 
 
 class Certifier:
-    """Recall@10 of sampled rows, each one's own row left out of truth and answer.
+    """Recall@10 of questions that the user gave, or that are made of sampled rows.
 
     Shards are measured one by one, while each is in memory; their answers are merged in the end.
     """
@@ -43,21 +45,22 @@ class Certifier:
         *,
         centroids: Vectors | None = None,
         alone: bool = False,
+        given: tuple[Vectors, str] | None = None,
     ) -> None:
         """`rows` are the corpus rows of each shard's vectors, ascending: all rows where there are several shards.
 
         With `centroids` some rows may live in two shards; they count once. `alone` is the one shard of its version:
         settings beyond those that miss nothing are not measured then. Of several, nobody knows at one what others miss.
+        `given` are questions (n, dim), and what to call them; without, up to `queries` are made of rows.
         """
         self.vectors, self.metric = vectors, metric
         self._rows, self._centroids, self._alone = rows, centroids, alone
-        total = len(rows[0]) if len(rows) == 1 else 1 + max(int(mine[-1]) for mine in rows)
-        rng = np.random.default_rng(seed)
-        # A row needs others to be near to.
-        chosen = np.sort(rng.choice(total, size=min(queries, total), replace=False)) if total > 1 else np.empty(0, int)
-        self._sampled: NDArray[np.int64] = rows[0][chosen] if len(rows) == 1 else chosen
-        self._queries = self._gather()
-        self._k = min(K, total - 1)
+        self._given = given is not None
+        self._queries, source = (
+            given if given is not None else (moved_rows(vectors, rows, metric, queries, seed), MOVED)
+        )
+        self._method = f"{source}; exact distances; ties are no errors"
+        self._k = min(K, len(rows[0]) if len(rows) == 1 else 1 + max(int(mine[-1]) for mine in rows))
         self._truth: list[_Ranked] = []
         self._found: list[list[_Ranked]] = []  # of each shard, at each of its operating points
         self._latency: list[list[float]] = []
@@ -65,42 +68,29 @@ class Certifier:
         self._points: list[list[dict[str, Any]]] = []
         self._kind = ""
 
-    def _gather(self) -> Vectors:
-        queries = np.empty((len(self._sampled), self.vectors[0].shape[1]), dtype=np.float32)
-        for number, vectors in enumerate(self.vectors):
-            own = self._own(number)
-            queries[own >= 0] = vectors[own[own >= 0]]
-        return queries
-
-    def _own(self, number: int) -> NDArray[np.int64]:
-        """The sampled rows' labels in a shard, -1 for those that do not live there."""
-        rows = self._rows[number]
-        at = np.minimum(np.searchsorted(rows, self._sampled), len(rows) - 1)
-        return np.where(rows[at] == self._sampled, at, -1)
-
     def load(self, number: int, folder: Path, spec: IndexSpec) -> Index:
         return indexes.load(folder, spec, vectors=self.vectors[number])
 
     def measure(self, number: int, index: Index, num_threads: int = 1) -> None:
         """Ask one shard's index every query at every operating point, and every vector for the truth."""
-        if not len(self._sampled):
+        if not len(self._queries):
             return
-        own, points = self._own(number), base.operating_points(index.spec)
-        self._truth.append(self._nearest(number, own))
+        points = base.operating_points(index.spec)
+        self._truth.append(self._nearest(number))
         self._kind = index.spec.kind
         found, latency, visited = [], [], []
         for point in points:
             params = indexes.search_params(index.spec.kind, **point)
-            answer = index.search(self._queries, self._k + 1, params, num_threads=num_threads)
+            answer = index.search(self._queries, self._k, params, num_threads=num_threads)
             times = []
             for query in self._queries[:TIMED]:
                 started = time.perf_counter()
                 index.search(query[None], self._k, params)
                 times.append(time.perf_counter() - started)
-            found.append(self._distances(number, answer.labels, own))
+            found.append(self._distances(number, answer.labels))
             latency.append(float(np.median(times)) * 1e3)
             visited.append(float(answer.visited.mean()))
-            if self._alone and is_thorough(point, self._kind) and self._recall([found[-1]])[0] == 1.0:
+            if self._alone and self._may_serve(point) and self._recall([found[-1]])[0] == 1.0:
                 break
         points = points[: len(found)]
         self._found.append(found)
@@ -108,34 +98,35 @@ class Certifier:
         self._visited.append(visited)
         self._points.append(points)
 
-    def _nearest(self, number: int, own: NDArray[np.int64]) -> _Ranked:
+    def _may_serve(self, params: dict[str, Any]) -> bool:
+        return self._given or is_thorough(params, self._kind)
+
+    def _nearest(self, number: int) -> _Ranked:
         """The nearest rows (queries, k) by true distances. Pages of the map are let go on the way."""
         vectors, rows = self.vectors[number], self._rows[number]
         distances = np.full((len(self._queries), self._k), np.inf, dtype=np.float32)
         nearest = np.full(distances.shape, -1, dtype=np.int64)
         for start in range(0, len(vectors), BLOCK_ROWS):
             block = vectors[start : start + BLOCK_ROWS]
-            found = ExactSearch(block, self.metric).search(self._queries, min(self._k + 1, len(block)))
-            labels = found.labels + start
-            is_own = labels == own[:, None]
-            both = np.concatenate([distances, np.where(is_own, np.float32(np.inf), found.distances)], axis=1)
-            names = np.concatenate([nearest, np.where(is_own, -1, rows[labels])], axis=1)
+            found = ExactSearch(block, self.metric).search(self._queries, min(self._k, len(block)))
+            both = np.concatenate([distances, found.distances], axis=1)
+            names = np.concatenate([nearest, rows[found.labels + start]], axis=1)
             order = np.argsort(both, axis=1, kind="stable")[:, : self._k]
             distances, nearest = np.take_along_axis(both, order, axis=1), np.take_along_axis(names, order, axis=1)
             release_pages(vectors)
         return distances, nearest
 
-    def _distances(self, number: int, labels: NDArray[np.int64], own: NDArray[np.int64]) -> _Ranked:
-        """The labels found, with true distances and without the query's own row; -1 at +inf for empty places."""
+    def _distances(self, number: int, labels: NDArray[np.int64]) -> _Ranked:
+        """The labels found, with true distances; -1 at +inf for empty places."""
         vectors, rows = self.vectors[number], self._rows[number]
         distances = np.full(labels.shape, np.inf, dtype=np.float32)
         for i, row in enumerate(labels):
-            keep = (row >= 0) & (row != own[i])
+            keep = row >= 0
             distances[i, keep] = exact_distances(self._queries[i], vectors[row[keep]], self.metric)
             if i % 8 == 7:
                 release_pages(vectors)  # with each row the system maps its neighbourhood too
         release_pages(vectors)
-        return distances, np.where(np.isinf(distances), -1, rows[labels])
+        return distances, np.where(labels < 0, -1, rows[labels])
 
     def certificate(self, target: float) -> tuple[Certificate | None, dict[str, Any]]:
         """The certificate, and the settings that `choose` picks; none where nothing was measured."""
@@ -155,11 +146,11 @@ class Certifier:
                     visited=_all_told([visited[i] for visited, i in zip(self._visited, at, strict=True)]),
                 )
             )
-        chosen, reached = choose(points, target, self._kind)
+        chosen, reached = choose(points, target, "" if self._given else self._kind)
         certificate = Certificate(
             k=self._k,
-            queries=len(self._sampled),
-            method="sampled rows of the corpus, each one's own row left out; exact distances; ties are no errors",
+            queries=len(self._queries),
+            method=self._method,
             target=target,
             reached=reached,
             points=points,
@@ -192,11 +183,11 @@ class Certifier:
 def choose(points: list[OperatingPoint], target: float, kind: str) -> tuple[OperatingPoint, bool]:
     """The cheapest settings whose recall is at least `target` beyond chance, and True.
 
-    Never below the kind's own defaults: rows of the corpus are easier to find than what people ask.
-    Where nothing reaches the target, the best there is, and False.
+    Never below the defaults of `kind`, unless that is "": at small breadths moved rows are easier to find than what
+    people ask. Where nothing reaches the target, the best there is, and False.
     """
     for point in points:
-        if is_thorough(point.params, kind) and point.recall - point.recall_error >= target:
+        if (not kind or is_thorough(point.params, kind)) and point.recall - point.recall_error >= target:
             return point, True
     return points[-1], False
 

@@ -267,9 +267,9 @@ def _choose_columns(
     _check_type(types[id_], f"ids in column {id_!r}", "integers or strings", integers=True)
     value_bytes = 0
     if vector is None:
-        _check_type(types[text], f"texts in column {text!r}", "strings")
+        check_strings(types[text], text)
     else:
-        value_bytes = _value_bytes(types[vector], vector)
+        value_bytes = vector_value_bytes(types[vector], vector)
     return _Columns(id_, vector, None if vector else text, tuple(dict.fromkeys(stored)), types, value_bytes)
 
 
@@ -288,7 +288,13 @@ def _check_type(kind: Any, what: str, wanted: str, integers: bool = False) -> No
         raise CorpusError(f"{what} must be {wanted}, they are {kind}: cast the column, or name another one")
 
 
-def _value_bytes(kind: Any, name: str) -> int:
+def check_strings(kind: Any, name: str) -> None:
+    """Raises CorpusError where a column of texts is none."""
+    _check_type(kind, f"texts in column {name!r}", "strings")
+
+
+def vector_value_bytes(kind: Any, name: str) -> int:
+    """The size of one value in a column of vectors. Raises CorpusError where it is none."""
     is_type = pa.types
     if is_type.is_list(kind) or is_type.is_large_list(kind) or is_type.is_fixed_size_list(kind):
         for is_float, value_bytes in ((is_type.is_float16, 2), (is_type.is_float32, 4), (is_type.is_float64, 8)):

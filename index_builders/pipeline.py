@@ -26,6 +26,7 @@ from index_builders.build_state import (
     read_state,
 )
 from index_builders.corpus import Corpus, open_corpus
+from index_builders.given_questions import Given, need_encoder, read_questions
 from index_builders.index_shards import index_shards
 from index_builders.ingest import ingest
 from vecsvc.config import BuildSettings
@@ -70,7 +71,7 @@ def build_index(
     """
     if require_recall and not settings.certificate_queries:
         raise ConfigError("--require-recall needs a certificate: let --certificate-queries be more than 0")
-    corpus, folder, encoder_folder = prepare(source, settings, params or {})
+    corpus, folder, encoder_folder, questions = prepare(source, settings, params or {})
     key = build_key(corpus, settings, params or {}, encoder_folder)
     if not resume:
         folder.sweep()
@@ -99,6 +100,7 @@ def build_index(
             state_path=state_path,
             state=state or State(key),
             stream=stream,
+            questions=questions,
         )
         with begun(job, fresh=state is None):
             return _run(job, folder, version, lease, require_recall)
@@ -106,8 +108,10 @@ def build_index(
         lease.release()
 
 
-def prepare(source: str, settings: BuildSettings, params: Mapping[str, Any]) -> tuple[Corpus, IndexFolder, Path | None]:
-    """Check all that can be checked before the work begins: the corpus, the index's folder, the encoder's.
+def prepare(
+    source: str, settings: BuildSettings, params: Mapping[str, Any]
+) -> tuple[Corpus, IndexFolder, Path | None, Given | None]:
+    """Check all that can be checked before the work begins: corpus, the index's folder, the encoder's, questions.
 
     Raises UserError.
     """
@@ -126,8 +130,12 @@ def prepare(source: str, settings: BuildSettings, params: Mapping[str, Any]) -> 
     encoder_folder = _encoder_folder(corpus, settings)
     # What the index step would refuse is refused now, and not after hours of encoding.
     base.build_params(*base.choose(settings.kind, corpus.rows, corpus.dim or MAX_DIM, params))
+    questions = None
+    if settings.questions and settings.certificate_queries:
+        questions = read_questions(settings.questions, metric, corpus.dim, settings.certificate_queries, settings.seed)
+        need_encoder(questions, encoder_folder)
     make_folder(folder.path)
-    return corpus, folder, encoder_folder
+    return corpus, folder, encoder_folder, questions
 
 
 def _run(job: Job, folder: IndexFolder, version: str, lease: Lease, require_recall: bool) -> BuildResult:

@@ -45,10 +45,7 @@ from vecsvc.storage import (
 )
 from vecsvc.stores import Store
 
-METHOD: Final = (
-    "each shard by itself: sampled rows of it, each one's own row left out; exact distances; ties are no errors; "
-    "the least of the shards' recalls, the sum of their latencies and comparisons"
-)
+METHOD: Final = "each shard by itself: {}; the least of the shards' recalls, the sum of their latencies and comparisons"
 PUSHED: Final = "part-[0-9][0-9][0-9].json"
 MAX_NAMED: Final = 20  # shards that a message names one by one
 
@@ -315,11 +312,12 @@ def _certificate(parts: Sequence[Part]) -> tuple[Certificate | None, dict[str, A
                 )
             )
     target = measured[0].target
-    chosen, reached = choose(points, target, parts[0].shard.spec.kind)
+    given = bool(parts[0].settings.get("questions"))
+    chosen, reached = choose(points, target, "" if given else parts[0].shard.spec.kind)
     certificate = Certificate(
         k=min(certificate.k for certificate in measured),
-        queries=sum(certificate.queries for certificate in measured),
-        method=METHOD,
+        queries=measured[0].queries if given else sum(certificate.queries for certificate in measured),
+        method=METHOD.format(measured[0].method),
         target=target,
         reached=reached,
         points=points,

@@ -47,7 +47,7 @@ def build_shard(
     other shards are left alone. Raises UserError, StorageError or BackendMissing.
     """
     number, settings = _one_of(settings)
-    corpus, folder, encoder_folder = prepare(source, settings, params or {})
+    corpus, folder, encoder_folder, questions = prepare(source, settings, params or {})
     if (folder.path / settings.version).exists():
         raise VersionExists(f"version {settings.version} is published already: choose another --version")
     place = part_folder(folder.path, settings.version, number)
@@ -67,6 +67,7 @@ def build_shard(
             state_path=state_path,
             state=state or State(key),
             stream=stream,
+            questions=questions,
             only=number,
         )
         if state is None:

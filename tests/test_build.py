@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -52,7 +53,7 @@ from vecsvc.errors import (
 from vecsvc.exact_search import ExactSearch
 from vecsvc.ids import BATCH_ROWS
 from vecsvc.manifest import Manifest, OperatingPoint
-from vecsvc.storage import IndexFolder
+from vecsvc.storage import STAGING, UNPUBLISHED_KEPT_S, IndexFolder
 from vecsvc.types import IdQuery, TextQuery
 
 needs_hnswlib = pytest.mark.skipif(not HAS_HNSWLIB, reason="hnswlib is not installed: it needs a compiler")
@@ -180,9 +181,9 @@ def test_stored_fields_come_back_by_value_in_their_types(tmp_path: Path, out: Pa
     expected = wanted.drop_columns(["id", "vector", "nanoseconds", "times"]).to_pylist()
     # Python's own times end at microseconds.
     nanoseconds = ["2023-11-14T22:13:20.123456789Z", None, "1969-12-31T23:59:59.999999999Z"] * 10
-    for [hit], fields, time in zip(hits, expected, nanoseconds, strict=True):
+    for [hit], fields, moment in zip(hits, expected, nanoseconds, strict=True):
         assert hit.fields is not None and list(hit.fields) == list(stored), "in the order of the corpus"
-        assert (hit.fields.pop("nanoseconds"), hit.fields.pop("times")) == (time, time and [{"at": time}])
+        assert (hit.fields.pop("nanoseconds"), hit.fields.pop("times")) == (moment, moment and [{"at": moment}])
         assert hit.fields == fields
 
 
@@ -320,8 +321,10 @@ def recalls(version: Path, manifest: Manifest, queries: int, seed: int) -> list[
     everything = np.concatenate(vectors).astype(np.float64)
     everything /= np.linalg.norm(everything, axis=1, keepdims=True)
     rows = [np.load(version / f"shards/{n:03d}/rows.npy") for n in range(len(manifest.shards))]
-    sampled = np.sort(np.random.default_rng(seed).choice(len(everything), queries, replace=False))
-    chosen = np.argsort(np.concatenate(rows))[sampled]  # where the sampled rows of the corpus are
+    place = np.argsort(np.concatenate(rows))  # of each row of the corpus
+    rng = np.random.default_rng(seed)
+    sampled = place[np.sort(rng.choice(len(everything), queries, replace=False))]
+    one, other = place[rng.integers(0, len(everything), (2, queries))]
     loaded = [
         indexes.load(version / f"shards/{n:03d}/index", entry.spec, vectors=vectors[n])
         for n, entry in enumerate(manifest.shards)
@@ -332,14 +335,15 @@ def recalls(version: Path, manifest: Manifest, queries: int, seed: int) -> list[
     for point in manifest.certificate.points:
         params = indexes.search_params(manifest.spec.kind, **point.params)
         hits = 0
-        for row in chosen:
-            distances = 1 - everything @ everything[row]
-            distances[row] = np.inf
-            query = np.concatenate(vectors)[row][None]
-            labels = [index.search(query, 11, params).labels[0] for index in loaded]
+        for row, a, b in zip(sampled, one, other, strict=True):
+            away = np.linalg.norm(everything - everything[row], axis=1)
+            away[row] = np.inf
+            along = everything[a] - everything[b]
+            query = everything[row] + away.min() * along / (np.linalg.norm(along) or 1.0)
+            distances = 1 - everything @ query / np.linalg.norm(query)
+            labels = [index.search(query[None].astype(np.float32), 10, params).labels[0] for index in loaded]
             merged = np.concatenate([part[part >= 0] + start for part, start in zip(labels, starts, strict=False)])
-            best = np.sort(distances[merged[merged != row]])[:10]
-            hits += int(np.sum(best <= np.sort(distances)[9] + 1e-5))
+            hits += int(np.sum(np.sort(distances[merged])[:10] <= np.sort(distances)[9] + 1e-5))
         found.append(hits / (10 * queries))
     return found
 
@@ -409,8 +413,23 @@ def test_a_target_that_is_required_and_missed_publishes_nothing_until_it_is_resu
     assert "--resume without --require-recall publishes it" in str(caught.value)
     folder = IndexFolder(out / "demo")
     assert folder.versions() == ["v1"] and folder.current() == "v1"
+    assert folder.gc(keep=0) == [], "it waits for --resume"
     assert build(poor, out, POOR, resume=True, **wanted).resumed == ["everything but publishing"]
     assert folder.current() == "v2" and not strays(folder)
+
+
+@needs_hnswlib
+def test_a_build_that_was_refused_for_its_recall_is_given_up_after_a_week(poor: Path, out: Path) -> None:
+    wanted = {"kind": "hnsw", "certificate_queries": 40, "recall": 1.0, "name": "demo", "version": "v1"}
+    with pytest.raises(RecallMissed):
+        build(poor, out, POOR, require_recall=True, **wanted)
+    folder = IndexFolder(out / "demo")
+    [staging] = out.glob(f"demo/{STAGING}*")
+    assert folder.gc(keep=0) == []
+    before = time.time() - UNPUBLISHED_KEPT_S - 60
+    os.utime(staging, (before, before))
+    assert folder.gc(keep=0) == [staging.name]
+    assert not strays(folder)
 
 
 def test_a_recall_that_nobody_measures_cannot_be_required(corpus: Path, out: Path) -> None:

@@ -156,7 +156,8 @@ def _print_built(manifest: Any, spent: str) -> None:
     chosen = next(point for point in certificate.points if point.params == manifest.search)
     click.echo(
         f"recall@{certificate.k} {chosen.recall:.4f} ± {chosen.recall_error:.4f} at "
-        f"{_settings_text(chosen.params)}, {chosen.latency_ms:.2f} ms a query ({certificate.queries} queries)"
+        f"{_settings_text(chosen.params)}, {chosen.latency_ms:.2f} ms a query ({certificate.queries} "
+        f"{_questions_text(certificate.method)})"
     )
     if not certificate.reached:
         click.echo(
@@ -209,6 +210,14 @@ def _pairs(params: tuple[str, ...]) -> dict[str, str]:
 def _kind(manifest: Any) -> str:
     params = ", ".join(f"{key}={value}" for key, value in manifest.spec.params.items())
     return f"{manifest.spec.kind} ({params})" if params else str(manifest.spec.kind)
+
+
+def _questions_text(method: str) -> str:
+    """What recall was measured with, in a few words; the manifest says it in full."""
+    source = method.removeprefix("each shard by itself: ")
+    if source.startswith("questions of "):
+        return "questions that were given"
+    return "moved rows of the corpus" if "each moved by" in source else "rows of the corpus"
 
 
 def _settings_text(params: dict[str, Any]) -> str:
@@ -410,7 +419,8 @@ def _print_manifest(name: str, facts: dict[str, Any]) -> None:
     for key, value in rows.items():
         click.echo(f"  {key:<10}{value}".rstrip())
     if certificate:
-        click.echo(f"  recall@{certificate['k']} of {certificate['queries']} rows, target {certificate['target']}:")
+        measured = f"{certificate['queries']} {_questions_text(certificate['method'])}"
+        click.echo(f"  recall@{certificate['k']} of {measured}, target {certificate['target']}:")
         for point in certificate["points"]:
             mark = "  <- default" if point["params"] == facts["search"] else ""
             click.echo(

@@ -252,7 +252,14 @@ class BuildSettings:
     text_column: str = option("", "column of the texts; empty for `text`, where there are no vectors")
     fields: str = option("", "columns to store beside the vectors, separated by commas; `*` for all others")
     recall: float = option(0.95, "recall@10 that the default search settings shall reach", low=0.01, high=1.0)
-    certificate_queries: int = option(256, "rows sampled to measure recall; 0 for no certificate", low=0, high=100_000)
+    questions: str = option(
+        "",
+        "Parquet file of questions to measure recall with, vectors (`vector`, `emb`, `embedding`) or texts (`query`, "
+        "`text`); empty for rows of the corpus, moved to where no row is",
+    )
+    certificate_queries: int = option(
+        256, "questions that recall is measured with, drawn at random; 0 for no certificate", low=0, high=100_000
+    )
     threads: int = option(0, "threads; 0 for one a core", low=0, high=1024)
     kernels: str = option("", "folder that keeps compiled kernels; empty for ~/.cache/vecsvc/kernels")
     seed: int = option(7, "seed of everything random", low=0, high=2**31 - 1)

@@ -48,8 +48,9 @@ PART: Final = ".part-"
 MAX_CURRENT_BYTES: Final = 256
 MAX_HISTORY: Final = 100  # versions that the record of what served names
 MAX_HISTORY_BYTES: Final = MAX_HISTORY * 256
-# Parts that nobody holds wait for the others and for publishing; what waits for longer was given up.
-PART_KEPT_S: Final = 7 * 86_400.0
+# Parts that nobody holds wait for the others and for publishing, finished builds for `--resume`; what waits for longer
+# was given up.
+UNPUBLISHED_KEPT_S: Final = 7 * 86_400.0
 TURN_WAIT_S: Final = 5.0  # changing CURRENT takes milliseconds; whoever holds it for longer is stuck
 
 _GONE: Final = "-"  # before a version in the record whose name another one has taken
@@ -338,6 +339,11 @@ def _line(history: list[str]) -> list[str]:
     return line
 
 
+def _given_up(folder: Path) -> bool:
+    """Whether what a build left there was not gone on with for so long that nobody will."""
+    return folder.stat().st_mtime < time.time() - UNPUBLISHED_KEPT_S
+
+
 def delete_unheld(folder: Path) -> bool:
     """Delete a folder that no living process holds; False where one does."""
     lease = Lease.take(folder, exclusive=True)
@@ -531,16 +537,22 @@ class IndexFolder:
                 lease.release()
             gone.append(version)
         self._empty_trash()
-        return gone + self.sweep() + self._sweep_parts()
+        return gone + self.sweep(finished=False) + self._sweep_parts()
 
     def _empty_trash(self) -> None:
         for folder in sorted(self.path.glob(f"{TRASH}*")):
             delete_folder(folder)
 
-    def sweep(self) -> list[str]:
-        """Delete what builds that died left behind; the folders of living builds are flocked."""
+    def sweep(self, *, finished: bool = True) -> list[str]:
+        """Delete what builds that died left behind; the folders of living builds are flocked.
+
+        A build that is `finished`, and was refused for its recall, waits for `--resume` in its folder; without, it is
+        left for a week.
+        """
         gone = []
         for folder in sorted(self.path.glob(f"{STAGING}*")):
+            if not finished and (folder / MANIFEST).exists() and not _given_up(folder):
+                continue
             if delete_unheld(folder):
                 gone.append(folder.name)
         for state in sorted(self.path.glob(f"{STATE}*")):
@@ -558,8 +570,7 @@ class IndexFolder:
         for folder in sorted(f for f in self.path.glob(f"{PART}*-[0-9][0-9][0-9]") if f.is_dir()):
             version = folder.name.removeprefix(PART)[:-4]
             with contextlib.suppress(FileNotFoundError):
-                given_up = folder.stat().st_mtime < time.time() - PART_KEPT_S
-                if given_up or (self.path / version / MANIFEST).exists():
+                if _given_up(folder) or (self.path / version / MANIFEST).exists():
                     gone += [folder.name] if delete_part(folder) else []
         for state in sorted(self.path.glob(f"{PART}*.state*")):
             if not state.with_name(state.name.partition(".state")[0]).exists():

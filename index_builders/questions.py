@@ -1,0 +1,81 @@
+"""Questions to measure recall with, where nobody gave any: rows of the corpus, moved to where no row is.
+
+A row itself is no fair question: the index has linked or filed it beside its neighbours, and finds them by it even
+where it finds little else. Each row sampled is therefore moved by as much as its nearest neighbour is away, in the
+direction in which two other rows differ: so it lies as far from all rows as they lie from each other, and along what
+the corpus varies in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vecsvc.distance import unit
+from vecsvc.exact_search import ExactSearch
+from vecsvc.storage import release_pages
+from vecsvc.types import MAX_ABS, Metric, StoredVectors, Vectors
+
+Rows = NDArray[np.int64]  # of the corpus
+
+COMPARED_ROWS: Final = 131_072  # among so many of a larger corpus the nearest neighbour is looked for
+BLOCK_ROWS: Final = 1024  # that lie together, where not all are compared
+
+
+def moved_rows(vectors: Sequence[StoredVectors], rows: Sequence[Rows], metric: Metric, n: int, seed: int) -> Vectors:
+    """Questions (up to n, dim) for shards of these vectors, whose corpus rows are `rows`, ascending.
+
+    None where there are fewer than two rows. A row that has a duplicate is not moved.
+    """
+    known = rows[0] if len(rows) == 1 else np.arange(1 + max(int(mine[-1]) for mine in rows))
+    if len(known) < 2:
+        return np.empty((0, vectors[0].shape[1]), np.float32)
+    rng = np.random.default_rng(seed)
+    sampled = known[np.sort(rng.choice(len(known), size=min(n, len(known)), replace=False))]
+    one, other = known[rng.integers(0, len(known), (2, len(sampled)))]
+    points, a, b = (_of(vectors, rows, wanted) for wanted in (sampled, one, other))
+    if metric == "cosine":
+        points, a, b = unit(points), unit(a), unit(b)
+    moved = points + _nearest(vectors, rows, sampled, points, metric)[:, None] * unit(a - b)
+    too_far = ~(np.abs(moved).max(axis=1) <= MAX_ABS)
+    moved[too_far] = points[too_far]
+    return moved
+
+
+def labels_of(wanted: Rows, rows: Rows) -> NDArray[np.int64]:
+    """The labels of corpus rows in a shard that holds `rows`, ascending; -1 for those that do not live there."""
+    at = np.minimum(np.searchsorted(rows, wanted), len(rows) - 1)
+    return np.where(rows[at] == wanted, at, -1)
+
+
+def _of(vectors: Sequence[StoredVectors], rows: Sequence[Rows], wanted: Rows) -> Vectors:
+    found = np.empty((len(wanted), vectors[0].shape[1]), np.float32)
+    for part, mine in zip(vectors, rows, strict=True):
+        labels = labels_of(wanted, mine)
+        found[labels >= 0] = part[labels[labels >= 0]]
+        release_pages(part)
+    return found
+
+
+def _nearest(
+    vectors: Sequence[StoredVectors], rows: Sequence[Rows], sampled: Rows, points: Vectors, metric: Metric
+) -> NDArray[np.float32]:
+    """How far the nearest other row of each sampled one is, in a straight line; of unit vectors for cosine."""
+    total = sum(map(len, rows))
+    step = max(1, total // COMPARED_ROWS) * BLOCK_ROWS
+    nearest = np.full(len(sampled), np.inf, np.float32)
+    for part, mine in zip(vectors, rows, strict=True):
+        own = labels_of(sampled, mine)
+        for start in range(0, len(part), step):
+            block = part[start : start + BLOCK_ROWS]
+            # A product between vectors says nothing of how far apart they are.
+            search = ExactSearch(block, "cosine" if metric == "cosine" else "l2")
+            found = search.search(points, min(2, len(block)))
+            others = np.where(found.labels + start == own[:, None], np.float32(np.inf), found.distances)
+            np.minimum(nearest, others.min(axis=1), out=nearest)
+        release_pages(part)
+    away = np.sqrt(np.maximum(2 * nearest if metric == "cosine" else nearest, 0))
+    return np.where(np.isfinite(away), away, np.float32(0))
