@@ -18,7 +18,7 @@ from typing import Any
 from common import table
 
 LEAST_NOISE = 0.03  # rounds of one run resemble each other more than two runs do
-ONE_BUILD = 0.25  # a build is measured once, so that its noise is not known
+MEASURED_ONCE = 0.25  # a build, or a single round: how much it moves by itself is not known
 BYTES = 0.01
 
 
@@ -44,6 +44,8 @@ class Change:
 
 def noise(*runs: Sequence[float]) -> float:
     """The widest relative distance from a run's median to one of its rounds."""
+    if min(map(len, runs)) < 2:
+        return MEASURED_ONCE
     widest = [max(abs(value / statistics.median(run) - 1) for value in run) for run in runs if run]
     return max([LEAST_NOISE, *widest])
 
@@ -68,7 +70,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
                 if a and b:
                     middle = statistics.median(a), statistics.median(b)
                     yield Change(old["name"], f"{name} {at[1:]}", *middle, noise(a, b), more_is_better)
-        yield Change(old["name"], "build s", old["build_s"], new["build_s"], ONE_BUILD, False)
+        yield Change(old["name"], "build s", old["build_s"], new["build_s"], MEASURED_ONCE, False)
         weights = [s["bytes_per_vector"] + s["vectors_bytes_per_vector"] for s in (old, new)]
         if all(weights):
             yield Change(old["name"], "bytes/vector", *weights, BYTES, False)
