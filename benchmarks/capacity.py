@@ -6,7 +6,7 @@ python benchmarks/capacity.py --check cluster.json                             #
 
 A profile is JSON: {"service_ms": [...], "vectors": ..., "bytes_per_vector": ...}, the milliseconds of single searches
 in a shard of so many vectors. What --check reads is JSON too, one object or a list of them, one for each load:
-{"shards", "replicas", "rate_qps", "service_ms": [... of shard calls, waiting not counted], "latency_ms": [... of
+{"shards", "replicas", "rate_qps", "service_ms": [... that a search keeps a thread busy], "latency_ms": [... of
 queries]} and, where they are known, "threads" (1; searches that a node runs at the same time), "cores" (of the one
 machine that all nodes share; each has its own without), "overhead_ms" (0; what the front door and the network add to
 a query), "hedge_budget" (0.05), "hedge_min_ms" (1).

@@ -360,8 +360,8 @@ class ShardClient(asyncio.Protocol):
             if number == self.number and not self.answer.done():
                 self.answer.set_result((kind, payload))
 
-    async def ask(self, shard: int, digest: str, query: np.ndarray) -> float:
-        """Seconds of one shard call."""
+    async def ask(self, shard: int, digest: str, query: np.ndarray) -> tuple[float, float]:
+        """Seconds of one shard call, and those of its search."""
         ask = remote.Ask.made(NAME, digest, len(query), SearchSettings(k=K), k=K, of=1)
         asked = remote.Common.of(remote.encode_ask(ask), query)
         self.answer = asyncio.get_running_loop().create_future()
@@ -372,11 +372,11 @@ class ShardClient(asyncio.Protocol):
         seconds = time.perf_counter() - began
         if kind is not remote.Kind.PART:
             raise SystemExit(f"a node answered {kind.name}: {payload[:200]!r}")
-        return seconds
+        return seconds, remote.decode(kind, payload).search_s
 
 
-async def _service_s(bench: Bench, made: Cluster, requests: int) -> list[float]:
-    """Seconds of so many calls to each shard, one at a time."""
+async def _service_s(bench: Bench, made: Cluster, requests: int) -> np.ndarray:
+    """Seconds of so many calls to each shard, one at a time, and of their searches: (calls, 2)."""
     found = []
     for shard in range(bench.shards):
         port = made.nodes[made.of(shard)[0]].shard_port
@@ -385,7 +385,7 @@ async def _service_s(bench: Bench, made: Cluster, requests: int) -> list[float]:
         [digest] = [held.digest for held in remote.decode(remote.Kind.HOLDINGS, payload).held if held.current]
         found += [await client.ask(shard, digest, query) for query in bench.queries[:requests]]
         client.transport.abort()
-    return found
+    return np.array(found)
 
 
 # Nodes of g share the processors, and what they wait for is mostly those: of queues and hedges that tells little. A
@@ -410,17 +410,20 @@ def measured(bench: Bench) -> None:
 
 
 def asleep(bench: Bench) -> None:
-    requests = bench.requests[:500]
+    requests = bench.requests[:1000]
     with cluster(bench.folder.path.parent, bench.shards, bench.replicas, proxied=False, first=SLEEPING) as made:
         run(closed_loop(made.ports, requests, bench.seconds, clients=1))  # warm
-        peak = bench.replicas / float(np.mean(run(_service_s(bench, made, requests=200))))
+        peak = bench.replicas / float(run(_service_s(bench, made, requests=200))[:, 1].mean())
         loads(bench, made, "h", requests, peak, None)
 
 
 def loads(bench: Bench, made: Cluster, part: str, requests: list[bytes], peak: float, cores: int | None) -> None:
-    """What shards take when nothing waits, and queries at shares of the peak, beside each other in one file."""
+    """What shards take when nothing waits, and queries at shares of the peak, beside each other in one file.
+
+    Of nodes that share `cores` a call takes all that it takes; of others a thread is busy with the search alone.
+    """
     runs, lines = [], []
-    service = np.array(run(_service_s(bench, made, requests=len(requests)))) * 1e3
+    service = run(_service_s(bench, made, requests=len(requests)))[:, 0 if cores else 1] * 1e3
     alone = float(np.median(run(_alone(made.ports[0], requests)))) * 1e3
     slowest = np.random.default_rng(1).choice(service, (10_000, bench.shards)).max(axis=1)
     for share in bench.rates:

@@ -277,7 +277,7 @@ def test_a_second_replica_is_asked_after_the_95th_percentile_and_the_loser_is_ca
         shared = budgets(settings)
         slow, fast = pair(settings, answering(0.5), answering(0.002))
         await learn(slow, 0.010)
-        await learn(fast, 0.011)
+        await learn(fast, 0.030)  # so that it is not asked first
         began = now()
         one = group(0, [slow, fast])
         await ask([one], shared)
@@ -333,6 +333,65 @@ def test_hedges_stay_within_their_budget_however_slow_a_replica_is(run: Run) -> 
         assert 0.05 * n <= extra <= 0.05 * n + fan_out.HEDGE_BURST
         assert hedged(shared, "no_budget") >= n - extra - 1
         assert sum(fake.asked for fake in fakes) == n + extra
+
+    run(check_it())
+
+
+def test_replicas_about_as_fast_are_told_apart_by_what_they_have_to_do(run: Run) -> None:
+    async def check_it() -> None:
+        settings = RouteSettings(hedge_share=0.0)
+        shared = budgets(settings)
+        one, other = pair(settings, answering(0.010), answering(0.010))
+        await learn(one, 0.010)
+        await learn(other, 0.019)
+        for _ in range(100):
+            await ask([group(0, [one, other])], shared)
+            one.node.latency("key").mean, other.node.latency("key").mean = 0.010, 0.019
+        assert one.asked > 20 and other.asked > 20, "the difference is chance, and so is who is asked"
+        one.node.in_flight += 1
+        before = one.asked
+        for _ in range(20):
+            await ask([group(0, [one, other])], shared)
+            one.node.latency("key").mean, other.node.latency("key").mean = 0.010, 0.019
+        assert one.asked == before
+        other.node.latency("key").mean = 0.021
+        await ask([group(0, [one, other])], shared)
+        assert one.asked == before + 1, "twice as slow is slow: 0.010 x 2 is less than 0.021 x 1"
+
+    run(check_it())
+
+
+def test_copies_leave_the_budget_of_late_answers_alone(run: Run) -> None:
+    async def check_it() -> None:
+        settings = RouteSettings(hedge_share=0.05)
+        shared = budgets(settings)
+        slow, fast = pair(settings, answering(0.300), answering(0.001))
+        await learn(slow, 0.300)
+        await learn(fast, 0.001)
+        seconds = shared.seconds(group(0, [slow, fast]))
+        for _ in range(300):  # few questions: one in two seconds, each of which would like to be copied
+            await ask([group(0, [slow, fast])], shared)
+            await asyncio.sleep(2.0)
+        assert slow.asked == hedged(shared, "probe_sent") == 1 + int(299 * 0.05 * fan_out.PROBE_PART)
+        assert seconds.hedges.take(), "none of it was spent"
+
+    run(check_it())
+
+
+def test_a_copy_under_way_becomes_the_second_question(run: Run) -> None:
+    async def check_it() -> None:
+        settings = RouteSettings()
+        shared = budgets(settings)
+        late, other = pair(settings, answering(0.5), answering(0.040))
+        await learn(late, 0.010)
+        await learn(other, 0.050)
+        await asyncio.sleep(fan_out.PROBE_S + 0.1)
+        one = group(0, [late, other])
+        began = now()
+        await ask([one], shared)
+        assert one.answer is not None and now() - began == pytest.approx(0.040)
+        assert late.asked == other.asked == 1 and len(late.cancelled) == 1
+        assert (hedged(shared), hedged(shared, "probe_sent"), hedged(shared, "hedge_won")) == (0, 1, 1)
 
     run(check_it())
 

@@ -207,7 +207,10 @@ class RouteSettings(HttpSettings):
     ping_s: float = option(0.5, "how often a node is asked whether it is alive", low=0.01, high=60)
     ping_timeout_s: float = option(1.0, "a node that has not answered by then is cut off", low=0.01, high=60)
     hedge_share: float = option(
-        0.05, "questions that may be asked a second time because the first takes long; 0 for none", low=0, high=1
+        0.05,
+        "questions that may be asked a second time, because the first takes long or to time a slow replica; 0 for none",
+        low=0,
+        high=1,
     )
     hedge_min_ms: float = option(1.0, "a question is never asked a second time before that", low=0, high=10_000)
     retry_share: float = option(0.1, "questions that may be asked again because a node failed", low=0, high=1)

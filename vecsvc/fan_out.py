@@ -31,6 +31,8 @@ from vecsvc.node import KNOWN_AFTER, SLOW_START_S, Node
 from vecsvc.remote import Kind
 from vecsvc.route_metrics import RouteMetrics
 
+ALIKE: Final = 2.0  # replicas whose mean latencies differ by less are equally fast: what they have in flight decides
+PROBE_PART: Final = 0.2  # of the share of second questions, what copies may be
 HEDGE_BURST: Final = 32.0  # second questions that may be asked at once after a quiet time
 RETRY_BURST: Final = 256.0  # a node that dies fails all that it had in flight at once
 MAX_BUDGETS: Final = 65_536  # groups of shards with a budget of their own; past that all begin anew
@@ -51,6 +53,7 @@ class Budget:
         self._left = burst if share else 0.0
 
     def earn(self) -> None:
+        """Something was done once."""
         self._left = min(self._burst, self._left + self.share)
 
     def take(self) -> bool:
@@ -60,19 +63,33 @@ class Budget:
         return True
 
 
+class Seconds:
+    """The budgets of some shards for second questions: what is asked again because it is late, and copies.
+
+    Copies have their own. Where few questions come, one a second would be more than the budget, and nothing be left
+    for late answers.
+    """
+
+    __slots__ = ("hedges", "probes")
+
+    def __init__(self, share: float) -> None:
+        self.hedges = Budget((1.0 - PROBE_PART) * share, HEDGE_BURST)
+        self.probes = Budget(PROBE_PART * share, 1.0)
+
+    def earn(self) -> None:
+        self.hedges.earn()
+        self.probes.earn()
+
+
 @dataclass(slots=True)
 class Budgets:
-    """What all questions of a front door share.
-
-    Shards have budgets of their own for second questions: of a common one the first shard that falls behind would take
-    all, and the others' late answers would be waited for (decision 75).
-    """
+    """What all questions of a front door share. Shards have budgets of their own for second questions (decision 75)."""
 
     retries: Budget
     hedge_share: float
     hedge_min_s: float
     metrics: RouteMetrics
-    shards: dict[Hashable, Budget] = field(default_factory=dict)
+    shards: dict[Hashable, Seconds] = field(default_factory=dict)
 
     @classmethod
     def of(cls, settings: RouteSettings, metrics: RouteMetrics) -> Budgets:
@@ -80,14 +97,14 @@ class Budgets:
             Budget(settings.retry_share, RETRY_BURST), settings.hedge_share, settings.hedge_min_ms / 1e3, metrics
         )
 
-    def hedges(self, group: Group) -> Budget:
-        """That of the group's shards."""
+    def seconds(self, group: Group) -> Seconds:
+        """Those of the group's shards."""
         key = group.index, group.shards
         found = self.shards.get(key)
         if found is None:
             if len(self.shards) >= MAX_BUDGETS:
                 self.shards.clear()
-            found = self.shards[key] = Budget(self.hedge_share, HEDGE_BURST)
+            found = self.shards[key] = Seconds(self.hedge_share)
         return found
 
 
@@ -211,7 +228,7 @@ class Call:
         elif len(group.nodes) == 1:
             self._send(group, node, "first")
         else:
-            self._budgets.hedges(group).earn()
+            self._budgets.seconds(group).earn()
             if self._send(group, node, "first"):
                 self._hedge_later(group)
                 self._probe(group, node)
@@ -235,13 +252,14 @@ class Call:
         if len(candidates) == 1:
             return candidates[0]
         one, other = random.sample(candidates, 2) if len(candidates) > 2 else candidates
-        a, b = self._cost(one), self._cost(other)
+        a, b = one.latency(self._key).mean, other.latency(self._key).mean
+        if a < ALIKE * b and b < ALIKE * a:
+            a = b = 1.0  # the difference is chance, more than not
+        a *= 1 + one.in_flight
+        b *= 1 + other.in_flight
         if a == b:
             return random.choice((one, other))
         return one if a < b else other
-
-    def _cost(self, node: Node) -> float:
-        return node.latency(self._key).mean * (1 + node.in_flight)
 
     def _probe(self, group: Group, chosen: Node) -> None:
         """Send a copy to a replica that would not be chosen, now and then, to see whether it recovered.
@@ -255,7 +273,7 @@ class Call:
             latency = node.latency(self._key)
             # One that was ejected comes back by no other way, so that its copy needs no budget.
             if now - max(latency.at, latency.probed) > PROBE_S and (
-                node.returning(now) or self._budgets.hedges(group).take()
+                node.returning(now) or self._budgets.seconds(group).probes.take()
             ):
                 latency.probed = now
                 self._budgets.metrics.hedges("probe_sent").inc()
@@ -377,10 +395,15 @@ class Call:
 
     def _hedge(self, group: Group, now: float) -> None:
         self._outlived(group, now)
+        for attempt in group.attempts:
+            if attempt.kind == "probe":  # it is at work already for what would be asked again
+                attempt.kind = "hedge"
+                group.tried.append(attempt.node)
+                return
         node = self._choose(group)
         if node is None or not node.usable():
             return
-        if not self._budgets.hedges(group).take():
+        if not self._budgets.seconds(group).hedges.take():
             self._budgets.metrics.hedges("no_budget").inc()
             return
         self._budgets.metrics.hedges("sent").inc()
