@@ -27,7 +27,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from vecsvc.fan_out import ALIKE, HEDGE_BURST, PROBE_PART, PROBE_S
+from vecsvc.fan_out import HEDGE_BURST, PROBE_PART, PROBE_S
 from vecsvc.node import KNOWN_AFTER, LEAST_WEIGHT, MEAN_OVER_S, MOST_WEIGHT, SAMPLES, SLOW_START_S, UNKNOWN_S
 
 Times = NDArray[np.float64]  # milliseconds
@@ -409,11 +409,8 @@ def _choose(world: _World, rules: _Rules, rng: np.random.Generator, shard: int, 
     if left == 1 or not rules.two_choices:
         return one
     a, b = world.replicas[shard * rules.replicas + one], world.replicas[shard * rules.replicas + other]
-    p, q = a.mean, b.mean
-    if p < ALIKE * q and q < ALIKE * p:
-        p = q = 1.0
     # Which one is drawn first is chance already, so that a tie needs no more of it.
-    return one if p * (1 + a.in_flight) <= q * (1 + b.in_flight) else other
+    return one if a.mean * (1 + a.in_flight) <= b.mean * (1 + b.in_flight) else other
 
 
 @_inner

@@ -144,8 +144,8 @@ def test_late_replicas_are_avoided_once_they_were_seen_late() -> None:
 def test_a_replica_that_is_avoided_gets_a_copy_a_second_after_its_last_answer_and_no_question() -> None:
     cluster = Cluster(shards=4, replicas=2, rate_qps=300, slow_share=1 / 8, slow_ms=1000)
     outcome = simulate(cluster, EXPONENTIAL, queries=6000)
-    # In 20 seconds; a copy is answered after one second, though nobody waits for it.
-    assert outcome.probes == pytest.approx(20 / 2, abs=1)
+    # In 20 seconds; a copy is answered after one second, though nobody waits for it. Of the others one may rest, too.
+    assert 20 / 2 - 1 <= outcome.probes <= 20 / 2 + 4
     assert not (outcome.call_ms > 1000).any()
 
 

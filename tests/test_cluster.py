@@ -113,11 +113,12 @@ def test_a_failing_replica_fails_no_question_and_falsifies_none(whole: Cluster, 
         load.wait(30)
         whole.members[2].fail(**fault)
         load.wait(150)
+        # It may be the slower one already, that only a copy meets, of which there is one for a hundred questions.
+        wait_until(lambda: any(counted(whole.door, before).values()), lambda: counted(whole.door, before))
         whole.members[2].fail()
         load.wait(30)
     load.check()
     found = counted(whole.door, before)
-    assert found["sent"] + found["probe_sent"] + found["vecsvc_shard_retries_total"] > 0, found
     assert found["sent"] + found["probe_sent"] <= 0.05 * 2 * load.answered + 2 * HEDGE_BURST + 10, found
 
 

@@ -31,7 +31,6 @@ from vecsvc.node import KNOWN_AFTER, SLOW_START_S, Node
 from vecsvc.remote import Kind
 from vecsvc.route_metrics import RouteMetrics
 
-ALIKE: Final = 2.0  # replicas whose mean latencies differ by less are equally fast: what they have in flight decides
 PROBE_PART: Final = 0.2  # of the share of second questions, what copies may be
 HEDGE_BURST: Final = 32.0  # second questions that may be asked at once after a quiet time
 RETRY_BURST: Final = 256.0  # a node that dies fails all that it had in flight at once
@@ -252,14 +251,13 @@ class Call:
         if len(candidates) == 1:
             return candidates[0]
         one, other = random.sample(candidates, 2) if len(candidates) > 2 else candidates
-        a, b = one.latency(self._key).mean, other.latency(self._key).mean
-        if a < ALIKE * b and b < ALIKE * a:
-            a = b = 1.0  # the difference is chance, more than not
-        a *= 1 + one.in_flight
-        b *= 1 + other.in_flight
+        a, b = self._cost(one), self._cost(other)
         if a == b:
             return random.choice((one, other))
         return one if a < b else other
+
+    def _cost(self, node: Node) -> float:
+        return node.latency(self._key).mean * (1 + node.in_flight)
 
     def _probe(self, group: Group, chosen: Node) -> None:
         """Send a copy to a replica that would not be chosen, now and then, to see whether it recovered.
