@@ -425,9 +425,11 @@ def _hedge(world: _World, rules: _Rules, rng: np.random.Generator, number: int, 
     while attempt != NONE:
         _outlived(world, attempt, now)
         attempt = world.attempts[attempt].sibling
+    place = _choose(world, rules, rng, call.shard, call.place)
+    replica = call.shard * rules.replicas + place
     attempt = call.attempts
     while attempt != NONE:
-        if world.attempts[attempt].probe:  # it is at work already for what would be asked again
+        if world.attempts[attempt].replica == replica:  # as a probe it is at work already for what would be asked again
             world.attempts[attempt].probe = False
             return
         attempt = world.attempts[attempt].sibling
@@ -436,8 +438,7 @@ def _hedge(world: _World, rules: _Rules, rng: np.random.Generator, number: int, 
         return
     world.saved[purse] -= 1
     world.tally[0].hedges += 1
-    place = _choose(world, rules, rng, call.shard, call.place)
-    _send(world, rules, rng, number, call.shard * rules.replicas + place, False, now)
+    _send(world, rules, rng, number, replica, False, now)
 
 
 @_inner

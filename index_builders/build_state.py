@@ -15,7 +15,7 @@ import msgspec
 
 from index_builders import bulk_encode
 from index_builders.corpus import Corpus
-from index_builders.given_questions import Given
+from index_builders.given_questions import Questions
 from vecsvc.config import BuildSettings
 from vecsvc.encoders.folder import encoder_files
 from vecsvc.errors import StorageError, UserError, VecsvcError
@@ -24,7 +24,7 @@ from vecsvc.storage import STAGING, STATE, IndexFolder, Lease, delete_file, dele
 from vecsvc.types import IndexSpec, Metric
 
 # Settings that say where and how an index is built, and not what it becomes.
-_HOW: Final = ("out", "version", "threads", "batch_rows", "kernels")
+_HOW: Final = ("out", "version", "threads", "batch_rows", "kernels", "questions")  # by their digest
 # What one pod of a distributed build may have otherwise than another: its shard, and where its copies of things lie.
 _OWN: Final = ("name", "shard", "encoder", "border_share")
 
@@ -67,7 +67,7 @@ class Job:
     state_path: Path
     state: State
     stream: TextIO | None  # where progress is shown; None for standard error
-    questions: Given | None = None  # that recall is measured with; None for rows of the corpus
+    questions: Questions | None = None  # that recall is measured with; None for rows of the corpus
     only: int | None = None  # the shard that is built; None for all of them
     resumed: list[str] = field(default_factory=list)  # steps that an earlier build had done
 
@@ -120,7 +120,13 @@ def begun(job: Job, *, fresh: bool) -> Iterator[None]:
         raise
 
 
-def build_key(corpus: Corpus, settings: BuildSettings, params: Mapping[str, Any], encoder_folder: Path | None) -> str:
+def build_key(
+    corpus: Corpus,
+    settings: BuildSettings,
+    params: Mapping[str, Any],
+    encoder_folder: Path | None,
+    questions: Questions | None = None,
+) -> str:
     """Two builds with one key make the same index from the same corpus."""
     same = {n: v for n, v in asdict(settings).items() if n not in _HOW}
     encoder = [
@@ -129,13 +135,17 @@ def build_key(corpus: Corpus, settings: BuildSettings, params: Mapping[str, Any]
     ]
     # Parts of other windows would not fit together.
     windows = [bulk_encode.WINDOW_ROWS, bulk_encode.CALL_TEXTS]
-    facts = [FORMAT_VERSION, windows, corpus.identity(), encoder, same, dict(params)]
+    asked = questions.digest if questions is not None else ""
+    facts = [FORMAT_VERSION, windows, corpus.identity(), encoder, same, dict(params), asked]
     return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
 
 
-def shared_settings(settings: BuildSettings, params: Mapping[str, Any]) -> dict[str, Any]:
+def shared_settings(
+    settings: BuildSettings, params: Mapping[str, Any], questions: Questions | None = None
+) -> dict[str, Any]:
     """What all parts of one version must have been built with; corpus and encoder are told apart by their hashes."""
-    return {n: v for n, v in asdict(settings).items() if n not in _HOW + _OWN} | {"params": dict(params)}
+    same = {n: v for n, v in asdict(settings).items() if n not in _HOW + _OWN}
+    return same | {"params": dict(params), "questions": questions.digest if questions is not None else ""}
 
 
 def read_state(path: Path, key: str) -> State | None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from index_builders import base
+from index_builders.given_questions import Questions
 from index_builders.questions import moved_rows
 from vecsvc import indexes
 from vecsvc.distance import exact_distances
@@ -45,20 +46,21 @@ class Certifier:
         *,
         centroids: Vectors | None = None,
         alone: bool = False,
-        given: tuple[Vectors, str] | None = None,
+        given: Questions | None = None,
     ) -> None:
         """`rows` are the corpus rows of each shard's vectors, ascending: all rows where there are several shards.
 
         With `centroids` some rows may live in two shards; they count once. `alone` is the one shard of its version:
         settings beyond those that miss nothing are not measured then. Of several, nobody knows at one what others miss.
-        `given` are questions (n, dim), and what to call them; without, up to `queries` are made of rows.
+        Without `given` questions, up to `queries` are made of rows.
         """
         self.vectors, self.metric = vectors, metric
         self._rows, self._centroids, self._alone = rows, centroids, alone
-        self._given = given is not None
-        self._queries, source = (
-            given if given is not None else (moved_rows(vectors, rows, metric, queries, seed), MOVED)
-        )
+        self._given, source = given is not None, MOVED
+        if given is not None:
+            self._queries, source = given.vectors, f"questions of {given.path}"
+        else:
+            self._queries = moved_rows(vectors, rows, metric, queries, seed)
         self._method = f"{source}; exact distances; ties are no errors"
         self._k = min(K, len(rows[0]) if len(rows) == 1 else 1 + max(int(mine[-1]) for mine in rows))
         self._truth: list[_Ranked] = []

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 
 from index_builders.corpus import VECTOR_COLUMNS, check_strings, vector_value_bytes
 from index_builders.corpus_files import find_files, label_of, open_parquet
 from index_builders.corpus_rows import Rows, checked_vectors, no_nulls, strings
+from vecsvc.distance import check_vector
+from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import ConfigError, CorpusError, MissingColumn
 from vecsvc.types import Metric, Vectors
 
@@ -20,19 +24,50 @@ BATCH_ROWS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """Either `vectors` or `texts`, which the index's encoder makes vectors of, is set."""
-
+class Questions:
     path: str  # as the user gave it
-    vectors: Vectors | None  # (n, dim)
-    texts: list[str] | None
+    vectors: Vectors  # (n, dim)
+    digest: str  # of what was drawn: the same on every machine, where encoders round otherwise
 
 
-def read_questions(source: str, metric: Metric, dim: int | None, n: int, seed: int) -> Given:
+def open_questions(
+    source: str, *, metric: Metric, dim: int | None, n: int, seed: int, encoder_folder: Path | None, num_threads: int
+) -> Questions:
+    """Up to n questions drawn from a file of them; texts are encoded here, before any work that could be lost.
+
+    `dim` is that of the corpus, None where its texts get theirs from the encoder. Raises UserError.
+    """
+    if encoder_folder is None:
+        assert dim is not None  # a corpus of texts has an encoder
+        drawn = read_questions(source, metric, dim, n, seed)
+        if isinstance(drawn, list):
+            raise ConfigError(
+                f"the questions in {source} are texts, and the index has no encoder: name it with --encoder, or give "
+                f"vectors ({', '.join(VECTOR_COLUMNS)})"
+            )
+        return Questions(source, drawn, _digest(drawn.tobytes()))
+    encoder = open_encoder(encoder_folder, name=encoder_folder.resolve().name, num_threads=num_threads)
+    try:
+        drawn = read_questions(source, metric, dim or encoder.spec.dim, n, seed)
+        if not isinstance(drawn, list):
+            return Questions(source, drawn, _digest(drawn.tobytes()))
+        vectors = encoder.encode(drawn, "query")
+    finally:
+        encoder.close()
+    for text, vector in zip(drawn, vectors, strict=True):
+        check_vector(vector, metric, f"{source}: the encoder's vector of the question {text[:80]!r}")
+    return Questions(source, vectors, _digest(msgspec.json.encode(drawn)))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_questions(source: str, metric: Metric, dim: int, n: int, seed: int) -> Vectors | list[str]:
     """Up to n questions drawn from a Parquet file, a folder or a glob, local or s3://; the others are not looked at.
 
-    `dim` is that of the index, None where only its encoder knows. Raises CorpusUnreadable, MissingColumn, BadRow with
-    file and row, or CorpusError where there are none.
+    `dim` is that of the index. Raises CorpusUnreadable, MissingColumn, BadRow
+    with file and row, or CorpusError where there are none.
     """
     filesystem, root, found = find_files(source)
     lengths, column, kind = [], "", None
@@ -64,12 +99,9 @@ def read_questions(source: str, metric: Metric, dim: int | None, n: int, seed: i
                 drawn = wanted[(wanted >= first + row) & (wanted < first + row + len(part))] - first - row
                 if len(drawn):
                     _take(part.column(0), drawn, Rows(row, label), column, metric, dim, vectors, texts)
-                    dim = vectors[0].shape[1] if vectors else dim
                 row += len(part)
         first += length
-    if column in VECTOR_COLUMNS:
-        return Given(source, np.concatenate(vectors), None)
-    return Given(source, None, texts)
+    return np.concatenate(vectors) if column in VECTOR_COLUMNS else texts
 
 
 def _column(names: list[str], label: str) -> str:
@@ -87,7 +119,7 @@ def _take(
     rows: Rows,
     name: str,
     metric: Metric,
-    dim: int | None,
+    dim: int,
     vectors: list[Vectors],
     texts: list[str],
 ) -> None:
@@ -101,16 +133,6 @@ def _take(
             length = len(no_nulls(one, name, place)[0])
         else:
             length = one.type.list_size
-        if dim is not None and length != dim:
+        if length != dim:
             raise place.bad(0, f"its {name} has {length} values, those of the index have {dim}")
         vectors.append(np.asarray(checked_vectors(one, length, metric, place), np.float32))
-        dim = length
-
-
-def need_encoder(given: Given, encoder: object | None) -> None:
-    """Raises ConfigError where the questions are texts that nothing would encode."""
-    if given.texts is not None and encoder is None:
-        raise ConfigError(
-            f"the questions in {given.path} are texts, and the index has no encoder: name it with --encoder, or give "
-            f"vectors ({', '.join(VECTOR_COLUMNS)})"
-        )

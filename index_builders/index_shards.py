@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 from index_builders import base
 from index_builders.build_state import Indexed, Ingested, Job, whole
 from index_builders.certify import Certifier
-from index_builders.ingest import opened_encoder
 from index_builders.progress import Phase as Shown
-from vecsvc.distance import check_vector
-from vecsvc.errors import ArtifactError, CorpusError, StorageError
+from vecsvc.errors import ArtifactError, StorageError
 from vecsvc.manifest import CENTROIDS_FILE, INDEX_FOLDER, VECTORS_FILE, file_entries
 from vecsvc.shard import ROWS_FILE
 from vecsvc.storage import delete_folder, make_folder, open_array
@@ -33,7 +31,7 @@ def index_shards(job: Job, ingested: Ingested) -> Certifier:
         settings.seed,
         centroids=_centroids(job, ingested),
         alone=job.only is None and settings.shards == 1,
-        given=_given(job, ingested),
+        given=job.questions,
     )
     for place, number in enumerate(ingested.sizes):
         folder = job.shard_folder(number) / INDEX_FOLDER
@@ -58,25 +56,6 @@ def index_shards(job: Job, ingested: Ingested) -> Certifier:
             certifier.measure(place, written, job.threads)
             written.close()
     return certifier
-
-
-def _given(job: Job, ingested: Ingested) -> tuple[Vectors, str] | None:
-    """The vectors of the questions that the user gave, and how the certificate calls them."""
-    given = job.questions
-    if given is None:
-        return None
-    vectors = given.vectors
-    if vectors is None:
-        with job.phase("encode"), opened_encoder(job) as encoder:
-            assert encoder is not None and given.texts is not None
-            vectors = encoder.encode(given.texts, "query")
-            for row, vector in enumerate(vectors):
-                check_vector(vector, job.metric, f"the encoder's vector of the question {given.texts[row][:80]!r}")
-    elif vectors.shape[1] != ingested.dim:
-        raise CorpusError(
-            f"{given.path}: its vectors have {vectors.shape[1]} values, those of the index have {ingested.dim}"
-        )
-    return vectors, f"questions of {given.path}"
 
 
 def _typical_size(job: Job, ingested: Ingested) -> int:

@@ -36,7 +36,7 @@ def ingest(job: Job) -> Ingested:
     else:
         job.state.ingested, job.state.indexed = None, {}
         empty(job.staging, but=encoded_folder)
-        with opened_encoder(job) as encoder:
+        with _opened_encoder(job) as encoder:
             encoded = _encode(job, encoder) if encoder is not None and not job.corpus.has_vectors else None
             spreader = _learn_clusters(job, encoded) if job.settings.partition == "cluster" else None
             with job.phase("ingest"):
@@ -151,7 +151,7 @@ def _spread(writers: list[ShardWriter], batch: Batch, vectors: Any, spreader: Sp
 
 
 @contextlib.contextmanager
-def opened_encoder(job: Job) -> Iterator[Encoder | None]:
+def _opened_encoder(job: Job) -> Iterator[Encoder | None]:
     """The encoder of the build, fit for the corpus; None where it has none."""
     folder = job.encoder_folder
     if folder is None:

@@ -6,6 +6,7 @@ is replaced after each step: a build that died goes on after its last whole step
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from index_builders.build_state import (
     read_state,
 )
 from index_builders.corpus import Corpus, open_corpus
-from index_builders.given_questions import Given, need_encoder, read_questions
+from index_builders.given_questions import Questions, open_questions
 from index_builders.index_shards import index_shards
 from index_builders.ingest import ingest
 from vecsvc.config import BuildSettings
@@ -72,7 +73,7 @@ def build_index(
     if require_recall and not settings.certificate_queries:
         raise ConfigError("--require-recall needs a certificate: let --certificate-queries be more than 0")
     corpus, folder, encoder_folder, questions = prepare(source, settings, params or {})
-    key = build_key(corpus, settings, params or {}, encoder_folder)
+    key = build_key(corpus, settings, params or {}, encoder_folder, questions)
     if not resume:
         folder.sweep()
     version = settings.version or (resume and interrupted(folder, key)) or free_version(folder)
@@ -110,8 +111,8 @@ def build_index(
 
 def prepare(
     source: str, settings: BuildSettings, params: Mapping[str, Any]
-) -> tuple[Corpus, IndexFolder, Path | None, Given | None]:
-    """Check all that can be checked before the work begins: corpus, the index's folder, the encoder's, questions.
+) -> tuple[Corpus, IndexFolder, Path | None, Questions | None]:
+    """Check all that can be checked before the work begins: the corpus, the folders of index and encoder, questions.
 
     Raises UserError.
     """
@@ -131,9 +132,18 @@ def prepare(
     # What the index step would refuse is refused now, and not after hours of encoding.
     base.build_params(*base.choose(settings.kind, corpus.rows, corpus.dim or MAX_DIM, params))
     questions = None
-    if settings.questions and settings.certificate_queries:
-        questions = read_questions(settings.questions, metric, corpus.dim, settings.certificate_queries, settings.seed)
-        need_encoder(questions, encoder_folder)
+    if settings.questions:
+        if not settings.certificate_queries:
+            raise ConfigError("--questions measures recall: let --certificate-queries be more than 0, or leave it out")
+        questions = open_questions(
+            settings.questions,
+            metric=metric,
+            dim=corpus.dim,
+            n=settings.certificate_queries,
+            seed=settings.seed,
+            encoder_folder=encoder_folder,
+            num_threads=settings.threads or os.cpu_count() or 1,
+        )
     make_folder(folder.path)
     return corpus, folder, encoder_folder, questions
 

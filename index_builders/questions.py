@@ -23,25 +23,32 @@ Rows = NDArray[np.int64]  # of the corpus
 
 COMPARED_ROWS: Final = 131_072  # among so many of a larger corpus the nearest neighbour is looked for
 BLOCK_ROWS: Final = 1024  # that lie together, where not all are compared
+CANDIDATES: Final = 16  # of a block: the first may be the row and its duplicates
+SAME: Final = {"l2": 0.0, "cosine": 1e-7}  # distances that are none, but for rounding
 
 
 def moved_rows(vectors: Sequence[StoredVectors], rows: Sequence[Rows], metric: Metric, n: int, seed: int) -> Vectors:
     """Questions (up to n, dim) for shards of these vectors, whose corpus rows are `rows`, ascending.
 
-    None where there are fewer than two rows. A row that has a duplicate is not moved.
+    None where there are fewer than two rows. A row is moved past its duplicates.
     """
     known = rows[0] if len(rows) == 1 else np.arange(1 + max(int(mine[-1]) for mine in rows))
     if len(known) < 2:
         return np.empty((0, vectors[0].shape[1]), np.float32)
     rng = np.random.default_rng(seed)
     sampled = known[np.sort(rng.choice(len(known), size=min(n, len(known)), replace=False))]
-    one, other = known[rng.integers(0, len(known), (2, len(sampled)))]
-    points, a, b = (_of(vectors, rows, wanted) for wanted in (sampled, one, other))
+    one = rng.integers(0, len(known), len(sampled))
+    other = (one + rng.integers(1, len(known), len(sampled))) % len(known)
+    points, a, b = (_of(vectors, rows, wanted) for wanted in (sampled, known[one], known[other]))
     if metric == "cosine":
         points, a, b = unit(points), unit(a), unit(b)
-    moved = points + _nearest(vectors, rows, sampled, points, metric)[:, None] * unit(a - b)
-    too_far = ~(np.abs(moved).max(axis=1) <= MAX_ABS)
-    moved[too_far] = points[too_far]
+    along = a - b
+    same = ~along.any(axis=1)
+    along[same] = (a - points)[same]
+    moved = points + _nearest(vectors, points, metric)[:, None] * unit(along)
+    # What no index takes: values that are too large, and under cosine no direction at all.
+    wrong = ~((np.abs(moved).max(axis=1) <= MAX_ABS) & (moved.any(axis=1) | (metric != "cosine")))
+    moved[wrong] = points[wrong]
     return moved
 
 
@@ -60,22 +67,23 @@ def _of(vectors: Sequence[StoredVectors], rows: Sequence[Rows], wanted: Rows) ->
     return found
 
 
-def _nearest(
-    vectors: Sequence[StoredVectors], rows: Sequence[Rows], sampled: Rows, points: Vectors, metric: Metric
-) -> NDArray[np.float32]:
-    """How far the nearest other row of each sampled one is, in a straight line; of unit vectors for cosine."""
-    total = sum(map(len, rows))
+def _nearest(vectors: Sequence[StoredVectors], points: Vectors, metric: Metric) -> NDArray[np.float32]:
+    """How far the nearest row that is not the same is from each point, in a straight line; of unit vectors for cosine.
+
+    0 where there is none.
+    """
+    total = sum(map(len, vectors))
     step = max(1, total // COMPARED_ROWS) * BLOCK_ROWS
-    nearest = np.full(len(sampled), np.inf, np.float32)
-    for part, mine in zip(vectors, rows, strict=True):
-        own = labels_of(sampled, mine)
+    # A product between vectors says nothing of how far apart they are.
+    straight: Metric = "cosine" if metric == "cosine" else "l2"
+    nearest = np.full(len(points), np.inf, np.float32)
+    for part in vectors:
         for start in range(0, len(part), step):
             block = part[start : start + BLOCK_ROWS]
-            # A product between vectors says nothing of how far apart they are.
-            search = ExactSearch(block, "cosine" if metric == "cosine" else "l2")
-            found = search.search(points, min(2, len(block)))
-            others = np.where(found.labels + start == own[:, None], np.float32(np.inf), found.distances)
+            # The row itself lies in one block, and its duplicates may lie beside it.
+            distances = ExactSearch(block, straight).search(points, min(CANDIDATES, len(block))).distances
+            others = np.where(distances > SAME[straight], distances, np.float32(np.inf))
             np.minimum(nearest, others.min(axis=1), out=nearest)
         release_pages(part)
-    away = np.sqrt(np.maximum(2 * nearest if metric == "cosine" else nearest, 0))
+    away = np.sqrt(2 * nearest if straight == "cosine" else nearest)
     return np.where(np.isfinite(away), away, np.float32(0))

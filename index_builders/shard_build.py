@@ -52,7 +52,7 @@ def build_shard(
         raise VersionExists(f"version {settings.version} is published already: choose another --version")
     place = part_folder(folder.path, settings.version, number)
     state_path = place.with_name(f"{place.name}.state")
-    key = build_key(corpus, settings, params or {}, encoder_folder)
+    key = build_key(corpus, settings, params or {}, encoder_folder, questions)
     held = f"shard {number} of version {settings.version} is being built or published by another process: let it end"
     lease = take_folder(place, held)
     try:
@@ -122,7 +122,7 @@ def _run(job: Job, name: str, number: int) -> PartResult:
         version=job.settings.version,
         number=number,
         shards=job.settings.shards,
-        settings=shared_settings(job.settings, job.params),
+        settings=shared_settings(job.settings, job.params, job.questions),
         id_type=ingested.id_type,  # type: ignore[arg-type]
         vector_dtype=ingested.dtype,  # type: ignore[arg-type]
         fields=ingested.fields,

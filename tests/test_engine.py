@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -484,6 +486,47 @@ def test_the_largest_batch_of_the_largest_k_is_answered_where_nothing_more_is_as
         query = VectorQuery(service.vectors(limits.max_batch, seed=53))
         answer = run(engine.search_batch(None, query, SearchSettings(k=limits.max_k, timeout_ms=60_000)))
     assert {len(found) for found in answer.results} == {60}
+
+
+def test_a_question_that_fails_comes_late_or_is_called_off_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds itself waits for the garbage collector, and keeps a version open that nobody serves any more."""
+    made: list[weakref.ref[Search]] = []
+    begin = Search.__init__
+
+    def remembered(self: Search, *arguments: Any, **named: Any) -> None:
+        made.append(weakref.ref(self))
+        begin(self, *arguments, **named)
+
+    monkeypatch.setattr(Search, "__init__", remembered)
+    bad = service.vectors(3, seed=1)
+    bad[1, 0] = np.nan
+
+    async def ask(engine: Engine) -> None:
+        with pytest.raises(InvalidVector):
+            await engine.search_batch(None, VectorQuery(bad), SearchSettings())
+        run_search = Search.run
+        monkeypatch.setattr(Search, "run", lambda self, kind: (time.sleep(0.1), run_search(self, kind))[1])
+        with pytest.raises(DeadlineExceeded):
+            await engine.search_batch(None, VectorQuery(service.vectors(3, seed=1)), SearchSettings(timeout_ms=20))
+        task = asyncio.ensure_future(
+            engine.search_batch(None, VectorQuery(service.vectors(3, seed=1)), SearchSettings())
+        )
+        await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        del task
+        await asyncio.sleep(0.3)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with opened(service.index("products")) as engine:
+            run(ask(engine))
+            assert len(made) == 3 and [reference() for reference in made] == [None, None, None]
+            assert engine.in_flight == 0
+    finally:
+        gc.enable()
 
 
 def test_a_search_that_fails_tells_its_caller_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -372,6 +372,29 @@ def test_a_copy_under_way_becomes_the_second_question(run: Run) -> None:
     run(check_it())
 
 
+def test_a_copy_under_way_does_not_keep_a_better_replica_from_being_asked(run: Run) -> None:
+    async def check_it() -> None:
+        settings = RouteSettings()
+        shared = budgets(settings)
+        first, slow, third = (
+            FakeNode(n, settings, s) for n, s in zip("abc", (answering(0.5), silent, answering(0.002)), strict=True)
+        )
+        await learn(slow, 0.300)
+        await asyncio.sleep(fan_out.PROBE_S + 0.1)
+        await learn(first, 0.010)
+        await learn(third, 0.020)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                fan_out.random, "sample", lambda nodes, n: [node for node in nodes if node is not slow.node][:n]
+            )
+            began = now()
+            await ask([group(0, [first, slow, third])], shared)
+        assert now() - began == pytest.approx(0.012) and (first.asked, slow.asked, third.asked) == (1, 1, 1)
+        assert hedged(shared, "probe_sent") == hedged(shared) == 1
+
+    run(check_it())
+
+
 def test_a_failing_replica_is_left_alone_and_comes_back_by_a_copy_of_a_question(run: Run) -> None:
     for share in (0.05, 0.0):
 

@@ -20,7 +20,7 @@ from vecsvc import indexes
 from vecsvc.cli import cli
 from vecsvc.config import BuildSettings
 from vecsvc.encoders.onnx import open_encoder
-from vecsvc.errors import BadRow, ConfigError, CorpusError, CorpusUnreadable, MissingColumn
+from vecsvc.errors import ArtifactUnfit, BadRow, ConfigError, CorpusError, CorpusUnreadable, MissingColumn
 from vecsvc.exact_search import ExactSearch
 from vecsvc.ranking import recall
 from vecsvc.types import Vectors
@@ -73,14 +73,14 @@ def test_some_are_drawn_over_all_files(corpus: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for number in range(3):
         vectors_file(folder / f"{number}.parquet", asked[100 * number : 100 * (number + 1)])
-    drawn = read_questions(str(folder), "l2", DIM, 60, seed=5).vectors
-    assert drawn is not None and drawn.shape == (60, DIM)
+    drawn = read_questions(str(folder), "l2", DIM, 60, seed=5)
+    assert isinstance(drawn, np.ndarray) and drawn.shape == (60, DIM)
     at = [int(np.flatnonzero((asked == row).all(axis=1))[0]) for row in drawn]
     assert at == sorted(set(at)) and at[0] < 100 and at[-1] >= 200
-    again = read_questions(str(folder), "l2", DIM, 60, seed=5).vectors
-    assert again is not None and (again == drawn).all()
-    whole = read_questions(str(folder), "l2", None, 10_000, seed=5).vectors
-    assert whole is not None and (whole == asked).all()
+    again = read_questions(str(folder), "l2", DIM, 60, seed=5)
+    assert np.array_equal(again, drawn)
+    whole = read_questions(str(folder), "l2", DIM, 10_000, seed=5)
+    assert np.array_equal(whole, asked)
 
 
 def test_texts_are_encoded_as_queries(tmp_path: Path) -> None:
@@ -92,10 +92,16 @@ def test_texts_are_encoded_as_queries(tmp_path: Path) -> None:
     result = build(corpus, tmp_path / "out", encoder=str(encoder), questions=str(asked), kind="exact")
     certificate = result.manifest.certificate
     assert certificate is not None and (certificate.queries, certificate.points[0].recall) == (4, 1.0)
-    assert "encode" in result.manifest.provenance.phases
     opened = open_encoder(encoder, name="bert", num_threads=1)
     vectors = opened.encode(["a question"], "query")
     opened.close()
+    with pytest.raises(BadRow, match="its vector has 5 values, those of the index have 16"):
+        build(
+            corpus,
+            tmp_path / "out",
+            encoder=str(encoder),
+            questions=str(vectors_file(tmp_path / "5.parquet", make_vectors(2, 5))),
+        )
     by_vector = vectors_file(tmp_path / "vectors.parquet", vectors)
     again = build(corpus, tmp_path / "again", encoder=str(encoder), questions=str(by_vector), kind="exact")
     assert again.manifest.certificate is not None and again.manifest.certificate.queries == 1
@@ -111,6 +117,32 @@ def test_parts_are_measured_with_the_same_questions(corpus: Path, tmp_path: Path
     _, manifest = publish(tmp_path / "out", "v1")
     assert manifest.certificate is not None and manifest.certificate.queries == 20
     assert manifest.certificate.method.startswith(f"each shard by itself: questions of {file};")
+
+
+def test_parts_that_were_asked_other_questions_do_not_fit_wherever_their_files_lie(
+    corpus: Path, tmp_path: Path
+) -> None:
+    def part(number: int, file: Path, version: str) -> None:
+        settings = BuildSettings(
+            out=str(tmp_path / "out"),
+            name="demo",
+            version=version,
+            shard=f"{number}/2",
+            questions=str(file),
+            kind="exact",
+        )
+        build_shard(str(corpus), settings)
+
+    one, other = (vectors_file(tmp_path / f"{seed}.parquet", make_vectors(20, DIM, seed=seed)) for seed in (1, 2))
+    copy = tmp_path / "copy.parquet"
+    copy.write_bytes(one.read_bytes())
+    part(0, one, "v1")
+    part(1, copy, "v1")
+    assert publish(tmp_path / "out", "v1")[1].certificate is not None
+    part(0, one, "v2")
+    part(1, other, "v2")
+    with pytest.raises(ArtifactUnfit, match="--questions"):
+        publish(tmp_path / "out", "v2")
 
 
 def test_what_cannot_be_asked_is_refused_before_the_work_begins(corpus: Path, tmp_path: Path) -> None:
@@ -145,6 +177,8 @@ def test_what_cannot_be_asked_is_refused_before_the_work_begins(corpus: Path, tm
     for file, error, message in cases:
         with pytest.raises(error, match=message):
             build(corpus, out, questions=str(file))
+    with pytest.raises(ConfigError, match="let --certificate-queries be more than 0"):
+        build(corpus, out, questions=str(vectors_file(tmp_path / "j.parquet", good)), certificate_queries=0)
     assert not out.exists()
 
 

@@ -236,7 +236,8 @@ def test_a_port_that_is_about_to_close_keeps_who_is_in_and_lets_nobody_in(host: 
     with socket.create_server((host, 0), family=family) as port:
         address = port.getsockname()[:2]
         with socket.create_connection(address) as early:
-            admit_nobody(port)
+            if not admit_nobody(port):
+                pytest.skip("this kernel takes no packet filters")
             with pytest.raises(TimeoutError):
                 socket.create_connection(address, timeout=0.2)
             port.settimeout(5.0)

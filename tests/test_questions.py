@@ -60,6 +60,28 @@ def test_one_shard_of_several_asks_about_its_own_rows() -> None:
     assert labels_of(np.array([0, 1, 298, 299]), rows[1]).tolist() == [-1, 0, 99, -1]
 
 
+def test_a_row_is_moved_past_its_duplicates() -> None:
+    corpus = gaussian(200, seed=1)
+    twice = np.repeat(corpus, 3, axis=0)
+    for metric in ("l2", "cosine"):
+        straight = unit(twice) if metric == "cosine" else twice
+        moved = moved_rows([twice], [np.arange(600)], metric, 60, seed=5)
+        sampled = np.sort(np.random.default_rng(5).choice(600, size=60, replace=False))
+        between = np.linalg.norm(straight[sampled][:, None] - straight[None], axis=2)
+        between[between < 1e-4] = np.inf
+        away = np.linalg.norm(moved - straight[sampled], axis=1)
+        assert away == pytest.approx(between.min(axis=1), rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_question_is_without_a_direction(seed: int) -> None:
+    """On a hexagon the difference of two corners may lead from a third one to the middle."""
+    corners = np.array([[np.cos(a), np.sin(a)] for a in np.arange(6) * np.pi / 3], np.float32)
+    assert moved_rows([corners], [np.arange(6)], "cosine", 6, seed=seed).any(axis=1).all()
+    two = moved_rows([corners[:2]], [np.arange(2)], "cosine", 2, seed=seed)
+    assert np.linalg.norm(two - corners[:2], axis=1) == pytest.approx(np.ones(2), abs=1e-3)
+
+
 def test_what_cannot_be_moved_stays_where_it_is() -> None:
     same = np.ones((20, DIM), np.float32)
     assert (moved_rows([same], [np.arange(20)], "l2", 10, seed=1) == 1).all()

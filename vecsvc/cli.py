@@ -485,6 +485,7 @@ def gc(directory: Path, keep: int) -> None:
     """Delete old versions of the indexes in DIR, and what dead builds left. Never what serves.
 
     Of the others stays first what a rollback goes to, then what served last, then what never did, the newest of it.
+    A build that was refused for its recall stays for a week: --resume publishes it.
     """
     for folder in index_folders(directory, begun=True):
         gone = folder.gc(keep)

@@ -272,27 +272,31 @@ class Engine:
         the thread takes twice as many turns and objects, all of them in caches that the search has emptied.
         """
         loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[T] = loop.create_future()
+        made: asyncio.Future[T] = loop.create_future()
+        waiter: asyncio.Future[T] | None = made
         work.begin()
 
         def over(done: Future[T]) -> None:  # not `future`, which would then hold itself, and the version
             work.leave()
-            if not waiter.done():
+            if waiter is not None and not waiter.done():
                 _settle(waiter, done)
 
         def too_late() -> None:
-            if not waiter.done():
+            if waiter is not None and not waiter.done():
                 waiter.set_exception(DeadlineExceeded("no answer within timeout_ms; ask for less, or allow more time"))
 
         future.add_done_callback(lambda done: None if loop.is_closed() else loop.call_soon_threadsafe(over, done))
         timer = loop.call_later(max(0.0, clock.deadline + grace_s - time.monotonic()), too_late)
         try:
-            return await waiter
+            return await made
         except asyncio.CancelledError:
             clock.deadline = 0.0  # nobody waits any more: what has not begun will not, what has ends at its next look
             raise
         finally:
             timer.cancel()
+            # They hold an error, whose traceback holds this frame: together they would keep the version open.
+            waiter = None
+            del future, made
 
     async def in_thread(self, run: Callable[[], T]) -> T:
         """Run something long of the service's own, outside admission."""
@@ -313,7 +317,7 @@ class _Work:
     def __init__(self, budget: Budget, served: Served) -> None:
         self.budget, self._served = budget, served
         self._entered = budget.enter()
-        self._holders = 1  # the caller, and its thread
+        self._holders = 1  # the caller; a thread is the second
 
     def begin(self) -> None:
         """A thread works on it, until it calls `leave` by the event loop."""

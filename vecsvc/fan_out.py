@@ -265,14 +265,13 @@ class Call:
         A user's question must not be what a slow node is tried with.
         """
         now = time.monotonic()
-        for node in group.nodes:
-            if node is chosen or not (node.usable() or node.returning(now)):
-                continue
+        others = [node for node in group.nodes if node is not chosen and (node.usable() or node.returning(now))]
+        if len(others) > 1:
+            others.sort(key=lambda node: node.latency(self._key).heard())
+        for node in others:
             latency = node.latency(self._key)
             # One that was ejected comes back by no other way, so that its copy needs no budget.
-            if now - max(latency.at, latency.probed) > PROBE_S and (
-                node.returning(now) or self._budgets.seconds(group).probes.take()
-            ):
+            if now - latency.heard() > PROBE_S and (node.returning(now) or self._budgets.seconds(group).probes.take()):
                 latency.probed = now
                 self._budgets.metrics.hedges("probe_sent").inc()
                 self._send(group, node, "probe")
@@ -393,14 +392,14 @@ class Call:
 
     def _hedge(self, group: Group, now: float) -> None:
         self._outlived(group, now)
-        for attempt in group.attempts:
-            if attempt.kind == "probe":  # it is at work already for what would be asked again
-                attempt.kind = "hedge"
-                group.tried.append(attempt.node)
-                return
         node = self._choose(group)
         if node is None or not node.usable():
             return
+        for attempt in group.attempts:
+            if attempt.node is node:  # as a probe it is at work already for what would be asked again
+                attempt.kind = "hedge"
+                group.tried.append(node)
+                return
         if not self._budgets.seconds(group).hedges.take():
             self._budgets.metrics.hedges("no_budget").inc()
             return

@@ -67,6 +67,10 @@ class Latency:
         if self.count >= KNOWN_AFTER and self.count % 8 == 0:
             self.p95 = sorted(ring)[int(0.95 * len(ring))]
 
+    def heard(self) -> float:
+        """When something was last done to know it: time.monotonic()."""
+        return max(self.at, self.probed)
+
     def outlived(self, seconds: float) -> None:
         """A question that was not answered yet took at least so long."""
         self.mean = max(self.mean, seconds)
@@ -129,7 +133,7 @@ class Node:
         found = self._latencies.get(key)
         if found is None:
             if len(self._latencies) >= MAX_KEYS:
-                del self._latencies[min(self._latencies, key=lambda known: self._latencies[known].at)]
+                del self._latencies[min(self._latencies, key=lambda known: self._latencies[known].heard())]
             found = self._latencies[key] = Latency()
         return found
 

@@ -52,7 +52,7 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     encoder: EncoderEntry | None
     corpus: CorpusEntry  # the whole corpus, which every pod reads
     provenance: Provenance
-    certificate: Certificate | None  # the shard measured against its own rows
+    certificate: Certificate | None  # of the shard by itself
 
     def files(self) -> list[FileEntry]:
         return self.shard.files + (self.encoder.files if self.encoder else [])

@@ -271,17 +271,22 @@ async def close_port(
     await asyncio.gather(*taken, return_exceptions=True)  # who fails to shake hands is no concern of the others
 
 
-def admit_nobody(port: socket.socket) -> None:
+def admit_nobody(port: socket.socket) -> bool:
     """Have the kernel drop whoever would connect from now on, and let those in who are half-way.
 
     Who came between the last look and the close would be reset with a question on its way, and nobody may ask a POST
-    again. One that is dropped asks again after a second, by then at a closed port, which sends it elsewhere.
+    again. One that is dropped asks again after a second, by then at a closed port, which sends it
+    elsewhere. False where the system cannot do that, and it is as without.
     """
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in _NO_SYN))
     program = struct.pack("HL", len(_NO_SYN), ctypes.addressof(code))
-    if port.family in (socket.AF_INET, socket.AF_INET6) and sys.platform == "linux":
-        with contextlib.suppress(OSError):  # then it is as without
-            port.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+    if port.family not in (socket.AF_INET, socket.AF_INET6) or sys.platform != "linux":
+        return False
+    try:
+        port.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+    except OSError:
+        return False
+    return True
 
 
 async def _watch(

@@ -55,7 +55,7 @@ A = TypeVar("A", SearchAnswer, BatchAnswer, ColumnsAnswer)
 
 
 class Search:
-    """One question against one version, checked against what that version holds."""
+    """One question against one version, checked against what that version holds; a batch's values when it is run."""
 
     def __init__(
         self,

@@ -27,8 +27,8 @@ class RouteMetrics:
             Count,
             "vecsvc_hedges",
             "Questions that were asked a second time (sent), had no budget for it (no_budget), were copied to see how "
-            "a node does (probe_sent), or were answered by another than the first node (hedge_won, retry_won, "
-            "probe_won)",
+            "a node does (probe_sent; a copy under way is the second question where one is due to that node), or were "
+            "answered by another than the first node (hedge_won, retry_won, probe_won)",
             ("outcome",),
         )
         self.retries = Family(Count, "vecsvc_shard_retries", "Questions asked again because a node failed", ())

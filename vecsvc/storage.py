@@ -340,8 +340,11 @@ def _line(history: list[str]) -> list[str]:
 
 
 def _given_up(folder: Path) -> bool:
-    """Whether what a build left there was not gone on with for so long that nobody will."""
-    return folder.stat().st_mtime < time.time() - UNPUBLISHED_KEPT_S
+    """Whether what a build left there was not gone on with for so long that nobody will; False where it is gone."""
+    try:
+        return folder.stat().st_mtime < time.time() - UNPUBLISHED_KEPT_S
+    except FileNotFoundError:
+        return False
 
 
 def delete_unheld(folder: Path) -> bool:
@@ -537,21 +540,22 @@ class IndexFolder:
                 lease.release()
             gone.append(version)
         self._empty_trash()
-        return gone + self.sweep(finished=False) + self._sweep_parts()
+        return gone + self.sweep(refused_too=False) + self._sweep_parts()
 
     def _empty_trash(self) -> None:
         for folder in sorted(self.path.glob(f"{TRASH}*")):
             delete_folder(folder)
 
-    def sweep(self, *, finished: bool = True) -> list[str]:
+    def sweep(self, *, refused_too: bool = True) -> list[str]:
         """Delete what builds that died left behind; the folders of living builds are flocked.
 
-        A build that is `finished`, and was refused for its recall, waits for `--resume` in its folder; without, it is
-        left for a week.
+        Without `refused_too`, those stay for a week that are whole and were refused for their recall: `--resume`
+        publishes them.
         """
         gone = []
         for folder in sorted(self.path.glob(f"{STAGING}*")):
-            if not finished and (folder / MANIFEST).exists() and not _given_up(folder):
+            state = self.path / folder.name.replace(STAGING, STATE, 1)
+            if not refused_too and (folder / MANIFEST).exists() and state.exists() and not _given_up(folder):
                 continue
             if delete_unheld(folder):
                 gone.append(folder.name)
@@ -661,8 +665,8 @@ def index_folders(directory: Path, *, begun: bool = False) -> list[IndexFolder]:
         started = [str(f) for f in (directory, *inside) if _is_begun(f)]
         if started:
             raise ConfigError(
-                f"{listed(started)} has no version yet, only a build that has not ended: if it is dead, run it again "
-                f"with --resume, or delete what it left with vecsvc gc {directory}"
+                f"{listed(started)} has no version yet, only a build that has not ended: if it died or was "
+                "refused, run it again with --resume, or delete its folder"
             )
         raise ConfigError(f"{directory} holds no index; build one: vecsvc build-index CORPUS --out {directory}")
     return found
