@@ -324,7 +324,8 @@ def recalls(version: Path, manifest: Manifest, queries: int, seed: int) -> list[
     place = np.argsort(np.concatenate(rows))  # of each row of the corpus
     rng = np.random.default_rng(seed)
     sampled = place[np.sort(rng.choice(len(everything), queries, replace=False))]
-    one, other = place[rng.integers(0, len(everything), (2, queries))]
+    first = rng.integers(0, len(everything), queries)
+    one, other = place[first], place[(first + rng.integers(1, len(everything), queries)) % len(everything)]
     loaded = [
         indexes.load(version / f"shards/{n:03d}/index", entry.spec, vectors=vectors[n])
         for n, entry in enumerate(manifest.shards)

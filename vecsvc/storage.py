@@ -665,8 +665,9 @@ def index_folders(directory: Path, *, begun: bool = False) -> list[IndexFolder]:
         started = [str(f) for f in (directory, *inside) if _is_begun(f)]
         if started:
             raise ConfigError(
-                f"{listed(started)} has no version yet, only a build that has not ended: if it died or was "
-                "refused, run it again with --resume, or delete its folder"
+                f"{listed(started)} has no version yet, only a build that has not ended: if it is dead, run it again "
+                f"with --resume, or delete what it left with vecsvc gc {directory}, which leaves one that was refused for its "
+                "recall for a week"
             )
         raise ConfigError(f"{directory} holds no index; build one: vecsvc build-index CORPUS --out {directory}")
     return found
