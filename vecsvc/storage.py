@@ -666,8 +666,8 @@ def index_folders(directory: Path, *, begun: bool = False) -> list[IndexFolder]:
         if started:
             raise ConfigError(
                 f"{listed(started)} has no version yet, only a build that has not ended: if it is dead, run it again "
-                f"with --resume, or delete what it left with vecsvc gc {directory}, which leaves one that was refused for its "
-                "recall for a week"
+                f"with --resume, or delete what it left with vecsvc gc {directory}, which leaves for a week what was "
+                "refused for its recall"
             )
         raise ConfigError(f"{directory} holds no index; build one: vecsvc build-index CORPUS --out {directory}")
     return found
