@@ -35,7 +35,6 @@ import pyarrow.parquet as pq
 from vecsvc.distance import exact_distances
 from vecsvc.errors import StorageError
 from vecsvc.exact_search import ExactSearch
-from vecsvc.ranking import TOLERANCE
 from vecsvc.storage import delete_file, make_folder, rename, write_file
 from vecsvc.types import METRICS, Metric
 
@@ -44,6 +43,7 @@ BINARY = {".fbin": "<f4", ".u8bin": "u1", ".i8bin": "i1"}
 VECS = {".fvecs": "<f4", ".bvecs": "u1"}
 NEIGHBORS = {**dict.fromkeys(VECS, ".ivecs"), **dict.fromkeys(BINARY, ".ibin")}  # by what the base ends in
 MAX_DIM = 16_384
+ROUNDING = 1e-5  # of published distances
 BLOCK = 1_024  # rows of a Parquet file that are in memory twice
 BUFFER_BYTES = 1 << 20  # of a Parquet file, read ahead
 MAX_QUERIES = 2_000
@@ -73,7 +73,7 @@ class Dataset:
         hits = 0
         for query, bound, row in zip(self.queries, self.bounds, labels, strict=False):
             named = np.unique(row[row >= 0])
-            hits += int(np.sum(exact_distances(query, self.base[named], self.metric) <= bound + TOLERANCE))
+            hits += int(np.sum(exact_distances(query, self.base[named], self.metric) <= bound + ROUNDING))
         return hits / (len(labels) * min(self.k, len(self.base)))
 
 

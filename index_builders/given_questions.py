@@ -134,5 +134,6 @@ def _take(
         else:
             length = one.type.list_size
         if length != dim:
-            raise place.bad(0, f"its {name} has {length} values, those of the index have {dim}")
+            problem = f"its {name} has {length} values, those of the index have {dim}"
+            raise place.bad(0, f"{problem}; give vectors of one encoder")
         vectors.append(np.asarray(checked_vectors(one, length, metric, place), np.float32))

@@ -134,7 +134,9 @@ def prepare(
     questions = None
     if settings.questions:
         if not settings.certificate_queries:
-            raise ConfigError("--questions measures recall: let --certificate-queries be more than 0, or leave it out")
+            raise ConfigError(
+                "--questions measures recall: let --certificate-queries be more than 0, or leave --questions out"
+            )
         questions = open_questions(
             settings.questions,
             metric=metric,

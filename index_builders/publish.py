@@ -259,13 +259,14 @@ def _check_alike(parts: Sequence[Part], name: str, version: str) -> None:
 
 def _facts(a: Part, b: Part) -> list[tuple[str, Any, Any]]:
     """What two parts of one build have in common: (what, of a, of b), the likeliest mistakes first."""
-    names = sorted({*a.settings, *b.settings})
+    names = sorted({*a.settings, *b.settings} - {"questions"})
     libraries = sorted({*a.provenance.libraries, *b.provenance.libraries})
     return [
         ("the number of shards", a.shards, b.shards),
         ("the corpus' sha256", a.corpus.sha256, b.corpus.sha256),
         ("the corpus' rows", a.corpus.rows, b.corpus.rows),
         *((f"--{name.replace('_', '-')}", a.settings.get(name), b.settings.get(name)) for name in names),
+        ("the sha256 of its --questions", a.settings.get("questions") or "none", b.settings.get("questions") or "none"),
         ("the encoder", _encoder(a), _encoder(b)),
         *(
             (f"the version of {name}", a.provenance.libraries.get(name), b.provenance.libraries.get(name))

@@ -95,7 +95,7 @@ def test_texts_are_encoded_as_queries(tmp_path: Path) -> None:
     opened = open_encoder(encoder, name="bert", num_threads=1)
     vectors = opened.encode(["a question"], "query")
     opened.close()
-    with pytest.raises(BadRow, match="its vector has 5 values, those of the index have 16"):
+    with pytest.raises(BadRow, match="its vector has 5 values, those of the index have 16; give vectors of"):
         build(
             corpus,
             tmp_path / "out",
@@ -141,7 +141,7 @@ def test_parts_that_were_asked_other_questions_do_not_fit_wherever_their_files_l
     assert publish(tmp_path / "out", "v1")[1].certificate is not None
     part(0, one, "v2")
     part(1, other, "v2")
-    with pytest.raises(ArtifactUnfit, match="--questions"):
+    with pytest.raises(ArtifactUnfit, match="the sha256 of its --questions"):
         publish(tmp_path / "out", "v2")
 
 
@@ -186,8 +186,8 @@ def test_the_command_line_says_what_recall_was_measured_with(corpus: Path, tmp_p
     file = vectors_file(tmp_path / "asked.parquet", make_vectors(20, DIM, seed=95))
     out = str(tmp_path / "out")
     given = CliRunner().invoke(cli, ["build-index", str(corpus), "--out", out, "--questions", str(file)])
-    assert given.exit_code == 0 and "(20 questions that were given)" in given.output
+    assert given.exit_code == 0 and f"(20 questions of {file})" in given.output and "give 100 or more" in given.output
     shown = CliRunner().invoke(cli, ["inspect", out])
-    assert "of 20 questions that were given, target" in shown.output
+    assert f"of 20 questions of {file}, target" in shown.output
     moved = CliRunner().invoke(cli, ["build-index", str(corpus), "--out", out])
     assert "(256 moved rows of the corpus)" in moved.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from vecsvc.distance import exact_distances
 from vecsvc.ranking import merge_top_k, pad, recall, top_k
 
 
@@ -48,4 +49,25 @@ def test_recall_counts_ties_as_hits() -> None:
     bounds = distances(2, 1)
     assert recall(np.stack([distances(1, 2), distances(1, 1)]), bounds).tolist() == [1.0, 1.0]
     assert recall(np.stack([distances(1, 3), distances(np.inf, np.inf)]), bounds).tolist() == [0.5, 0.0]
-    assert recall(np.stack([distances(2 + 5e-6, 2), distances(1 + 5e-5, 0)]), bounds).tolist() == [1.0, 0.5]
+    assert recall(np.stack([distances(2 + 1e-6, 2), distances(1 + 5e-6, 0)]), bounds).tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 1e4])
+def test_recall_tells_neighbours_apart_however_near_they_are(scale: float) -> None:
+    vectors = np.random.default_rng(1).standard_normal((400, 12)).astype(np.float32) * np.float32(scale)
+    each = []
+    for query in vectors[:20]:
+        distances = np.sort(exact_distances(query, vectors, "l2"))
+        # Of the ten nearest the fifth is missing, and the eleventh in its place.
+        each.append(recall(np.delete(distances, 4)[None, :10], distances[9:10])[0])
+    assert each == [0.9] * 20
+
+
+def test_recall_forgives_rounding_and_ties() -> None:
+    bounds = np.array([0.5, 0.0, -3.0], np.float32)
+    found = np.stack([np.full(4, 0.5), np.full(4, 1e-14), np.full(4, -3.0)]).astype(np.float32)
+    assert recall(found, bounds).tolist() == [1, 1, 1]
+    found[0, 0], found[2, 0] = np.nextafter(np.float32(0.5), np.float32(1)), np.nextafter(np.float32(-3), np.float32(0))
+    assert recall(found, bounds).tolist() == [1, 1, 1]
+    found[:, 3] = np.inf
+    assert recall(found, bounds).tolist() == [0.75, 0.75, 0.75]

@@ -20,6 +20,7 @@ from vecsvc.config import BuildSettings, RouteSettings, ServeSettings, field_typ
 from vecsvc.errors import ArtifactDamaged, ConfigError, UserError, VecsvcError
 from vecsvc.storage import IndexFolder, index_folders
 
+FEW_QUESTIONS: Final = 100  # of fewer a measured recall may be luck
 SETTINGS_FILE: Final = Path("vecsvc.toml")  # read where it lies in the working folder
 
 _settings_option: Final = click.option(
@@ -152,6 +153,7 @@ def _print_built(manifest: Any, spent: str) -> None:
         f"{len(manifest.shards)} shard{'s' if len(manifest.shards) > 1 else ''}: {spent}"
     )
     if certificate is None:
+        click.echo("recall was not measured, for --certificate-queries is 0")
         return
     chosen = next(point for point in certificate.points if point.params == manifest.search)
     click.echo(
@@ -159,6 +161,8 @@ def _print_built(manifest: Any, spent: str) -> None:
         f"{_settings_text(chosen.params)}, {chosen.latency_ms:.2f} ms a query ({certificate.queries} "
         f"{_questions_text(certificate.method)})"
     )
+    if certificate.queries < FEW_QUESTIONS:
+        click.echo(f"so few questions say little of others: give {FEW_QUESTIONS} or more", err=True)
     if not certificate.reached:
         click.echo(
             f"the target of {certificate.target} was not reached: try --param values that buy recall, or --kind exact",
@@ -214,9 +218,9 @@ def _kind(manifest: Any) -> str:
 
 def _questions_text(method: str) -> str:
     """What recall was measured with, in a few words; the manifest says it in full."""
-    source = method.removeprefix("each shard by itself: ")
+    source = method.removeprefix("each shard by itself: ").partition(";")[0]
     if source.startswith("questions of "):
-        return "questions that were given"
+        return source
     return "moved rows of the corpus" if "each moved by" in source else "rows of the corpus"
 
 

@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 from vecsvc.distance import exact_distances, unit
 from vecsvc.types import Distances, Labels, Metric, Vectors
 
-TOLERANCE: Final = 1e-5  # a distance this close to the k-th true one is a hit
+# A distance this close to the k-th true one is a hit: in proportion, for what is near may be as near as that; and what
+# is no distance at all, but for the rounding of sums in float64.
+TOLERANCE: Final = 1e-6
+NOTHING: Final = 1e-13
 
 
 def top_k(distances: Distances, k: int, labels: Labels | None = None) -> tuple[Labels, Distances]:
@@ -75,8 +78,10 @@ def queries_of_shards(chosen: NDArray[np.int64]) -> dict[int, NDArray[np.intp]]:
 def recall(found: Distances, bounds: Distances) -> NDArray[np.float64]:
     """Of each query, the share of its places (n, k) that are within its bound (n,), the distance of the k-th nearest.
 
-    Ties are no errors, and neither is rounding. Both are computed from the vectors, never taken from what an index
+    Ties are no errors, and neither is rounding. Both are computed by `exact_distances`, never taken from what an index
     reports; an empty place is at +inf.
     """
-    each: NDArray[np.float64] = np.mean(found <= bounds[:, None] + TOLERANCE, axis=1)
+    wide = bounds.astype(np.float64)
+    wide += TOLERANCE * np.abs(wide) + NOTHING
+    each: NDArray[np.float64] = np.mean(found <= wide[:, None], axis=1)
     return each
