@@ -618,6 +618,28 @@ def test_load_goes_to_the_faster_replica_and_a_draining_one_gets_none(run: Run) 
     run(check_it())
 
 
+def test_a_node_that_is_asked_no_more_is_not_told_of_as_lost(caplog: pytest.LogCaptureFixture) -> None:
+    class Answering(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            transport.write(remote.message(Kind.HOLDINGS, 0, READY))
+
+    async def check_it() -> None:
+        server = await asyncio.get_running_loop().create_server(Answering, "127.0.0.1", 0)
+        connected = asyncio.Event()
+        one = Node(Address("127.0.0.1", server.sockets[0].getsockname()[1]), RouteSettings(), connected.set)
+        keeping = asyncio.create_task(one.run())
+        await asyncio.wait_for(connected.wait(), 10)
+        keeping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await keeping
+        assert not one.up and one.problem == "the front door asks it no more"
+        server.close()
+
+    with caplog.at_level("INFO", logger="vecsvc.router"):
+        asyncio.run(check_it())
+    assert [record.message for record in caplog.records] == ["node connected"]
+
+
 def test_latency_is_a_moving_mean_and_the_95th_percentile_of_the_last_samples() -> None:
     latency = Latency()
     for at in range(128):

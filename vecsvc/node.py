@@ -33,6 +33,7 @@ RECONNECT_S: Final = (0.05, 2.0)  # first and longest wait before a lost connect
 STEADY_S: Final = 1.0  # a connection that held so long is tried again after the first wait
 MAX_UNSENT_BYTES: Final = 64 << 20  # questions that a node has not read; past that others are asked
 
+_LEFT: Final = "the front door asks it no more"
 _NO_NODE: Final = "is that its --shard-port, and do both sides or neither have shard_tls_cert, of one authority?"
 
 # Called once with an answer's kind and payload, or with the error that ended the wait for it.
@@ -180,9 +181,9 @@ class Node:
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))
                 wait = min(longest, 2 * wait)
         finally:
-            self.problem = why = "the front door asks it no more"
+            self.problem = _LEFT
             if self._connection is not None:
-                self._connection.close(why)
+                self._connection.close(_LEFT)
 
     async def _connected(self) -> None:
         """Connect, and stay until the connection is lost. Raises what ended it."""
@@ -204,7 +205,10 @@ class Node:
                     return
                 await connection.ping(settings.ping_timeout_s)
         except BaseException as error:
-            connection.close(str(error))
+            why = str(error)
+            if isinstance(error, asyncio.CancelledError):
+                self.problem = why = _LEFT  # it is well, and nothing need be said
+            connection.close(why)
             raise
 
     async def _greeted(self, late: str) -> _Connection:
