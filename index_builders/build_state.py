@@ -53,6 +53,7 @@ class State(msgspec.Struct):
     ingested: Ingested | None = None
     indexed: dict[int, Indexed] = {}
     phases: dict[str, Phase] = {}
+    refused: bool = False  # for its recall, when all was done: gc leaves it to be resumed
 
 
 @dataclass(slots=True)

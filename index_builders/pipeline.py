@@ -32,7 +32,7 @@ from index_builders.index_shards import index_shards
 from index_builders.ingest import ingest
 from vecsvc.config import BuildSettings
 from vecsvc.encoders import default_encoder, encoder_path
-from vecsvc.errors import ConfigError, CorpusError, VecsvcError, VersionExists
+from vecsvc.errors import ConfigError, CorpusError, RecallMissed, VecsvcError, VersionExists
 from vecsvc.manifest import Manifest, check_files, read_manifest, write_manifest
 from vecsvc.storage import (
     MANIFEST,
@@ -157,7 +157,12 @@ def _run(job: Job, folder: IndexFolder, version: str, lease: Lease, require_reca
         manifest = make_manifest(job, folder.name, version, ingested, index_shards(job, ingested))
         write_manifest(job.staging, manifest)
     if require_recall:
-        check_recall(manifest)
+        try:
+            check_recall(manifest)
+        except RecallMissed:
+            job.state.refused = True
+            job.save()
+            raise
     folder.publish(job.staging, version)
     # Whoever serves may open it from now on, and gc may not delete it before CURRENT names it.
     lease.share()

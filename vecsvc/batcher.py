@@ -287,7 +287,9 @@ class Batcher:
                         break
                     self._changed.wait()
             if late:
-                self._tell(late, DeadlineExceeded("the deadline passed before the encoder was free"))
+                self._tell(
+                    late, DeadlineExceeded("the deadline passed before the encoder was free; allow more by timeout_ms")
+                )
             if run is not None:
                 return run
 

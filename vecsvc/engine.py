@@ -254,7 +254,9 @@ class Engine:
         def timed() -> T:
             clock.queue += time.perf_counter() - submitted
             if time.monotonic() >= clock.deadline:
-                raise DeadlineExceeded("the deadline passed while the request waited for a thread")
+                raise DeadlineExceeded(
+                    "the deadline passed while the request waited for a thread; allow more by timeout_ms"
+                )
             return run()
 
         pool = self._bulk_pool if work.budget is self.admission.bulk else self._pool

@@ -195,7 +195,7 @@ class FrontDoor:
             vectors = query.vectors
         check_vectors(vectors, version.manifest)
         if clock.passed():
-            raise DeadlineExceeded("the deadline passed before the shards were asked")
+            raise DeadlineExceeded("the deadline passed before the shards were asked; allow more by timeout_ms")
         asked = Asked(version, vectors, settings, clock, own=own, was_text=isinstance(query, TextQuery), cut=cut)
         if asked.is_long_to_route:
             await self.in_thread(asked.find_groups)

@@ -138,7 +138,7 @@ class Search:
             label = own[first.number]
             queries = np.asarray(first.vectors[label : label + 1], dtype=np.float32)
         if time.monotonic() >= clock.deadline:
-            raise DeadlineExceeded("the deadline passed before the search began")
+            raise DeadlineExceeded("the deadline passed before the search began; allow more by timeout_ms")
         before = time.perf_counter()
         if kind is SearchAnswer:
             found = self.recall(queries, own)
@@ -198,7 +198,9 @@ class Search:
         if time.monotonic() < self.clock.deadline:
             return False
         if not done or not self.settings.partial:
-            raise DeadlineExceeded(f"the deadline passed after {done} of {of} queries")
+            raise DeadlineExceeded(
+                f"the deadline passed after {done} of {of} queries; ask fewer at once, or allow more by timeout_ms"
+            )
         return True
 
     def recall(self, queries: Vectors, own: dict[int, int]) -> list[Found | None]:

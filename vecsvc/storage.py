@@ -339,6 +339,19 @@ def _line(history: list[str]) -> list[str]:
     return line
 
 
+class _Refused(msgspec.Struct):
+    """What is read here of a build's state, which is its builder's."""
+
+    refused: bool = False
+
+
+def _is_refused(state: Path) -> bool:
+    try:
+        return msgspec.json.decode(state.read_bytes(), type=_Refused).refused
+    except (OSError, msgspec.MsgspecError):
+        return False
+
+
 def _given_up(folder: Path) -> bool:
     """Whether what a build left there was not gone on with for so long that nobody will; False where it is gone."""
     try:
@@ -549,13 +562,12 @@ class IndexFolder:
     def sweep(self, *, refused_too: bool = True) -> list[str]:
         """Delete what builds that died left behind; the folders of living builds are flocked.
 
-        Without `refused_too`, those stay for a week that are whole and were refused for their recall: `--resume`
-        publishes them.
+        Without `refused_too`, those stay for a week that were refused for their recall: `--resume` publishes them.
         """
         gone = []
         for folder in sorted(self.path.glob(f"{STAGING}*")):
             state = self.path / folder.name.replace(STAGING, STATE, 1)
-            if not refused_too and (folder / MANIFEST).exists() and state.exists() and not _given_up(folder):
+            if not refused_too and _is_refused(state) and not _given_up(folder):
                 continue
             if delete_unheld(folder):
                 gone.append(folder.name)

@@ -32,7 +32,9 @@ def run_together(searches: list[Search]) -> list[SearchAnswer | Exception]:
         if now < search.clock.deadline:
             going[place] = search
         else:
-            answers[place] = DeadlineExceeded("the deadline passed while the request waited for a thread")
+            answers[place] = DeadlineExceeded(
+                "the deadline passed while the request waited for a thread; allow more by timeout_ms"
+            )
     if len(going) > 1:
         try:
             answers |= _together(going)
