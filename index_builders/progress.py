@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final, TextIO
 
 LINE_EVERY_S: Final = 5.0
+TELLING: Final = 1000  # so many, or a hundredth: what the first few took, kernels to compile among it, says nothing
 
 
 def no_progress(done: int) -> None:
@@ -64,7 +65,7 @@ class Phase:
         if now and seconds > 2:
             speed = now / seconds
             line += f", {speed:,.0f} {self.unit}/s" if speed >= 10 else f", {speed:.2g} {self.unit}/s"
-            if self.total and self.done < self.total:
+            if self.total and self.done < self.total and now >= min(self.total / 100, TELLING):
                 line += f", about {_duration((self.total - self.done) / speed)} to go"
         self._stream.write(f"{before}{line:<78}" if self._terminal else line)
         self._stream.write(after)

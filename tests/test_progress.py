@@ -38,6 +38,17 @@ def test_a_terminal_sees_a_bar_that_fills(monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
+def test_what_the_first_few_took_tells_nothing_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    stream = io.StringIO()
+    with progress.Phase("indexing", 20_000, stream) as phase:
+        for rows in (15, 100, 85):
+            phase(rows)
+    first, second, third, _ = stream.getvalue().splitlines()
+    assert "to go" not in first and "to go" not in second and "to go" in third
+
+
 def test_an_unknown_total_is_counted_all_the_same() -> None:
     stream = io.StringIO()
     with progress.Phase("copying", None, stream, unit="files") as phase:
