@@ -28,7 +28,7 @@ from vecsvc.ranking import recall
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("vecsvc", "numpy", "hnswlib", "faiss-cpu", "aiohttp", "uvloop", "msgspec")
 K = 10
-ROUNDING = 1e-5  # of products in float32
+ROUNDING = 1e-5  # of distances that were computed or published in float32
 
 
 @dataclass

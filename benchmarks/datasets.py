@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from common import ROUNDING
 
 from vecsvc.distance import exact_distances
 from vecsvc.errors import StorageError
@@ -43,7 +44,6 @@ BINARY = {".fbin": "<f4", ".u8bin": "u1", ".i8bin": "i1"}
 VECS = {".fvecs": "<f4", ".bvecs": "u1"}
 NEIGHBORS = {**dict.fromkeys(VECS, ".ivecs"), **dict.fromkeys(BINARY, ".ibin")}  # by what the base ends in
 MAX_DIM = 16_384
-ROUNDING = 1e-5  # of published distances
 BLOCK = 1_024  # rows of a Parquet file that are in memory twice
 BUFFER_BYTES = 1 << 20  # of a Parquet file, read ahead
 MAX_QUERIES = 2_000

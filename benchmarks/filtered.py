@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from common import K, Task, load_task, parser, save, table, work_folder
+from common import ROUNDING, K, Task, load_task, parser, save, table, work_folder
 from numpy.typing import NDArray
 from serving import build
 
@@ -29,7 +29,6 @@ SHARES = (0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
 NNG_SHARES = (0.5, 0.3, 0.2, 0.1, 0.01, 0.001)
 QUERIES = 100
 EF_SEARCH = 64
-ROUNDING = 1e-5  # of distances that indexes report in float32
 
 
 def median_ms(search: Callable[[np.ndarray], object], queries: np.ndarray) -> float:

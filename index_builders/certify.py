@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from index_builders import base
 from index_builders.given_questions import Questions
-from index_builders.questions import moved_rows
+from index_builders.questions import count, moved_rows
 from vecsvc import indexes
 from vecsvc.distance import exact_distances
 from vecsvc.exact_search import ExactSearch
@@ -62,7 +62,7 @@ class Certifier:
         else:
             self._queries = moved_rows(vectors, rows, metric, queries, seed)
         self._method = f"{source}; exact distances; ties are no errors"
-        self._k = min(K, len(rows[0]) if len(rows) == 1 else 1 + max(int(mine[-1]) for mine in rows))
+        self._k = min(K, count(rows))
         self._truth: list[_Ranked] = []
         self._found: list[list[_Ranked]] = []  # of each shard, at each of its operating points
         self._latency: list[list[float]] = []
@@ -92,7 +92,7 @@ class Certifier:
             found.append(self._distances(number, answer.labels))
             latency.append(float(np.median(times)) * 1e3)
             visited.append(float(answer.visited.mean()))
-            if self._alone and self._may_serve(point) and self._recall([found[-1]])[0] == 1.0:
+            if self._alone and is_thorough(point, self._floor()) and self._recall([found[-1]])[0] == 1.0:
                 break
         points = points[: len(found)]
         self._found.append(found)
@@ -100,8 +100,9 @@ class Certifier:
         self._visited.append(visited)
         self._points.append(points)
 
-    def _may_serve(self, params: dict[str, Any]) -> bool:
-        return self._given or is_thorough(params, self._kind)
+    def _floor(self) -> str:
+        """The kind below whose defaults nothing may serve; "" where the user's own questions say what may."""
+        return "" if self._given else self._kind
 
     def _nearest(self, number: int) -> _Ranked:
         """The nearest rows (queries, k) by true distances. Pages of the map are let go on the way."""
@@ -148,7 +149,7 @@ class Certifier:
                     visited=_all_told([visited[i] for visited, i in zip(self._visited, at, strict=True)]),
                 )
             )
-        chosen, reached = choose(points, target, "" if self._given else self._kind)
+        chosen, reached = choose(points, target, self._floor())
         certificate = Certificate(
             k=self._k,
             queries=len(self._queries),
@@ -189,13 +190,15 @@ def choose(points: list[OperatingPoint], target: float, kind: str) -> tuple[Oper
     people ask. Where nothing reaches the target, the best there is, and False.
     """
     for point in points:
-        if (not kind or is_thorough(point.params, kind)) and point.recall - point.recall_error >= target:
+        if is_thorough(point.params, kind) and point.recall - point.recall_error >= target:
             return point, True
     return points[-1], False
 
 
 def is_thorough(params: dict[str, Any], kind: str) -> bool:
-    """Whether these search settings are at least the kind's defaults."""
+    """Whether these search settings are at least the kind's defaults; all are where it is ""."""
+    if not kind:
+        return True
     defaults = indexes.params_dict(indexes.search_params(kind))
     return all(params.get(name, value) >= value for name, value in defaults.items())
 

@@ -32,14 +32,14 @@ def moved_rows(vectors: Sequence[StoredVectors], rows: Sequence[Rows], metric: M
 
     None where there are fewer than two rows. A row is moved past its duplicates.
     """
-    known = rows[0] if len(rows) == 1 else np.arange(1 + max(int(mine[-1]) for mine in rows))
-    if len(known) < 2:
+    total = count(rows)
+    if total < 2:
         return np.empty((0, vectors[0].shape[1]), np.float32)
     rng = np.random.default_rng(seed)
-    sampled = known[np.sort(rng.choice(len(known), size=min(n, len(known)), replace=False))]
-    one = rng.integers(0, len(known), len(sampled))
-    other = (one + rng.integers(1, len(known), len(sampled))) % len(known)
-    points, a, b = (_of(vectors, rows, wanted) for wanted in (sampled, known[one], known[other]))
+    sampled = np.sort(rng.choice(total, size=min(n, total), replace=False))
+    one = rng.integers(0, total, len(sampled))
+    other = (one + rng.integers(1, total, len(sampled))) % total
+    points, a, b = (_of(vectors, rows, wanted) for wanted in (sampled, one, other))
     if metric == "cosine":
         points, a, b = unit(points), unit(a), unit(b)
     along = a - b
@@ -52,13 +52,21 @@ def moved_rows(vectors: Sequence[StoredVectors], rows: Sequence[Rows], metric: M
     return moved
 
 
+def count(rows: Sequence[Rows]) -> int:
+    """How many rows of the corpus there are in shards: all of it where there are several."""
+    return len(rows[0]) if len(rows) == 1 else 1 + max(int(mine[-1]) for mine in rows)
+
+
 def labels_of(wanted: Rows, rows: Rows) -> NDArray[np.int64]:
     """The labels of corpus rows in a shard that holds `rows`, ascending; -1 for those that do not live there."""
     at = np.minimum(np.searchsorted(rows, wanted), len(rows) - 1)
     return np.where(rows[at] == wanted, at, -1)
 
 
-def _of(vectors: Sequence[StoredVectors], rows: Sequence[Rows], wanted: Rows) -> Vectors:
+def _of(vectors: Sequence[StoredVectors], rows: Sequence[Rows], wanted: NDArray[np.int64]) -> Vectors:
+    """The vectors of the `wanted` ones among all rows there are, in float32."""
+    if len(rows) == 1:
+        wanted = rows[0][wanted]
     found = np.empty((len(wanted), vectors[0].shape[1]), np.float32)
     for part, mine in zip(vectors, rows, strict=True):
         labels = labels_of(wanted, mine)

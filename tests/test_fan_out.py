@@ -344,12 +344,12 @@ def test_copies_leave_the_budget_of_late_answers_alone(run: Run) -> None:
         slow, fast = pair(settings, answering(0.300), answering(0.001))
         await learn(slow, 0.300)
         await learn(fast, 0.001)
-        seconds = shared.seconds(group(0, [slow, fast]))
+        own = shared.of_shards(group(0, [slow, fast]))
         for _ in range(300):  # few questions: one in two seconds, each of which would like to be copied
             await ask([group(0, [slow, fast])], shared)
             await asyncio.sleep(2.0)
         assert slow.asked == hedged(shared, "probe_sent") == 1 + int(299 * 0.05 * fan_out.PROBE_PART)
-        assert seconds.hedges.take(), "none of it was spent"
+        assert own.hedges.take(), "none of it was spent"
 
     run(check_it())
 

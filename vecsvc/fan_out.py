@@ -62,7 +62,7 @@ class Budget:
         return True
 
 
-class Seconds:
+class ShardBudgets:
     """The budgets of some shards for second questions: what is asked again because it is late, and copies.
 
     Copies have their own. Where few questions come, one a second would be more than the budget, and nothing be left
@@ -88,7 +88,7 @@ class Budgets:
     hedge_share: float
     hedge_min_s: float
     metrics: RouteMetrics
-    shards: dict[Hashable, Seconds] = field(default_factory=dict)
+    shards: dict[Hashable, ShardBudgets] = field(default_factory=dict)
 
     @classmethod
     def of(cls, settings: RouteSettings, metrics: RouteMetrics) -> Budgets:
@@ -96,14 +96,14 @@ class Budgets:
             Budget(settings.retry_share, RETRY_BURST), settings.hedge_share, settings.hedge_min_ms / 1e3, metrics
         )
 
-    def seconds(self, group: Group) -> Seconds:
+    def of_shards(self, group: Group) -> ShardBudgets:
         """Those of the group's shards."""
         key = group.index, group.shards
         found = self.shards.get(key)
         if found is None:
             if len(self.shards) >= MAX_BUDGETS:
                 self.shards.clear()
-            found = self.shards[key] = Seconds(self.hedge_share)
+            found = self.shards[key] = ShardBudgets(self.hedge_share)
         return found
 
 
@@ -227,7 +227,7 @@ class Call:
         elif len(group.nodes) == 1:
             self._send(group, node, "first")
         else:
-            self._budgets.seconds(group).earn()
+            self._budgets.of_shards(group).earn()
             if self._send(group, node, "first"):
                 self._hedge_later(group)
                 self._probe(group, node)
@@ -271,7 +271,9 @@ class Call:
         for node in others:
             latency = node.latency(self._key)
             # One that was ejected comes back by no other way, so that its copy needs no budget.
-            if now - latency.heard() > PROBE_S and (node.returning(now) or self._budgets.seconds(group).probes.take()):
+            if now - latency.heard() > PROBE_S and (
+                node.returning(now) or self._budgets.of_shards(group).probes.take()
+            ):
                 latency.probed = now
                 self._budgets.metrics.hedges("probe_sent").inc()
                 self._send(group, node, "probe")
@@ -400,7 +402,7 @@ class Call:
                 attempt.kind = "hedge"
                 group.tried.append(node)
                 return
-        if not self._budgets.seconds(group).hedges.take():
+        if not self._budgets.of_shards(group).hedges.take():
             self._budgets.metrics.hedges("no_budget").inc()
             return
         self._budgets.metrics.hedges("sent").inc()
