@@ -66,11 +66,11 @@ def _digest(data: bytes) -> str:
 def read_questions(source: str, metric: Metric, dim: int, n: int, seed: int) -> Vectors | list[str]:
     """Up to n questions drawn from a Parquet file, a folder or a glob, local or s3://; the others are not looked at.
 
-    `dim` is that of the index. Raises CorpusUnreadable, MissingColumn, BadRow
-    with file and row, or CorpusError where there are none.
+    `dim` is that of the index. Raises CorpusUnreadable, MissingColumn, BadRow with file and row, or CorpusError where
+    there are none.
     """
     filesystem, root, found = find_files(source)
-    lengths, column, kind = [], "", None
+    lengths, column = [], ""
     for info in found:
         with open_parquet(filesystem, info.path) as parquet:
             label, schema = label_of(filesystem, info.path), parquet.schema_arrow

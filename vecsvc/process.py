@@ -275,8 +275,8 @@ def admit_nobody(port: socket.socket) -> bool:
     """Have the kernel drop whoever would connect from now on, and let those in who are half-way.
 
     Who came between the last look and the close would be reset with a question on its way, and nobody may ask a POST
-    again. One that is dropped asks again after a second, by then at a closed port, which sends it
-    elsewhere. False where the system cannot do that, and it is as without.
+    again. One that is dropped asks again after a second, by then at a closed port, which sends it elsewhere. False
+    where the system cannot do that, and it is as without.
     """
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in _NO_SYN))
     program = struct.pack("HL", len(_NO_SYN), ctypes.addressof(code))
