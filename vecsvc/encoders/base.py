@@ -134,8 +134,9 @@ def check_canaries(name: str, found: Vectors, built_name: str, expected: Vectors
 
 def unit_length(vectors: Vectors) -> Vectors:
     """The vectors (n, dim) at length 1; a zero vector stays zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
+    norms[norms == 0.0] = 1.0
+    unit: Vectors = vectors / norms
     return unit
 
 
