@@ -1,19 +1,28 @@
-"""Hits of many queries as Arrow record batches: an object for each column, none for each hit."""
+"""Hits of many queries as messages of an Arrow IPC stream: an object for each column, none for each hit."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from itertools import chain
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from vecsvc.distance import score
 from vecsvc.ids import IdColumn
 from vecsvc.types import Distances, Hit, Labels, Metric
 
-_KEPT_HITS: Final = 10_000  # of a batch whose `query` and `rank` are remembered: most are asked for again and again
+# Of a message that serves as the form of others: few answers are larger, and forms are remembered.
+_KEPT_HITS: Final = 10_000
+_KEPT_BYTES: Final = 1 << 20  # of its strings
+# So few sizes of messages differ, and one that was made serves the next: what stands in a head is filled up with blanks
+# to a multiple of so many bytes, and the bytes of strings with zeros.
+_ROOM: Final = 64
+_NAME_ROOM: Final = 1024
 
 _INT_IDS, _STRING_IDS = (
     pa.schema(
@@ -21,22 +30,48 @@ _INT_IDS, _STRING_IDS = (
     )
     for id in (pa.int64(), pa.string())
 )
+_END: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream: a message of no bytes
 
 
-def of_arrays(first: int, labels: Labels, distances: Distances, ids: IdColumn, metric: Metric) -> pa.RecordBatch:
+class HitColumns(msgspec.Struct, frozen=True, gc=False):
+    """The hits of some queries: a record batch with a row a hit, as the message that it is in a stream."""
+
+    rows: int
+    whole: bool  # whether ids are integers
+    message: bytearray | memoryview
+
+
+def stream(parts: Sequence[HitColumns], rest: bytes) -> bytes:
+    """An Arrow IPC stream of parts with ids of one type; `rest`, which is JSON, is in the schema's metadata."""
+    room = -(-len(rest) // _ROOM) * _ROOM
+    before, after = _head(parts[0].whole, room)
+    return b"".join([before, rest.ljust(room), after, *[part.message for part in parts], _END])
+
+
+def of_arrays(first: int, labels: Labels, distances: Distances, ids: IdColumn, metric: Metric) -> HitColumns:
     """What one shard found for queries that begin at `first`: labels and distances (n, k), empty places -1 and last."""
     n, k = labels.shape
     flat, found = labels.reshape(-1), distances.reshape(-1)
-    query, rank = (_kept_places if n * k <= _KEPT_HITS else _places)(first, n, k)
-    if min(labels[:, -1].tolist()) < 0:
+    full = min(labels[:, -1].tolist()) >= 0
+    names = ids.take(flat) if full and n * k <= _KEPT_HITS else ()
+    if not names or names[-1].nbytes > _KEPT_BYTES:
+        query, rank = _places(n, k)
         taken = np.flatnonzero(flat >= 0)
-        flat, found, query, rank = flat[taken], found[taken], query.take(taken), rank.take(taken)
-    schema = _INT_IDS if ids.id_type == "int" else _STRING_IDS
-    columns = [query, rank, ids.column(flat), pa.array(score(found, metric)), pa.array(found)]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+        flat, found, query, rank = flat[taken], found[taken], query[taken] + np.int32(first), rank[taken]
+        schema = _INT_IDS if ids.id_type == "int" else _STRING_IDS
+        return _written([query, rank, ids.column(flat), score(found, metric), found], schema)
+    # Where no place is empty, messages of one shape are alike but for these columns, and need no Arrow to be made.
+    message, at_query, *places = _form(n, k, ids.id_type == "int", -(-names[-1].nbytes // _NAME_ROOM) * _NAME_ROOM)
+    made = bytearray(message)
+    for at, values in zip(places, (*names, score(found, metric), found), strict=True):
+        np.frombuffer(made, values.dtype, len(values), at)[:] = values
+    if first:
+        query = np.frombuffer(made, np.int32, n * k, at_query)
+        query += np.int32(first)
+    return HitColumns(n * k, ids.id_type == "int", made)
 
 
-def of_hits(first: int, lists: list[list[Hit]], whole: bool, metric: Metric) -> pa.RecordBatch:
+def of_hits(first: int, lists: list[list[Hit]], whole: bool, metric: Metric) -> HitColumns:
     """The hits of queries that begin at `first`; `whole` says whether ids are integers, which no hits do not tell."""
     counts = list(map(len, lists))
     distances = np.array([hit.distance for hit in chain(*lists)], np.float32)
@@ -47,14 +82,45 @@ def of_hits(first: int, lists: list[list[Hit]], whole: bool, metric: Metric) -> 
         score(distances, metric),
         distances,
     ]
+    return _written(columns, _INT_IDS if whole else _STRING_IDS)
+
+
+def _written(columns: Sequence[Any], schema: pa.Schema) -> HitColumns:
+    batch = pa.RecordBatch.from_arrays(list(map(pa.array, columns, schema.types)), schema=schema)
+    return HitColumns(batch.num_rows, schema is _INT_IDS, memoryview(batch.serialize()))
+
+
+@functools.lru_cache(maxsize=64)
+def _head(whole: bool, room: int) -> tuple[bytes, bytes]:
+    """What stands before and after `room` bytes of metadata in the message of the schema."""
+    mark = b"<".ljust(room - 1, b"-") + b">"
+    message = (_INT_IDS if whole else _STRING_IDS).with_metadata({"vecsvc": mark}).serialize()
+    before, _, after = message.to_pybytes().partition(mark)
+    return before, after
+
+
+@functools.lru_cache(maxsize=16)
+def _form(n: int, k: int, whole: bool, names_bytes: int) -> tuple[Any, ...]:
+    """The message of k hits of each of n queries, the first of them 0.
+
+    And where the queries, the ids (of strings where each begins, and their bytes, which there is room for), the scores
+    and the distances stand in it.
+    """
+    rows = n * k
+    ids = pa.array(np.zeros(rows, np.int64))
+    if not whole:
+        starts = np.zeros(rows + 1, np.int32)
+        starts[-1] = names_bytes  # a writer leaves out what is in no string
+        ids = pa.StringArray.from_buffers(rows, pa.py_buffer(starts), pa.py_buffer(bytes(names_bytes)))
     schema = _INT_IDS if whole else _STRING_IDS
-    return pa.RecordBatch.from_arrays(list(map(pa.array, columns, schema.types)), schema=schema)
+    nothing = np.zeros(rows, np.float32)
+    message = pa.py_buffer(bytes(_written([*_places(n, k), ids, nothing, nothing], schema).message))
+    read = pa.ipc.read_record_batch(message, schema)
+    query, _, *others = (part for column in read.columns for part in column.buffers()[1:])
+    return message.to_pybytes(), *(part.address - message.address for part in (query, *others))
 
 
-def _places(first: int, n: int, k: int) -> tuple[pa.Array, pa.Array]:
+def _places(n: int, k: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """The query and the rank of each of the k hits of n queries."""
-    query, rank = np.divmod(np.arange(first * k, (first + n) * k, dtype=np.int32), np.int32(k))
-    return pa.array(query), pa.array(rank)
-
-
-_kept_places: Final = functools.lru_cache(maxsize=64)(_places)
+    query, rank = np.divmod(np.arange(n * k, dtype=np.int32), np.int32(k))
+    return query, rank

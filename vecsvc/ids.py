@@ -107,16 +107,27 @@ class IdColumn:
 
     def column(self, labels: NDArray[np.int64]) -> pa.Array:
         """The ids of labels (n,) as an Arrow column, in their order."""
+        parts = self.take(labels)
+        if self.id_type == "int":
+            return pa.array(parts[0])
+        return pa.StringArray.from_buffers(len(labels), *map(pa.py_buffer, parts))
+
+    def take(self, labels: NDArray[np.int64]) -> tuple[NDArray[Any], ...]:
+        """The ids of labels (n,), in their order, as Arrow lays them out.
+
+        Integers (n,) int64; or where each string begins and ends (n + 1,) int32, and the bytes of all of them.
+        Raises InvalidRequest where they are more than an Arrow column holds.
+        """
         n, labels, take = len(labels), np.ascontiguousarray(labels), _kernel(self.id_type)
         if self.id_type == "int":
             found = np.empty(n, np.int64)
             take(id(labels), n, id(self._addresses), id(found))
-            return pa.array(found)
+            return (found,)
         offsets, data = np.empty(n + 1, np.int32), np.empty(min(_USUAL * n, _MOST), np.uint8)
         while True:
             length = take(id(labels), n, id(self._addresses), id(offsets), id(data), len(data))
             if length <= len(data):
-                return pa.StringArray.from_buffers(n, pa.py_buffer(offsets), pa.py_buffer(data[:length]))
+                return offsets, data[:length]
             if length > _MOST:
                 raise InvalidRequest(f"the ids of {n} hits take more than {_MOST} bytes in one column: ask for fewer")
             data = np.empty(length, np.uint8)

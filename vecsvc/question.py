@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-import pyarrow as pa
 
 from vecsvc import columns, indexes
 from vecsvc.catalog import Served
@@ -176,7 +175,7 @@ class Search:
         """What was found for all queries, in parts between which the deadline is looked at; results and hits."""
         found: list[Found | None] = []
         lists: list[list[Hit]] = []
-        batches: list[pa.RecordBatch] = []
+        parts: list[columns.HitColumns] = []
         for start, some in self._parts(queries):
             if start and self._is_too_late(start, len(queries)):
                 found = [part if part is None else msgspec.structs.replace(part, stopped=True) for part in found]
@@ -185,12 +184,12 @@ class Search:
             part = self.recall(some, own)
             self._learn_slice(len(some), part)
             if kind is ColumnsAnswer:
-                batches.append(self._columns(part, start, len(some)))
+                parts.append(self._columns(part, start, len(some)))
             else:
                 lists += self._name(part, len(some))
             found = [_either(a, b) for a, b in zip(found, part, strict=True)] if found else part
         if kind is ColumnsAnswer:
-            return found, batches, sum(batch.num_rows for batch in batches)
+            return found, parts, sum(part.rows for part in parts)
         return found, lists, sum(map(len, lists))
 
     def _is_too_late(self, done: int, of: int) -> bool:
@@ -250,7 +249,7 @@ class Search:
         kind = self.served.manifest.id_type
         raise UnknownId(f"index {self.served.name!r} has no id {query.id!r}{wrong_type(query.id, kind)}")
 
-    def _columns(self, found: Sequence[Found | None], first: int, n: int) -> pa.RecordBatch:
+    def _columns(self, found: Sequence[Found | None], first: int, n: int) -> columns.HitColumns:
         """Merge the shards' answers of n queries that begin at `first`; of one shard without an object for each hit."""
         manifest, part = self.served.manifest, found[0]
         if len(self.shards) == 1 and part is not None:

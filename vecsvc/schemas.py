@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from msgspec import UNSET, Struct, UnsetType
 
-from vecsvc import filters, json_vectors
+from vecsvc import columns, filters, json_vectors
 from vecsvc.config import HttpSettings
 from vecsvc.errors import InvalidRequest, MalformedRequest
 from vecsvc.types import (
@@ -440,8 +440,6 @@ def shown(value: Any) -> str:
 
 # ------------------------------------------------------------------------------------------------ answers
 
-_END: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream: a message of no bytes
-
 
 def encode(answer: Any) -> bytes:
     """JSON. Arrow values that JSON has no word for come as texts."""
@@ -453,13 +451,7 @@ def encode_arrow(answer: ColumnsAnswer) -> bytes:
 
     The rest of the answer is in the schema's metadata, `vecsvc`, as JSON.
     """
-    schema = answer.results[0].schema.with_metadata({"vecsvc": _rest(answer)})
-    # What a stream writer would write, without the writer.
-    return b"".join([schema.serialize(), *[batch.serialize() for batch in answer.results], _END])
-
-
-def _rest(answer: ColumnsAnswer) -> bytes:
-    return encode(BatchAnswer([], *msgspec.structs.astuple(answer)[1:]))
+    return columns.stream(answer.results, encode(BatchAnswer([], *msgspec.structs.astuple(answer)[1:])))
 
 
 class ErrorDetail(Struct, frozen=True, omit_defaults=True):

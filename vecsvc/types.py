@@ -204,7 +204,7 @@ class BatchAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
 class ColumnsAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     """As BatchAnswer, for those who take columns."""
 
-    results: list[Any]  # pyarrow.RecordBatch as columns.py makes them, one behind the other
+    results: list[Any]  # HitColumns as columns.py makes them, one behind the other
     took_ms: TookMs
     coverage: Coverage
     stats: Stats
