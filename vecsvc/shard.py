@@ -137,7 +137,7 @@ class Shard:
             distances=distances[:, :k],
             visited=_total(neighbors.visited),
             hops=-1 if neighbors.hops is None else _total(neighbors.hops),
-            stopped=bool(neighbors.stopped[0] if len(queries) == 1 else neighbors.stopped.any()),
+            stopped=bool(neighbors.stopped[0] if len(queries) == 1 else np.count_nonzero(neighbors.stopped)),
             strategy=strategy,
             allowed=allowed if conditions else None,
             took_s=searched - started,
