@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from corpora import (
     GRAPH,
     GRAPH_FILE,
@@ -38,7 +39,7 @@ from tiny_bert import write_tiny_bert
 
 from index_builders import base, certify, index_shards
 from index_builders.corpus import Corpus
-from vecsvc import indexes, storage
+from vecsvc import cli, indexes, storage
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import (
     BadRow,
@@ -427,6 +428,12 @@ def test_a_build_that_was_refused_for_its_recall_is_given_up_after_a_week(poor: 
     folder = IndexFolder(out / "demo")
     [staging] = out.glob(f"demo/{STAGING}*")
     assert folder.gc(keep=0) == []
+    assert folder.refused() == [staging.name]
+    told = CliRunner().invoke(cli.cli, ["gc", str(out)]).output
+    assert told.splitlines() == [
+        "demo: deleted nothing",
+        f"demo: left {staging.name}, refused for its recall: build-index --resume publishes it",
+    ]
     before = time.time() - UNPUBLISHED_KEPT_S - 60
     os.utime(staging, (before, before))
     assert folder.gc(keep=0) == [staging.name]

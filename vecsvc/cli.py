@@ -494,6 +494,8 @@ def gc(directory: Path, keep: int) -> None:
     for folder in index_folders(directory, begun=True):
         gone = folder.gc(keep)
         click.echo(f"{folder.name}: deleted {', '.join(gone) if gone else 'nothing'}")
+        for refused in folder.refused():
+            click.echo(f"{folder.name}: left {refused}, refused for its recall: build-index --resume publishes it")
 
 
 def _one(directory: Path) -> IndexFolder:

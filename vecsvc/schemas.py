@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 import numpy as np
@@ -214,8 +214,7 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        fields = [field.name for field in msgspec.structs.fields(decoder.type)]  # type: ignore[arg-type]
-        raise _explain(error, body, fields) from error
+        raise _explain(error, body, decoder.type) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(error, body) from error
 
@@ -229,8 +228,8 @@ def _malformed(error: Exception, body: bytes) -> MalformedRequest:
     return MalformedRequest(f"the body is no JSON: {why}")
 
 
-def _explain(error: msgspec.ValidationError, body: bytes, fields: list[str]) -> MalformedRequest | InvalidRequest:
-    """The decoder says where and what was expected; this adds the value that was found there."""
+def _explain(error: msgspec.ValidationError, body: bytes, kind: Any) -> MalformedRequest | InvalidRequest:
+    """The decoder says where and what was expected; this adds what is known there, and the value that was found."""
     message, _, path = str(error).partition(" - at `")
     path = path.removesuffix("`")
     if len(body) > EXPLAINED_BYTES:
@@ -240,11 +239,15 @@ def _explain(error: msgspec.ValidationError, body: bytes, fields: list[str]) -> 
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as malformed:
         return _malformed(malformed, body)
     if not path:
-        known = f"; known are: {', '.join(fields)}" if "unknown field" in message else ""
+        fields = ", ".join(field.name for field in msgspec.structs.fields(kind))
+        known = f"; known are: {fields}" if "unknown field" in message else ""
         got = f"; the value is {shown(value)}" if not isinstance(value, dict) else ""
         return InvalidRequest(f"the body: {message}{known}{got}")
     if path.startswith("$.include"):
         message += f", known are {', '.join(INCLUDES)}"
+    elif message.startswith("Invalid enum value"):
+        words = get_args(get_type_hints(kind).get(path.removeprefix("$.")))
+        message += f", known are {', '.join(words)}" if words else ""
     try:
         for step in path.removeprefix("$").replace("[", ".").replace("]", "").split(".")[1:]:
             value = value[int(step)] if isinstance(value, list) else value[step]

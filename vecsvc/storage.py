@@ -519,7 +519,8 @@ class IndexFolder:
             older = [version for version in _line(self.history()) if version != current and self._is_here(version)]
             if not older:
                 raise UnknownVersion(
-                    f"{self.name} has no version before {current}; there are: {self._listed()}: name one with --to"
+                    f"{self.name} has no version before {current}; there are: {self._listed()}: "
+                    "say which is to serve (--to)"
                 )
             to = older[-1]
         check(self.version(to))
@@ -565,11 +566,9 @@ class IndexFolder:
         Without `refused_too`, those stay for a week that were refused for their recall: `--resume` publishes them.
         """
         gone = []
+        refused = set() if refused_too else set(self.refused())
         for folder in sorted(self.path.glob(f"{STAGING}*")):
-            state = self.path / folder.name.replace(STAGING, STATE, 1)
-            if not refused_too and _is_refused(state) and not _given_up(folder):
-                continue
-            if delete_unheld(folder):
+            if folder.name not in refused and delete_unheld(folder):
                 gone.append(folder.name)
         for state in sorted(self.path.glob(f"{STATE}*")):
             if not (self.path / state.name.replace(STATE, STAGING, 1).removesuffix(".tmp")).exists():
@@ -579,6 +578,14 @@ class IndexFolder:
                 with self._turn(TURN_WAIT_S):
                     delete_file(aside)
         return gone
+
+    def refused(self) -> list[str]:
+        """The folders of builds that were refused for their recall within the last week."""
+        return [
+            folder.name
+            for folder in sorted(self.path.glob(f"{STAGING}*"))
+            if _is_refused(self.path / folder.name.replace(STAGING, STATE, 1)) and not _given_up(folder)
+        ]
 
     def _sweep_parts(self) -> list[str]:
         """Delete parts of what was published meanwhile, and those that were given up."""
@@ -677,9 +684,9 @@ def index_folders(directory: Path, *, begun: bool = False) -> list[IndexFolder]:
         started = [str(f) for f in (directory, *inside) if _is_begun(f)]
         if started:
             raise ConfigError(
-                f"{listed(started)} has no version yet, only a build that has not ended: if it is dead, run it again "
-                f"with --resume, or delete what it left with vecsvc gc {directory}, which leaves for a week what was "
-                "refused for its recall"
+                f"{listed(started)} has no version yet, only a build that has not ended or was refused for its recall: "
+                f"run it again with --resume, or delete what a dead one left with vecsvc gc {directory}, which leaves "
+                "for a week what was refused"
             )
         raise ConfigError(f"{directory} holds no index; build one: vecsvc build-index CORPUS --out {directory}")
     return found
