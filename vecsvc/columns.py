@@ -95,7 +95,7 @@ def _head(whole: bool, room: int) -> tuple[bytes, bytes]:
     """What stands before and after `room` bytes of metadata in the message of the schema."""
     mark = b"<".ljust(room - 1, b"-") + b">"
     message = (_INT_IDS if whole else _STRING_IDS).with_metadata({"vecsvc": mark}).serialize()
-    before, _, after = message.to_pybytes().partition(mark)
+    before, after = message.to_pybytes().split(mark)
     return before, after
 
 
