@@ -83,8 +83,6 @@ def fuse(model: onnx.ModelProto, *, attention: bool = True, skip: bool = False, 
         fused = optimize_model(model, model_type="bert", optimization_options=options, opt_level=0)
         if not skip:
             _part_sums(fused.model)
-        if tanh:
-            _part_biases(fused.model)
         fused.topological_sort()
         for number, node in enumerate(fused.model.graph.node):
             node.name = node.name or f"node_{number}"  # by which quantising tells them apart
@@ -119,20 +117,6 @@ def _part_sums(model: onnx.ModelProto) -> None:
         epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), SKIP_EPSILON)
         whole.attribute.append(onnx.helper.make_attribute("epsilon", epsilon))
         model.graph.node.append(whole)
-
-
-def _part_biases(model: onnx.ModelProto) -> None:
-    """FastGelu gives up its bias: onnxruntime adds it within the product of integers before, which costs nothing."""
-    onnx = import_onnx()
-    nodes = list(model.graph.node)
-    del model.graph.node[:]
-    for node in nodes:
-        if node.op_type == "FastGelu" and len(node.input) == 2:
-            added = f"{node.output[0]}_bias"
-            model.graph.node.append(onnx.helper.make_node("Add", list(node.input), [added], name=added))
-            del node.input[:]
-            node.input.append(added)
-        model.graph.node.append(node)
 
 
 def write_model(model: onnx.ModelProto, file: Path) -> None:

@@ -100,18 +100,6 @@ def test_an_optimized_encoder_agrees_with_its_original_and_says_so(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_bias_of_gelu_is_added_within_the_product_of_integers(folder: Path, tmp_path: Path) -> None:
-    optimize_encoder(folder, tmp_path / "out", quick(max_loss=0.1), texts=TEXTS)
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "run.onnx")
-    options.log_severity_level = 4
-    onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), options, providers=["CPUExecutionProvider"])
-    nodes = onnx.load(str(tmp_path / "run.onnx")).graph.node
-    assert all(len(node.input) == 1 for node in nodes if node.op_type == "FastGelu")
-    [made] = {n.op_type for n in nodes for g in nodes if g.op_type == "FastGelu" and g.input[0] in n.output}
-    assert made == "DynamicQuantizeMatMul"
-
-
 def test_the_next_recipe_is_tried_where_one_loses_too_much(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,10 +5,7 @@ l2 is the squared Euclidean distance, ip is `1 - <q, x>`, cosine is `1 - cos(q, 
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-from numpy.typing import NDArray
 
 from vecsvc.errors import InvalidVector
 from vecsvc.types import MAX_ABS, Distances, Metric, StoredVectors, Vectors
@@ -67,12 +64,6 @@ def unit(vectors: StoredVectors) -> Vectors:
 def score(distances: Distances, metric: Metric) -> Distances:
     """Greater is better: the similarity for ip and cosine, the negative squared distance for l2."""
     return (0.0 if metric == "l2" else 1.0) - distances
-
-
-def is_finite(values: NDArray[np.float32]) -> bool:
-    """Whether there is neither NaN nor infinity among the values, of any shape."""
-    # A finite sum of squares answers for all of them at half the price, and is nearly always there.
-    return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
 
 
 def check_vector(vector: Vectors, metric: Metric, what: str = "vector") -> None:

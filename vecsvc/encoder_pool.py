@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, TypeAlias
 
+import numpy as np
+
 from vecsvc.batcher import BatchSettings
 from vecsvc.config import ServeSettings
-from vecsvc.distance import is_finite
 from vecsvc.encoder_keeper import EncoderKeeper
 from vecsvc.encoders.base import Encoder
 from vecsvc.encoders.cellular import with_cells
@@ -59,7 +60,7 @@ class PooledEncoder(QueryEncoder):
         self._device = device
         try:
             golden = self.warm_up()
-            if not is_finite(golden):
+            if not np.isfinite(golden).all():
                 raise EncoderError(f"encoder {self.spec.name!r} gives no finite vectors for the canary texts")
         except BaseException:
             self.close()

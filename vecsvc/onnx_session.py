@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vecsvc.errors import BackendMissing, EncoderError, InvalidParameter
-from vecsvc.huge_pages import huge_pages
 
 MAX_THREADS: Final = 1024
 MIN_MEMORY_MB: Final = 8  # below this not even small models can run
@@ -86,7 +85,7 @@ class OnnxSession:
         provider = find_provider(settings.device, onnxruntime)
         options = _options(onnxruntime, settings)
         try:
-            with _ceiling(onnxruntime, settings, provider, options), huge_pages():
+            with _ceiling(onnxruntime, settings, provider, options):
                 # Its fallback would go on with the CPU when the device fails, and say so only on stdout.
                 session = onnxruntime.InferenceSession(
                     str(path),

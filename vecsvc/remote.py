@@ -10,6 +10,7 @@ id. Whoever sees bytes that are no frame closes the connection.
 from __future__ import annotations
 
 import functools
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ import msgspec
 import numpy as np
 
 from vecsvc import errors
-from vecsvc.distance import is_finite
 from vecsvc.errors import InternalError, ProtocolError, ServiceError, VecsvcError
 from vecsvc.filters import OPERATORS
 from vecsvc.types import INCLUDES, MAX_SHARDS, Condition, Id, Include, SearchSettings, ShardExplain, Vectors
@@ -228,7 +228,9 @@ _encoder: Final = msgspec.msgpack.Encoder()
 
 def all_finite(data: bytes) -> bool:
     """Whether these float32, which another process sent, are numbers that can be ranked."""
-    return is_finite(np.frombuffer(data, "<f4"))
+    values = np.frombuffer(data, "<f4")
+    # A finite sum of squares answers for all of them at half the price, and is nearly always there.
+    return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
 
 
 def frame(kind: Kind, request: int, payload: bytes = b"") -> bytes:

@@ -99,11 +99,7 @@ class TextTokenizer:
 
         A text without any token, special or not, becomes one padding token that counts: it has a vector, too.
         """
-        lengths = {len(one) for one in tokens}
-        if len(lengths) == 1 and 0 not in lengths:  # a query alone has nothing to pad
-            ids = np.array([one.ids for one in tokens], dtype=np.int64)
-            return TokenBatch(ids, np.ones_like(ids), np.array([one.type_ids for one in tokens], dtype=np.int64))
-        shape = (len(tokens), max(lengths, default=0) or 1)
+        shape = (len(tokens), max((len(one) for one in tokens), default=0) or 1)
         batch = TokenBatch(
             np.full(shape, self._pad_id, dtype=np.int64),
             np.zeros(shape, dtype=np.int64),

@@ -134,9 +134,8 @@ def check_canaries(name: str, found: Vectors, built_name: str, expected: Vectors
 
 def unit_length(vectors: Vectors) -> Vectors:
     """The vectors (n, dim) at length 1; a zero vector stays zero."""
-    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
-    norms[norms == 0.0] = 1.0
-    unit: Vectors = vectors / norms
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
     return unit
 
 

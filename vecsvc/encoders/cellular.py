@@ -22,7 +22,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vecsvc.distance import is_finite
 from vecsvc.encoders.base import CANARY_TEXTS, Encoder, EncoderSpec, Role, Stepper, unit_length
 from vecsvc.encoders.folder import CELLS, cell_files
 from vecsvc.errors import EncoderError, InvalidParameter
@@ -247,7 +246,7 @@ class CnnLstmStepper:
             "states": self._states.take(slots, axis=1),
         }
         [output] = self._cells.head.run(feed, ["sentence_embedding"])
-        if not is_finite(output):
+        if not np.isfinite(output).all():
             raise EncoderError(f"{self._cells.head.path}: gave values that are not finite")
         spec = self._encoder.spec
         vectors: Vectors = output[:, : spec.dim]

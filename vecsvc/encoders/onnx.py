@@ -11,7 +11,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from vecsvc.distance import is_finite
 from vecsvc.encoders.base import EncoderSpec, Role, unit_length
 from vecsvc.encoders.folder import MODULES, OWN, TOKENIZER, EncoderSettings, encoder_files, hash_files, read_settings
 from vecsvc.errors import EncoderError, InvalidParameter, InvalidRequest
@@ -53,7 +52,7 @@ class OnnxEncoder:
         [output] = self._session.run(_feed(self._session, batch), [self._output])
         # Models trained so that the first values say the most (Kusupati et al. 2022, Matryoshka) may be cut to them.
         vectors = np.ascontiguousarray(pool(output, batch.mask, self.spec.pooling)[:, : self.spec.dim])
-        if vectors.shape != (len(tokens), self.spec.dim) or not is_finite(vectors):
+        if vectors.shape != (len(tokens), self.spec.dim) or not np.isfinite(vectors).all():
             raise EncoderError(
                 f"encoder {self.spec.name!r}: the model gave {vectors.shape} for {len(tokens)} texts, "
                 f"expected finite numbers of shape {(len(tokens), self.spec.dim)}"
@@ -159,9 +158,7 @@ def pool(hidden: NDArray[Any], mask: NDArray[np.int64], pooling: str) -> Vectors
     Each row of the mask has a token. With pooling "none" `hidden` is (n, dim) already.
     """
     vectors: Vectors = hidden.astype(np.float32, copy=False)
-    if pooling == "mean" and mask.all():
-        vectors = np.add.reduce(vectors, axis=1) / np.float32(vectors.shape[1])
-    elif pooling == "mean":
+    if pooling == "mean":
         weights = mask.astype(np.float32)
         vectors = np.matmul(weights[:, None, :], vectors)[:, 0] / weights.sum(axis=1, keepdims=True)
     elif pooling == "cls":
