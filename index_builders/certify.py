@@ -187,12 +187,13 @@ def choose(points: list[OperatingPoint], target: float, kind: str) -> tuple[Oper
     """The cheapest settings whose recall is at least `target` beyond chance, and True.
 
     Never below the defaults of `kind`, unless that is "": at small breadths moved rows are easier to find than what
-    people ask. Where nothing reaches the target, the best there is, and False.
+    people ask. Where nothing reaches the target, the cheapest of those with the highest recall, and False.
     """
-    for point in points:
-        if is_thorough(point.params, kind) and point.recall - point.recall_error >= target:
+    thorough = [point for point in points if is_thorough(point.params, kind)] or points[-1:]
+    for point in thorough:
+        if point.recall - point.recall_error >= target:
             return point, True
-    return points[-1], False
+    return max(thorough, key=lambda point: point.recall), False
 
 
 def is_thorough(params: dict[str, Any], kind: str) -> bool:

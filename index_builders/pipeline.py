@@ -67,8 +67,9 @@ def build_index(
     """Build an index of the corpus at `source` and publish it; what served before serves until the last step.
 
     With `resume`, an interrupted build of the same corpus with the same settings goes on after its last whole
-    step; without, what it left is deleted. With `require_recall`, an index whose certificate misses the target is left
-    unpublished, to be resumed. Raises UserError, StorageError, BackendMissing or RecallMissed.
+    step; without, it begins anew, and what builds that died have left is deleted. With `require_recall`, an index whose
+    certificate misses the target is left unpublished, to be resumed. Raises UserError, StorageError, BackendMissing or
+    RecallMissed.
     """
     if require_recall and not settings.certificate_queries:
         raise ConfigError("--require-recall needs a certificate: let --certificate-queries be more than 0")
@@ -87,7 +88,7 @@ def build_index(
     staging = folder.path / f"{STAGING}{version}"
     lease = take_folder(staging, f"version {version} is being built by another process: choose another --version")
     try:
-        state = read_state(state_path, key)
+        state = read_state(state_path, key) if resume else None
         if resume and state is None:
             (stream or sys.stderr).write(
                 "nothing to resume: no build of this corpus with these settings was interrupted; this one begins anew\n"

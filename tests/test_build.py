@@ -432,12 +432,51 @@ def test_a_build_that_was_refused_for_its_recall_is_given_up_after_a_week(poor: 
     told = CliRunner().invoke(cli.cli, ["gc", str(out)]).output
     assert told.splitlines() == [
         "demo: deleted nothing",
-        f"demo: left {staging.name}, refused for its recall: build-index --resume publishes it",
+        f"demo: left {staging.name}, refused for its recall: build-index --resume without --require-recall "
+        "publishes it, gc --refused deletes it",
     ]
     before = time.time() - UNPUBLISHED_KEPT_S - 60
     os.utime(staging, (before, before))
     assert folder.gc(keep=0) == [staging.name]
     assert not strays(folder)
+
+
+@needs_hnswlib
+def test_the_next_build_leaves_what_was_refused_before_and_gc_deletes_it_when_told(poor: Path, out: Path) -> None:
+    wanted = {"kind": "hnsw", "certificate_queries": 40, "recall": 1.0, "name": "demo"}
+    with pytest.raises(RecallMissed):
+        build(poor, out, POOR, require_recall=True, version="v1", **wanted)
+    folder = IndexFolder(out / "demo")
+    [staging] = folder.refused()
+    build(poor, out, POOR, version="v2", **wanted)
+    assert folder.current() == "v2" and folder.refused() == [staging]
+    assert build(poor, out, POOR, resume=True, version="v1", **wanted).resumed == ["everything but publishing"]
+    with pytest.raises(RecallMissed):
+        build(poor, out, POOR, require_recall=True, version="v3", **wanted)
+    with pytest.raises(RecallMissed):  # without --resume it begins anew
+        build(poor, out, POOR, require_recall=True, version="v3", **wanted)
+    told = CliRunner().invoke(cli.cli, ["gc", str(out), "--keep", "5", "--refused"]).output
+    assert told == f"demo: deleted {STAGING}v3\n"
+    assert sorted(folder.versions()) == ["v1", "v2"] and not strays(folder)
+
+
+def test_where_nothing_reaches_the_target_the_cheapest_of_the_best_is_chosen() -> None:
+    points = [
+        OperatingPoint(params={"ef_search": breadth}, recall=recall, recall_error=0.01, latency_ms=1.0, visited=1.0)
+        for breadth, recall in ((8, 0.9), (64, 0.9), (128, 0.96), (256, 0.96))
+    ]
+    assert certify.choose(points, 0.99, "nng") == (points[2], False)
+    assert certify.choose(points[:2], 0.99, "nng") == (points[1], False), "not below the kind's defaults"
+    assert certify.choose(points[:1], 0.99, "nng") == (points[0], False)
+    assert certify.choose(points, 0.95, "nng") == (points[2], True)
+
+
+def test_one_row_says_why_its_recall_was_not_measured(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1], "vector": [[1.0, 2.0]]}), tmp_path / "one.parquet")
+    command = ["build-index", str(tmp_path / "one.parquet"), "--out", str(tmp_path / "out")]
+    assert "recall was not measured: one row is all there is to find" in CliRunner().invoke(cli.cli, command).output
+    none = CliRunner().invoke(cli.cli, [*command, "--certificate-queries", "0"]).output
+    assert "recall was not measured" in none
 
 
 def test_a_recall_that_nobody_measures_cannot_be_required(corpus: Path, out: Path) -> None:

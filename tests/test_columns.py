@@ -90,6 +90,15 @@ def test_what_stands_in_the_head_may_have_any_length(tmp_path: Path, length: int
     )
 
 
+def test_ids_of_no_bytes_and_of_few_bytes_more_or_less_have_one_form(tmp_path: Path) -> None:
+    ids = column_of(tmp_path, pa.array(["", "a", "bcd"]), "str")
+    columns._form.cache_clear()
+    for labels in ([0, 0], [1, 2], [2, 0]):
+        found = read(columns.of_arrays(0, np.array([labels], np.int64), np.zeros((1, 2), np.float32), ids, "l2"))
+        assert found["id"].to_pylist() == [["", "a", "bcd"][label] for label in labels]
+    assert columns._form.cache_info().misses == 1
+
+
 @pytest.mark.parametrize("limit", ["_KEPT_HITS", "_KEPT_BYTES"])
 def test_answers_too_large_to_be_remembered_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str

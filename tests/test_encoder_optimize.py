@@ -421,6 +421,7 @@ def test_import_optimize_and_info_from_the_command_line(tmp_path: Path) -> None:
     assert facts["operators"]["MatMulInteger"] >= 3 and facts["weights_bytes"]["int8"] > 0
     assert facts["measured"]["optimize"]["precision"] == "int8"
     shown = run(cli.cli, ["encoder", "info", fast]).output
+    assert run(cli.cli, ["encoder", "info", "default"]).output.startswith("default: dim 384")
     assert "fast: dim 24" in shown and "query prompt: 'query '" in shown and "measured by optimize" in shown
 
 

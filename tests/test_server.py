@@ -470,7 +470,7 @@ def test_a_parameter_of_the_kind_may_stand_in_the_url(every: Service) -> None:
 
 @pytest.mark.parametrize("name", ["products", "numbers"])
 @pytest.mark.parametrize(
-    "accept", ["application/vnd.apache.arrow.stream", "text/html, application/vnd.apache.arrow.stream"]
+    "accept", ["application/vnd.apache.arrow.stream", "text/html, Application/Vnd.Apache.Arrow.Stream"]
 )
 def test_an_arrow_answer_has_the_hits_of_the_json_answer(every: Service, name: str, accept: str) -> None:
     path = f"/indexes/{name}/search/batch?k=5"
@@ -809,7 +809,7 @@ def test_rollback_serves_the_version_before_or_the_named_one(versions: tuple[Ser
     assert rollback("?to=v1").json()["to"] == "v1"
     assert served(running) == ("v1", "v1")
     for query, status, message in (
-        ("", 404, "demo has no version before v1; there are: v1, v2, v3"),
+        ("", 404, "demo has no version before v1; say which of v2, v3 is to serve (--to)"),
         ("?to=v9", 404, "demo has no version 'v9'; there are: v1, v2, v3"),
         ("?to=../../etc", 404, "no version '../../etc'"),
         ("?too=v2", 422, "?too is unknown here; known are: to"),

@@ -153,7 +153,8 @@ def _print_built(manifest: Any, spent: str) -> None:
         f"{len(manifest.shards)} shard{'s' if len(manifest.shards) > 1 else ''}: {spent}"
     )
     if certificate is None:
-        click.echo("recall was not measured, for --certificate-queries is 0")
+        why = "one row is all there is to find" if manifest.spec.size == 1 else "--certificate-queries is 0"
+        click.echo(f"recall was not measured: {why}")
         return
     chosen = next(point for point in certificate.points if point.params == manifest.search)
     click.echo(
@@ -324,7 +325,7 @@ def _shown(text: str) -> str:
 
 def _numbers(text: str) -> list[float]:
     try:
-        values = [float(value) for value in text.split(",")]
+        values = [float(value) for value in text.strip().removeprefix("[").removesuffix("]").split(",")]
     except ValueError as error:
         raise ConfigError(f"--vector takes numbers separated by commas: {error}") from error
     if not all(map(math.isfinite, values)):
@@ -485,17 +486,21 @@ def rollback(directory: Path, to: str | None) -> None:
 @cli.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--keep", default=1, type=click.IntRange(0), help="versions to keep besides the one that serves")
-def gc(directory: Path, keep: int) -> None:
+@click.option("--refused", is_flag=True, help="builds that were refused for their recall, too")
+def gc(directory: Path, keep: int, refused: bool) -> None:
     """Delete old versions of the indexes in DIR, and what dead builds left. Never what serves.
 
     Of the others stays first what a rollback goes to, then what served last, then what never did, the newest of it.
-    A build that was refused for its recall stays for a week: --resume publishes it.
+    A build that was refused for its recall stays for a week: --resume without --require-recall publishes it.
     """
     for folder in index_folders(directory, begun=True):
-        gone = folder.gc(keep)
+        gone = folder.gc(keep, refused=refused)
         click.echo(f"{folder.name}: deleted {', '.join(gone) if gone else 'nothing'}")
-        for refused in folder.refused():
-            click.echo(f"{folder.name}: left {refused}, refused for its recall: build-index --resume publishes it")
+        for left in folder.refused():
+            click.echo(
+                f"{folder.name}: left {left}, refused for its recall: build-index --resume without --require-recall "
+                "publishes it, gc --refused deletes it"
+            )
 
 
 def _one(directory: Path) -> IndexFolder:

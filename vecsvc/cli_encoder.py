@@ -8,6 +8,8 @@ from typing import Any, Final
 import click
 import msgspec
 
+from vecsvc.encoders import encoder_path
+
 json_option: Final = click.option("--json", "as_json", is_flag=True, help="print JSON, for machines")
 
 
@@ -122,7 +124,9 @@ def encoder_optimize(
 
     asked = OptimizeSettings(**settings)
     given = None if texts is None else corpus_texts(texts, text_column)
-    done = optimize_encoder(source, out, asked, texts=given, say=lambda line: click.echo(line, err=True))
+    done = optimize_encoder(
+        encoder_path(str(source)), out, asked, texts=given, say=lambda line: click.echo(line, err=True)
+    )
     if as_json:
         click.echo(msgspec.json.encode(done.figures))
         return
@@ -138,7 +142,7 @@ def encoder_info(directory: Path, as_json: bool) -> None:
     """Show what the encoder in DIR is, and what was measured of it."""
     from index_builders.encoder_info import describe, lines
 
-    facts = describe(directory)
+    facts = describe(encoder_path(str(directory)))
     if as_json:
         click.echo(msgspec.json.encode(facts))
         return

@@ -16,9 +16,11 @@ from vecsvc.distance import score
 from vecsvc.ids import IdColumn
 from vecsvc.types import Distances, Hit, Labels, Metric
 
-# Of a message that serves as the form of others: few answers are larger, and forms are remembered.
+# Of a message that serves as the form of others: few answers are larger, and so many forms are remembered.
 _KEPT_HITS: Final = 10_000
 _KEPT_BYTES: Final = 1 << 20  # of its strings
+_KEPT_FORMS: Final = 16
+_KEPT_HEADS: Final = 64
 # So few sizes of messages differ, and one that was made serves the next: what stands in a head is filled up with blanks
 # to a multiple of so many bytes, and the bytes of strings with zeros.
 _ROOM: Final = 64
@@ -61,7 +63,8 @@ def of_arrays(first: int, labels: Labels, distances: Distances, ids: IdColumn, m
         schema = _INT_IDS if ids.id_type == "int" else _STRING_IDS
         return _written([query, rank, ids.column(flat), score(found, metric), found], schema)
     # Where no place is empty, messages of one shape are alike but for these columns, and need no Arrow to be made.
-    message, at_query, *places = _form(n, k, ids.id_type == "int", -(-names[-1].nbytes // _NAME_ROOM) * _NAME_ROOM)
+    room = (names[-1].nbytes // _NAME_ROOM + 1) * _NAME_ROOM
+    message, at_query, *places = _form(n, k, ids.id_type == "int", room)
     made = bytearray(message)
     for at, values in zip(places, (*names, score(found, metric), found), strict=True):
         np.frombuffer(made, values.dtype, len(values), at)[:] = values
@@ -90,7 +93,7 @@ def _written(columns: Sequence[Any], schema: pa.Schema) -> HitColumns:
     return HitColumns(batch.num_rows, schema is _INT_IDS, memoryview(batch.serialize()))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(_KEPT_HEADS)
 def _head(whole: bool, room: int) -> tuple[bytes, bytes]:
     """What stands before and after `room` bytes of metadata in the message of the schema."""
     mark = b"<".ljust(room - 1, b"-") + b">"
@@ -99,7 +102,7 @@ def _head(whole: bool, room: int) -> tuple[bytes, bytes]:
     return before, after
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(_KEPT_FORMS)
 def _form(n: int, k: int, whole: bool, names_bytes: int) -> tuple[Any, ...]:
     """The message of k hits of each of n queries, the first of them 0.
 

@@ -246,7 +246,7 @@ def _explain(error: msgspec.ValidationError, body: bytes, kind: Any) -> Malforme
     if path.startswith("$.include"):
         message += f", known are {', '.join(INCLUDES)}"
     elif message.startswith("Invalid enum value"):
-        words = get_args(get_type_hints(kind).get(path.removeprefix("$.")))
+        words = [word for word in get_args(get_type_hints(kind).get(path.removeprefix("$."))) if isinstance(word, str)]
         message += f", known are {', '.join(words)}" if words else ""
     try:
         for step in path.removeprefix("$").replace("[", ".").replace("]", "").split(".")[1:]:

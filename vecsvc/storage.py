@@ -518,17 +518,16 @@ class IndexFolder:
         if to is None:
             older = [version for version in _line(self.history()) if version != current and self._is_here(version)]
             if not older:
-                raise UnknownVersion(
-                    f"{self.name} has no version before {current}; there are: {self._listed()}: "
-                    "say which is to serve (--to)"
-                )
+                others = [version for version in self.versions() if version != current]
+                more = f"; say which of {listed(others)} is to serve (--to)" if others else ", and no other"
+                raise UnknownVersion(f"{self.name} has no version before {current}{more}")
             to = older[-1]
         check(self.version(to))
         self.serve(to)
         return current or "none", to
 
-    def gc(self, keep: int) -> list[str]:
-        """Delete all but CURRENT and `keep` others, and what dead builds left.
+    def gc(self, keep: int, *, refused: bool = False) -> list[str]:
+        """Delete all but CURRENT and `keep` others, and what dead builds left; with `refused`, refused ones as well.
 
         What a rollback goes to stays first, then what served last, then what never did, the newest of it.
 
@@ -554,21 +553,21 @@ class IndexFolder:
                 lease.release()
             gone.append(version)
         self._empty_trash()
-        return gone + self.sweep(refused_too=False) + self._sweep_parts()
+        return gone + self.sweep(refused=refused) + self._sweep_parts()
 
     def _empty_trash(self) -> None:
         for folder in sorted(self.path.glob(f"{TRASH}*")):
             delete_folder(folder)
 
-    def sweep(self, *, refused_too: bool = True) -> list[str]:
+    def sweep(self, *, refused: bool = False) -> list[str]:
         """Delete what builds that died left behind; the folders of living builds are flocked.
 
-        Without `refused_too`, those stay for a week that were refused for their recall: `--resume` publishes them.
+        Unless `refused`, those stay for a week that were refused for their recall: `--resume` publishes them.
         """
         gone = []
-        refused = set() if refused_too else set(self.refused())
+        kept = () if refused else self.refused()
         for folder in sorted(self.path.glob(f"{STAGING}*")):
-            if folder.name not in refused and delete_unheld(folder):
+            if folder.name not in kept and delete_unheld(folder):
                 gone.append(folder.name)
         for state in sorted(self.path.glob(f"{STATE}*")):
             if not (self.path / state.name.replace(STATE, STAGING, 1).removesuffix(".tmp")).exists():
