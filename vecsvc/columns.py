@@ -26,12 +26,13 @@ _KEPT_HEADS: Final = 64
 _ROOM: Final = 64
 _NAME_ROOM: Final = 1024
 
-_INT_IDS, _STRING_IDS = (
-    pa.schema(
+# By whether ids are integers.
+_SCHEMAS: Final = {
+    whole: pa.schema(
         [("query", pa.int32()), ("rank", pa.int32()), ("id", id), ("score", pa.float32()), ("distance", pa.float32())]
     )
-    for id in (pa.int64(), pa.string())
-)
+    for whole, id in ((True, pa.int64()), (False, pa.string()))
+}
 _END: Final = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream: a message of no bytes
 
 
@@ -52,7 +53,7 @@ def stream(parts: Sequence[HitColumns], rest: bytes) -> bytes:
 
 def of_arrays(first: int, labels: Labels, distances: Distances, ids: IdColumn, metric: Metric) -> HitColumns:
     """What one shard found for queries that begin at `first`: labels and distances (n, k), empty places -1 and last."""
-    n, k = labels.shape
+    (n, k), whole = labels.shape, ids.id_type == "int"
     flat, found = labels.reshape(-1), distances.reshape(-1)
     full = min(labels[:, -1].tolist()) >= 0
     names = ids.take(flat) if full and n * k <= _KEPT_HITS else ()
@@ -60,18 +61,17 @@ def of_arrays(first: int, labels: Labels, distances: Distances, ids: IdColumn, m
         query, rank = _places(n, k)
         taken = np.flatnonzero(flat >= 0)
         flat, found, query, rank = flat[taken], found[taken], query[taken] + np.int32(first), rank[taken]
-        schema = _INT_IDS if ids.id_type == "int" else _STRING_IDS
-        return _written([query, rank, ids.column(flat), score(found, metric), found], schema)
+        return _written([query, rank, ids.column(flat), score(found, metric), found], whole)
     # Where no place is empty, messages of one shape are alike but for these columns, and need no Arrow to be made.
     room = (names[-1].nbytes // _NAME_ROOM + 1) * _NAME_ROOM
-    message, at_query, *places = _form(n, k, ids.id_type == "int", room)
+    message, at_query, *places = _form(n, k, whole, room)
     made = bytearray(message)
     for at, values in zip(places, (*names, score(found, metric), found), strict=True):
         np.frombuffer(made, values.dtype, len(values), at)[:] = values
     if first:
         query = np.frombuffer(made, np.int32, n * k, at_query)
         query += np.int32(first)
-    return HitColumns(n * k, ids.id_type == "int", made)
+    return HitColumns(n * k, whole, made)
 
 
 def of_hits(first: int, lists: list[list[Hit]], whole: bool, metric: Metric) -> HitColumns:
@@ -85,19 +85,20 @@ def of_hits(first: int, lists: list[list[Hit]], whole: bool, metric: Metric) -> 
         score(distances, metric),
         distances,
     ]
-    return _written(columns, _INT_IDS if whole else _STRING_IDS)
+    return _written(columns, whole)
 
 
-def _written(columns: Sequence[Any], schema: pa.Schema) -> HitColumns:
+def _written(columns: Sequence[Any], whole: bool) -> HitColumns:
+    schema = _SCHEMAS[whole]
     batch = pa.RecordBatch.from_arrays(list(map(pa.array, columns, schema.types)), schema=schema)
-    return HitColumns(batch.num_rows, schema is _INT_IDS, memoryview(batch.serialize()))
+    return HitColumns(batch.num_rows, whole, memoryview(batch.serialize()))
 
 
 @functools.lru_cache(_KEPT_HEADS)
 def _head(whole: bool, room: int) -> tuple[bytes, bytes]:
     """What stands before and after `room` bytes of metadata in the message of the schema."""
     mark = b"<".ljust(room - 1, b"-") + b">"
-    message = (_INT_IDS if whole else _STRING_IDS).with_metadata({"vecsvc": mark}).serialize()
+    message = _SCHEMAS[whole].with_metadata({"vecsvc": mark}).serialize()
     before, after = message.to_pybytes().split(mark)
     return before, after
 
@@ -115,10 +116,9 @@ def _form(n: int, k: int, whole: bool, names_bytes: int) -> tuple[Any, ...]:
         starts = np.zeros(rows + 1, np.int32)
         starts[-1] = names_bytes  # a writer leaves out what is in no string
         ids = pa.StringArray.from_buffers(rows, pa.py_buffer(starts), pa.py_buffer(bytes(names_bytes)))
-    schema = _INT_IDS if whole else _STRING_IDS
     nothing = np.zeros(rows, np.float32)
-    message = pa.py_buffer(bytes(_written([*_places(n, k), ids, nothing, nothing], schema).message))
-    read = pa.ipc.read_record_batch(message, schema)
+    message = pa.py_buffer(bytes(_written([*_places(n, k), ids, nothing, nothing], whole).message))
+    read = pa.ipc.read_record_batch(message, _SCHEMAS[whole])
     query, _, *others = (part for column in read.columns for part in column.buffers()[1:])
     return message.to_pybytes(), *(part.address - message.address for part in (query, *others))
 

@@ -124,7 +124,7 @@ class Heads:
                 return Head(size, length)
         elif kind not in _JSON or mark:
             return Head(size, length)
-        arrow = schemas.ARROW in headers.get(hdrs.ACCEPT, "").lower()
+        arrow = schemas.wants_arrow(headers.get(hdrs.ACCEPT, ""))
         request_id, key = headers.get("X-Request-Id"), presented(headers)
         return Head(size, length, operation, name, load, path, settings, arrow, request_id, mark_of(key))
 

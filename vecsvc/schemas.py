@@ -188,6 +188,11 @@ def rows_of(body: bytes, dim: int) -> Vectors:
     return np.frombuffer(body, dtype="<f4").reshape(-1, dim).astype(np.float32, copy=False)
 
 
+def wants_arrow(accept: str) -> bool:
+    """Whether an Accept header names Arrow; media types have no case."""
+    return ARROW in accept.lower()
+
+
 def single(query: Mapping[str, str]) -> dict[str, str]:
     """A URL's query; a name that comes twice is refused instead of losing one of its values."""
     found: dict[str, str] = {}

@@ -372,7 +372,7 @@ class Service:
             query, settings = schemas.parse_batch(body, self.settings)
         else:
             query, settings = self._binary(name, body, request)
-        arrow = schemas.ARROW in request.headers.get(hdrs.ACCEPT, "").lower()
+        arrow = schemas.wants_arrow(request.headers.get(hdrs.ACCEPT, ""))
         if arrow and settings.include:
             raise InvalidRequest("Arrow answers hold ids, scores and distances; ask for include as JSON")
         self.door.owe(self.door.key(request), count(query))
