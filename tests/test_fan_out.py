@@ -337,6 +337,51 @@ def test_hedges_stay_within_their_budget_however_slow_a_replica_is(run: Run) -> 
     run(check_it())
 
 
+@pytest.mark.parametrize(("retry_share", "hedge_share"), [(0.1, 0.0), (0.1, 0.05), (0.0, 0.0)])
+def test_a_replica_that_is_silent_for_half_the_time_counts_as_failed(
+    run: Run, retry_share: float, hedge_share: float
+) -> None:
+    async def check_it() -> None:
+        settings = RouteSettings(retry_share=retry_share, hedge_share=hedge_share)
+        shared = budgets(settings)
+        hole, fast = pair(settings, silent, answering(0.002))
+        one = group(0, [hole, fast])
+        while shared.of_shards(one).hedges.take():
+            pass
+        await learn(hole, 0.001)
+        await learn(fast, 0.010)  # so that it is not asked first
+        began = now()
+        if retry_share:
+            await ask([one], shared)
+            assert one.answer is not None and now() - began == pytest.approx(0.502)
+            assert hedged(shared, "retry_won") == shared.metrics.retries().value == 1
+        else:
+            with pytest.raises(DeadlineExceeded):
+                await ask([one], shared)
+        assert hedged(shared, "no_budget") == 1 and hedged(shared) == 0
+        assert hole.node.latency("key").mean > 0.4 and hole.node.state == "up"
+
+    run(check_it())
+
+
+def test_where_two_replicas_are_silent_for_half_the_time_a_third_is_asked(run: Run) -> None:
+    async def check_it() -> None:
+        settings = RouteSettings()
+        shared = budgets(settings)
+        fakes = [FakeNode("a", settings, silent), FakeNode("b", settings, silent), FakeNode("c", settings, silent)]
+        for fake in fakes:
+            await learn(fake, 0.010)  # just now, so that none needs a copy
+        began = now()
+        one = group(0, fakes)
+        with pytest.raises(DeadlineExceeded):
+            await ask([one], shared)
+        assert now() - began == pytest.approx(1.0)
+        assert [fake.asked for fake in fakes] == [1, 1, 1]
+        assert hedged(shared) == shared.metrics.retries().value == 1
+
+    run(check_it())
+
+
 def test_copies_leave_the_budget_of_late_answers_alone(run: Run) -> None:
     async def check_it() -> None:
         settings = RouteSettings(hedge_share=0.05)

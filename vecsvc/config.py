@@ -213,7 +213,12 @@ class RouteSettings(HttpSettings):
         high=1,
     )
     hedge_min_ms: float = option(1.0, "a question is never asked a second time before that", low=0, high=10_000)
-    retry_share: float = option(0.1, "questions that may be asked again because a node failed", low=0, high=1)
+    retry_share: float = option(
+        0.1,
+        "questions that may be asked again because a node failed, or is silent for half of their time",
+        low=0,
+        high=1,
+    )
     eject_failures: int = option(5, "failures in a row after which a node is left alone for a while", low=1, high=1000)
     eject_s: float = option(1.0, "for how long; doubled each time, up to 30 s", low=0.01, high=30)
     flip_wait_s: float = option(

@@ -2,7 +2,8 @@
 
 Which replica: the better of two at random by observed latency and load (Mitzenmacher, "The Power of Two Choices in
 Randomized Load Balancing", IEEE TPDS 2001). When a second one: after the 95th percentile of the replica's latency
-(Dean and Barroso, "The Tail at Scale", CACM 2013), within a budget; the loser is cancelled.
+(Dean and Barroso, "The Tail at Scale", CACM 2013), within a budget; the loser is cancelled. And where that budget is
+used up: a replica that is silent for half of a question's time counts as one that failed, and another is asked.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Group:
     error: VecsvcError | None = None
     tried: list[Node] = field(default_factory=list)
     attempts: list[_Attempt] = field(default_factory=list)  # under way
-    hedge_at: float = 0.0
+    hedge_at: float = 0.0  # time.monotonic() when it will have taken long enough to ask another; 0 for never
 
     @property
     def done(self) -> bool:
@@ -162,6 +163,7 @@ class Call:
         self.finished = False
         self._budgets, self._key, self._partial = budgets, key, partial
         self._loop = asyncio.get_running_loop()
+        self._silent_at = 0.0  # who has not answered by then counts as failed
         self._timer: asyncio.TimerHandle | None = None
         self._tell: Callable[[], None] = _nobody_waits
         self._open = len(groups)  # groups without an answer or an error
@@ -184,6 +186,7 @@ class Call:
 
     def begin(self, tell: Callable[[], None]) -> None:
         """Ask. `tell` is called once, when there is nothing more to wait for, unless that is so at the end of this."""
+        self._silent_at = (time.monotonic() + self.deadline) / 2
         for group in self.groups:
             self._begin(group)
             if self.finished:
@@ -394,19 +397,26 @@ class Call:
 
     def _hedge(self, group: Group, now: float) -> None:
         self._outlived(group, now)
+        silent = now >= self._silent_at
+        if not silent:
+            group.hedge_at = self._silent_at
         node = self._choose(group)
-        if node is None or not node.usable():
+        if node is None or not (silent or node.usable()):
             return
         for attempt in group.attempts:
             if attempt.node is node:  # as a probe it is at work already for what would be asked again
                 attempt.kind = "hedge"
                 group.tried.append(node)
                 return
-        if not self._budgets.of_shards(group).hedges.take():
+        if silent:
+            if self._budgets.retries.take():
+                self._budgets.metrics.retries().inc()
+                self._send(group, node, "retry")
+        elif self._budgets.of_shards(group).hedges.take():
+            self._budgets.metrics.hedges("sent").inc()
+            self._send(group, node, "hedge")
+        else:
             self._budgets.metrics.hedges("no_budget").inc()
-            return
-        self._budgets.metrics.hedges("sent").inc()
-        self._send(group, node, "hedge")
 
     def _outlived(self, group: Group, now: float) -> None:
         for attempt in group.attempts:

@@ -31,7 +31,9 @@ class RouteMetrics:
             "answered by another than the first node (hedge_won, retry_won, probe_won)",
             ("outcome",),
         )
-        self.retries = Family(Count, "vecsvc_shard_retries", "Questions asked again because a node failed", ())
+        self.retries = Family(
+            Count, "vecsvc_shard_retries", "Questions asked again because a node failed or is silent", ()
+        )
         self.partial = Family(Count, "vecsvc_partial_answers", "Answers that lack shards", ("index",))
         self.flips = Family(Count, "vecsvc_version_flips", "Times that another version began to serve", ("index",))
         registry.register(self)
