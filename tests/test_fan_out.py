@@ -31,6 +31,7 @@ from vecsvc.merging import check_part
 from vecsvc.node import KNOWN_AFTER, LEAST_WEIGHT, MEAN_OVER_S, MOST_WEIGHT, Latency, Node
 from vecsvc.remote import FoundRow, Held, Holdings, Kind, Part
 from vecsvc.route_metrics import RouteMetrics
+from vecsvc.telemetry import Spread
 from vecsvc.topology import Address
 
 HELD = Held("it", "v1", "d", "2026", True, [0], 1)
@@ -62,7 +63,7 @@ class FakeNode:
     """A Node of ours with its real connection, but for the wire; `script` says how it answers a question."""
 
     def __init__(self, name: str, settings: RouteSettings, script: Callable[[FakeNode, int, bytes], None]) -> None:
-        self.node = Node(Address(name, 1), settings, lambda: None)
+        self.node = Node(Address(name, 1), settings, lambda: None, Spread())
         self.script = script
         self.asked = 0
         self.cancelled: list[int] = []
@@ -671,7 +672,7 @@ def test_a_node_that_is_asked_no_more_is_not_told_of_as_lost(caplog: pytest.LogC
     async def check_it() -> None:
         server = await asyncio.get_running_loop().create_server(Answering, "127.0.0.1", 0)
         connected = asyncio.Event()
-        one = Node(Address("127.0.0.1", server.sockets[0].getsockname()[1]), RouteSettings(), connected.set)
+        one = Node(Address("127.0.0.1", server.sockets[0].getsockname()[1]), RouteSettings(), connected.set, Spread())
         keeping = asyncio.create_task(one.run())
         await asyncio.wait_for(connected.wait(), 10)
         keeping.cancel()

@@ -15,7 +15,7 @@ from vecsvc.errors import NodeFailed
 from vecsvc.node import Node
 from vecsvc.remote import PROTOCOL, Held, Holdings
 from vecsvc.router import Router
-from vecsvc.telemetry import Metrics
+from vecsvc.telemetry import Metrics, Spread
 from vecsvc.topology import Address
 
 
@@ -44,7 +44,7 @@ class Made:
         file.write_text('nodes = ["127.0.0.1:1"]\n')
         settings = RouteSettings(config=str(file), flip_wait_s=0.0)
         self.router = Router(settings, Metrics())
-        self.nodes = [Node(Address(f"node-{i}", 1), settings, lambda: None) for i in range(nodes)]
+        self.nodes = [Node(Address(f"node-{i}", 1), settings, lambda: None, Spread()) for i in range(nodes)]
         for node in self.nodes:
             self.router._nodes[node.address] = node, asyncio.get_running_loop().create_task(asyncio.sleep(0))
 

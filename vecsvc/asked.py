@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Final
 
 from vecsvc import remote
@@ -47,6 +47,7 @@ class Asked:
         self._k = settings.k + (0 if own is None else 1)
         self._began = 0.0
         self.groups: list[Group] = []
+        self._merge = Merge(version, self.groups, len(vectors), settings, own)
 
     @property
     def is_long_to_route(self) -> bool:
@@ -65,13 +66,14 @@ class Asked:
         head = ask(version.name, version.digest, vectors.shape[1], settings, self._k, len(vectors))
         if settings.probe_shards is None or version.centroids is None:
             common, check = self._common(head, vectors), self._check(len(vectors))
-            self.groups = [Group(version.name, *of, _framed(of[0], common), Kind.PART, check) for of in version.groups]
+            for shards, nodes in version.groups:
+                framed = partial(_framed, shards, common)
+                self.groups.append(Group(version.name, shards, nodes, framed, Kind.PART, check))
             return
         chosen = nearest_shards(vectors, version.centroids, settings.probe_shards, version.manifest.metric)
         nodes_of = {shard: nodes for shards, nodes in version.groups for shard in shards}
-        self.groups = []
         for shard, queries in queries_of_shards(chosen).items():
-            framed = _framed((shard,), self._common(head, vectors[queries]))
+            framed = partial(_framed, (shard,), self._common(head, vectors[queries]))
             check = self._check(len(queries))
             group = Group(version.name, (shard,), nodes_of[shard], framed, Kind.PART, check, queries=queries.tolist())
             self.groups.append(group)
@@ -88,7 +90,7 @@ class Asked:
         return common
 
     def _check(self, n: int) -> Callable[[Part], None]:
-        return functools.partial(check_part, n, self._k, self.vectors.shape[1], self.settings.include)
+        return partial(check_part, n, self._k, self.vectors.shape[1], self.settings.include)
 
     def call(self, router: Router) -> Call:
         """What asks the groups."""
@@ -100,17 +102,20 @@ class Asked:
 
     def hits(self) -> list[list[Hit]]:
         """Those of each query, merged, when the call is over."""
-        return self._merge().hits()
+        return self._merge.hits()
 
     def answer(self, hits: list[list[Hit]], router: Router, metrics: Metrics) -> BatchAnswer:
         """Raises Overloaded, DeadlineExceeded or ShardsMissing where there is nothing to answer."""
         clock, name = self.clock, self.version.name
-        parts: list[Part] = [group.answer for group in self.groups if group.answer is not None]
-        queued = max([part.queue_s for part in parts], default=0.0)
+        queued = 0.0
+        for group in self.groups:
+            part: Part | None = group.answer
+            if part is not None:
+                queued = max(queued, part.queue_s)
+                clock.rerank = max(clock.rerank, part.rerank_s)
         clock.queue += queued
-        clock.rerank = max([part.rerank_s for part in parts], default=0.0)
         clock.search = max(0.0, time.perf_counter() - self._began - queued - clock.rerank)
-        answer = self._merge().answer(hits, parts, clock, self._was_text, self._cut)
+        answer = self._merge.answer(hits, clock, self._was_text, self._cut)
         metrics.search(name, answer.stats.strategy).observe(clock.search)
         if answer.stats.shortfall:
             metrics.shortfall(name).inc(answer.stats.shortfall)
@@ -118,17 +123,14 @@ class Asked:
             router.metrics.partial(name).inc()
         return answer
 
-    def _merge(self) -> Merge:
-        return Merge(self.version, self.groups, len(self.vectors), self.settings, self._own)
-
 
 def _ask(index: str, digest: str, dim: int, settings: SearchSettings, k: int, of: int) -> bytes:
     return remote.encode_ask(Ask.made(index, digest, dim, settings, k=k, of=of))
 
 
 # Conditions may hold lists, which are no keys; and they change from question to question.
-_known_ask: Final = functools.lru_cache(KNOWN_ASKS)(_ask)
+_known_ask: Final = lru_cache(KNOWN_ASKS)(_ask)
 
 
-def _framed(shards: tuple[int, ...], common: Common) -> Callable[[int, float], bytes]:
-    return lambda request, left_ms: remote.search_frame(request, left_ms * NODES_SHARE, shards, common)
+def _framed(shards: tuple[int, ...], common: Common, request: int, left_ms: float) -> bytes:
+    return remote.search_frame(request, left_ms * NODES_SHARE, shards, common)

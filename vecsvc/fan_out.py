@@ -13,7 +13,10 @@ import random
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
+
+import msgspec
 
 from vecsvc import remote
 from vecsvc.config import RouteSettings
@@ -52,9 +55,9 @@ class Budget:
         self.share, self._burst = share, burst
         self._left = burst if share else 0.0
 
-    def earn(self) -> None:
-        """Something was done once."""
-        self._left = min(self._burst, self._left + self.share)
+    def earn(self, times: int = 1) -> None:
+        """Something was done so often."""
+        self._left = min(self._burst, self._left + times * self.share)
 
     def take(self) -> bool:
         if self._left < 1.0:
@@ -108,8 +111,7 @@ class Budgets:
         return found
 
 
-@dataclass(slots=True, eq=False)
-class Group:
+class Group(msgspec.Struct, eq=False):
     """Shards that the same nodes hold, so that one of these is asked for all of them."""
 
     index: str
@@ -121,8 +123,8 @@ class Group:
     queries: list[int] | None = None  # which of the question's queries these shards are asked; None for all
     answer: Any = None
     error: VecsvcError | None = None
-    tried: list[Node] = field(default_factory=list)
-    attempts: list[_Attempt] = field(default_factory=list)  # under way
+    tried: list[Node] = []
+    attempts: list[_Attempt] = []  # under way
     hedge_at: float = 0.0  # time.monotonic() when it will have taken long enough to ask another; 0 for never
 
     @property
@@ -130,22 +132,15 @@ class Group:
         return self.answer is not None or self.error is not None
 
 
-class _Attempt:
+class _Attempt(msgspec.Struct, eq=False):
     """One node that was asked for one group."""
 
-    __slots__ = ("awaited", "call", "group", "kind", "node", "request", "started")
-
-    def __init__(self, call: Call, group: Group, node: Node, kind: str) -> None:
-        self.call, self.group, self.node, self.kind = call, group, node, kind
-        self.started = time.monotonic()
-        self.request = 0
-        self.awaited = True
-
-    def reply(self, kind: Kind | None, payload: bytes, error: NodeFailed | None) -> None:
-        if not self.awaited:
-            return
-        self.node.in_flight -= 1
-        self.call.replied(self, kind, payload, error)
+    group: Group
+    node: Node
+    kind: str
+    started: float  # time.monotonic()
+    request: int = 0
+    awaited: bool = True
 
 
 class Call:
@@ -187,6 +182,7 @@ class Call:
     def begin(self, tell: Callable[[], None]) -> None:
         """Ask. `tell` is called once, when there is nothing more to wait for, unless that is so at the end of this."""
         self._silent_at = (time.monotonic() + self.deadline) / 2
+        self._budgets.retries.earn(len(self.groups))
         for group in self.groups:
             self._begin(group)
             if self.finished:
@@ -223,17 +219,17 @@ class Call:
     # --------------------------------------------------------------------------------------------- choosing
 
     def _begin(self, group: Group) -> None:
-        self._budgets.retries.earn()
+        if len(group.nodes) == 1 and group.nodes[0].up:
+            self._send(group, group.nodes[0], "first")
+            return
         node = self._choose(group)
         if node is None:
             self._fail(group, _missing(group))
-        elif len(group.nodes) == 1:
-            self._send(group, node, "first")
-        else:
-            self._budgets.of_shards(group).earn()
-            if self._send(group, node, "first"):
-                self._hedge_later(group)
-                self._probe(group, node)
+            return
+        self._budgets.of_shards(group).earn()
+        if self._send(group, node, "first"):
+            self._hedge_later(group)
+            self._probe(group, node)
 
     def _hedge_later(self, group: Group) -> None:
         known = [n.latency(self._key).p95 for n in group.nodes if n.latency(self._key).count >= KNOWN_AFTER]
@@ -243,9 +239,6 @@ class Call:
 
     def _choose(self, group: Group) -> Node | None:
         """The node to ask next; None where there is none that was not tried."""
-        if len(group.nodes) == 1:
-            only = group.nodes[0]
-            return only if only.up and not group.tried else None
         left = [node for node in group.nodes if node.up and node not in group.tried]
         # Where every replica is draining or ejected, one of them may still answer: better than none.
         candidates = [node for node in left if node.usable()] or left
@@ -284,12 +277,12 @@ class Call:
     # ---------------------------------------------------------------------------------------------- sending
 
     def _send(self, group: Group, node: Node, kind: str) -> bool:
-        attempt = _Attempt(self, group, node, kind)
+        attempt = _Attempt(group, node, kind, time.monotonic())
         left_ms = max(0.1, (self.deadline - attempt.started) * 1e3)
         if kind != "probe":
             group.tried.append(node)
         try:
-            attempt.request = node.ask(lambda request: group.make(request, left_ms), attempt.reply)
+            attempt.request = node.ask(group.make, left_ms, partial(self._replied, attempt))
         except NodeFailed as error:
             if kind == "first":
                 self._again(group, error)
@@ -298,46 +291,44 @@ class Call:
         group.attempts.append(attempt)
         return True
 
-    def replied(self, attempt: _Attempt, kind: Kind | None, payload: bytes, error: NodeFailed | None) -> None:
+    def _replied(self, attempt: _Attempt, kind: Kind | None, payload: bytes, error: NodeFailed | None) -> None:
+        if not attempt.awaited:
+            return
         group, node = attempt.group, attempt.node
+        node.in_flight -= 1
         if attempt in group.attempts:
             group.attempts.remove(attempt)
-        now = time.monotonic()
-        failure: VecsvcError | None = error
         answer = None
-        if kind is not None:
+        failure: VecsvcError | None = error
+        if kind is group.expects:
             try:
-                answer = remote.decode(kind, payload)
-                if kind is Kind.FAILED:
-                    failure = remote.raised(answer)
-                elif kind is not group.expects:
-                    raise ProtocolError(f"node {node.name} answered with {kind.name}, expected {group.expects.name}")
-                else:
-                    group.check(answer)
+                answer = remote.decode(group.expects, payload)
+                group.check(answer)
             except ProtocolError as wrong:
                 failure = wrong
-        if failure is None:
-            seconds = now - attempt.started
-            node.latency(self._key).learn(seconds, now)
-            node.succeeded()
-            self._budgets.metrics.shard(node.name).observe(seconds)
-            if not group.done:
-                if attempt.kind != "first":
-                    self._budgets.metrics.hedges(attempt.kind + "_won").inc()
-                group.answer = answer
-                if group.attempts:
-                    self._outlived(group, now)
-                    self._cancel(group, probes=False)
-                self._open -= 1
-                if not self._open:
-                    self._finish()
+        elif kind is not None:
+            failure = _failure(group, node, kind, payload)
+        if failure is not None:
+            if kind is not None and isinstance(failure, _RETRIED):
+                node.latency(self._key).failed()
+                if isinstance(failure, NodeFailed | InternalError):
+                    node.failed(str(failure))
+            if not group.done and attempt.kind != "probe":
+                self._again(group, failure)
             return
-        if kind is not None and isinstance(failure, _RETRIED):
-            node.latency(self._key).failed()
-            if isinstance(failure, NodeFailed | InternalError):
-                node.failed(str(failure))
-        if not group.done and attempt.kind != "probe":
-            self._again(group, failure)
+        now = time.monotonic()
+        node.answered(self._key, now - attempt.started, now)
+        if group.done:
+            return
+        group.answer = answer
+        if attempt.kind != "first":
+            self._budgets.metrics.hedges(attempt.kind + "_won").inc()
+        if group.attempts:
+            self._outlived(group, now)
+            self._cancel(group, probes=False)
+        self._open -= 1
+        if not self._open:
+            self._finish()
 
     def _again(self, group: Group, failure: VecsvcError) -> None:
         """A node failed: wait for another that was asked, ask another, or give up."""
@@ -448,6 +439,16 @@ class Call:
 
 def _nobody_waits() -> None:
     pass
+
+
+def _failure(group: Group, node: Node, kind: Kind, payload: bytes) -> VecsvcError:
+    """What an answer says that is not what was expected."""
+    if kind is not Kind.FAILED:
+        return ProtocolError(f"node {node.name} answered with {kind.name}, expected {group.expects.name}")
+    try:
+        return remote.raised(remote.decode(kind, payload))
+    except ProtocolError as wrong:
+        return wrong
 
 
 def _shards(group: Group) -> str:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from vecsvc.distance import score
-from vecsvc.errors import DeadlineExceeded, Overloaded, ProtocolError, ShardsMissing
+from vecsvc.errors import DeadlineExceeded, Overloaded, ProtocolError, ShardsMissing, VecsvcError
 from vecsvc.fan_out import Group
 from vecsvc.question_checks import Clock, cut_note
 from vecsvc.remote import Part, all_finite
@@ -107,49 +107,56 @@ class Merge:
                     break
         return kept
 
-    def answer(
-        self, hits: list[list[Hit]], parts: list[Part], clock: Clock, was_text: bool, cut: list[int]
-    ) -> BatchAnswer:
+    def answer(self, hits: list[list[Hit]], clock: Clock, was_text: bool, cut: list[int]) -> BatchAnswer:
+        """Raises Overloaded, DeadlineExceeded or ShardsMissing where there is nothing to answer."""
         version, settings = self.version, self.settings
         degraded = []
         encoder = version.encoder
         if cut and encoder is not None:
             degraded.append(cut_note(cut, len(hits), encoder.spec.max_tokens))
-        if any(part.stopped for part in parts):
-            degraded.append("the search was cut short")
-        ok = total = 0
-        errors = []
+        ok = total = visited = 0
+        stopped = False
+        strategies, errors = set(), []
         for group in self.groups:
             total += len(group.shards)
-            if group.answer is not None:
+            part: Part | None = group.answer
+            if part is not None:
                 ok += len(group.shards)
+                stopped = stopped or part.stopped
+                strategies.add(part.strategy)
+                visited = -1 if part.visited < 0 or visited < 0 else visited + part.visited
             elif group.error is not None:
                 errors.append(group.error)
-        if errors and not parts:
-            if all(isinstance(error, Overloaded) for error in errors):
-                raise errors[0]
-            if all(isinstance(error, DeadlineExceeded) for error in errors):
-                raise DeadlineExceeded(f"no shard answered within timeout_ms: {errors[0]}")
-            raise ShardsMissing(f"no shard of {version.name!r} answered: {errors[0]}")
+        if not strategies:
+            raise self._nothing(errors)
+        if stopped:
+            degraded.append("the search was cut short")
         degraded += map(str, errors)
-        strategies = {part.strategy for part in parts}
-        visited = [part.visited for part in parts]
         explain = None
         if "explain" in settings.include:
-            explain = [one for part in parts for one in part.explain or ()]
+            explain = [one for group in self.groups if group.answer is not None for one in group.answer.explain or ()]
+            explain.sort(key=lambda one: one.shard)
         return BatchAnswer(
             hits,
             clock.took_ms(),
             Coverage(ok, total, degraded),
             Stats(
                 strategies.pop() if len(strategies) == 1 else "mixed",
-                -1 if min(visited) < 0 else sum(visited),
+                visited,
                 settings.k * len(hits) - sum(map(len, hits)),
             ),
             version.id,
             encoder.spec.name if was_text and encoder is not None else None,
-            sorted(explain, key=lambda one: one.shard) if explain is not None else None,
+            explain,
         )
+
+    def _nothing(self, errors: list[VecsvcError]) -> VecsvcError:
+        """What to say where no shard answered."""
+        if all(isinstance(error, Overloaded) for error in errors):
+            return errors[0]
+        if all(isinstance(error, DeadlineExceeded) for error in errors):
+            return DeadlineExceeded(f"no shard answered within timeout_ms: {errors[0]}")
+        return ShardsMissing(f"no shard of {self.version.name!r} answered: {errors[0]}")
 
 
 class _Opened:

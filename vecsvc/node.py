@@ -15,6 +15,7 @@ from vecsvc import remote
 from vecsvc.config import RouteSettings
 from vecsvc.errors import NodeFailed, ProtocolError
 from vecsvc.remote import Holdings, Kind
+from vecsvc.telemetry import Spread
 from vecsvc.topology import Address
 
 log: Final = logging.getLogger("vecsvc.router")
@@ -35,6 +36,9 @@ MAX_UNSENT_BYTES: Final = 64 << 20  # questions that a node has not read; past t
 
 _LEFT: Final = "the front door asks it no more"
 _NO_NODE: Final = "is that its --shard-port, and do both sides or neither have shard_tls_cert, of one authority?"
+
+# Makes the frame of a request id and the milliseconds that are left for the answer.
+Make = Callable[[int, float], bytes]
 
 # Called once with an answer's kind and payload, or with the error that ended the wait for it.
 Reply = Callable[[Kind | None, bytes, NodeFailed | None], None]
@@ -89,10 +93,13 @@ class Node:
         address: Address,
         settings: RouteSettings,
         changed: Callable[[], None],
+        seconds: Spread,
         tls: ssl.SSLContext | None = None,
     ) -> None:
+        """`seconds` takes those of all answers."""
         self.address = address
         self.name = str(address)
+        self._seconds = seconds
         self.holdings: Holdings | None = None  # None while it is not connected
         self.in_flight = 0
         self.problem = "not connected yet"
@@ -119,11 +126,11 @@ class Node:
         """Whether it was left alone for long enough to be tried with a copy of a question."""
         return self.holdings is not None and 0.0 < self._ejected_until <= now
 
-    def ask(self, make: Callable[[int], bytes], reply: Reply) -> int:
-        """Send the frame that `make` makes of a request id, which comes back. `reply` is called once, never at once."""
+    def ask(self, make: Make, left_ms: float, reply: Reply) -> int:
+        """Send a frame, and return its request id. `reply` is called once, never at once."""
         if self._connection is None:
             raise NodeFailed(f"node {self.name} is not connected")
-        return self._connection.ask(make, reply)
+        return self._connection.ask(make, left_ms, reply)
 
     def cancel(self, request: int) -> None:
         """Nobody waits for that answer any more; its reply is not called."""
@@ -138,7 +145,10 @@ class Node:
             found = self._latencies[key] = Latency()
         return found
 
-    def succeeded(self) -> None:
+    def answered(self, key: Hashable, seconds: float, now: float) -> None:
+        """One of those questions, after so long; `now` is by time.monotonic()."""
+        self.latency(key).learn(seconds, now)
+        self._seconds.observe(seconds)
         self._failures = 0
         if self._ejected_until:
             self._ejected_until, self._eject_s = 0.0, self._settings.eject_s
@@ -278,13 +288,13 @@ class _Connection(asyncio.Protocol):
         assert self._transport is not None
         self._transport.write(remote.message(Kind.HELLO, 0, remote.Hello()))
 
-    def ask(self, make: Callable[[int], bytes], reply: Reply) -> int:
+    def ask(self, make: Make, left_ms: float, reply: Reply) -> int:
         if self._transport is None:
             raise NodeFailed(f"node {self._name} is not connected")
         if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             raise NodeFailed(f"node {self._name} has not read {MAX_UNSENT_BYTES} bytes of questions")
         request = next(self._numbers) & 0xFFFFFFFF
-        self._transport.write(make(request))
+        self._transport.write(make(request, left_ms))
         self._replies[request] = reply
         return request
 
@@ -303,7 +313,7 @@ class _Connection(asyncio.Protocol):
                 else:
                     answered.set_result(None)
 
-        self.ask(lambda request: remote.frame(Kind.PING, request), reply)
+        self.ask(lambda request, _: remote.frame(Kind.PING, request), timeout_s * 1e3, reply)
         try:
             async with asyncio.timeout(timeout_s):
                 await answered

@@ -33,6 +33,7 @@ MAX_ANSWER_BYTES: Final = 512 << 20  # an answer is bounded by the engine's own 
 MAX_RETRY_S: Final = 3600.0  # a node that tells front doors to come later than that is not believed
 MAX_K: Final = 1_000_000  # and of a rerank's depth; what a front door asks stays below by its own limits
 
+FEW_BYTES: Final = 256  # of float32, which are looked at without NumPy
 MAX_KNOWN_ASKS: Final = 1024  # what front doors say around their vectors is remembered: they say the same again
 MAX_KNOWN_BYTES: Final = 512  # and longer ones are read anew each time
 
@@ -228,6 +229,8 @@ _encoder: Final = msgspec.msgpack.Encoder()
 
 def all_finite(data: bytes) -> bool:
     """Whether these float32, which another process sent, are numbers that can be ranked."""
+    if len(data) <= FEW_BYTES:  # too few for what a call of NumPy's costs
+        return math.isfinite(sum(struct.unpack(f"<{len(data) // 4}f", data)))  # of float32, so that none overflows
     values = np.frombuffer(data, "<f4")
     # A finite sum of squares answers for all of them at half the price, and is nearly always there.
     return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())

@@ -92,7 +92,7 @@ class RoutedVersion:
             held = holding(node, self.name, self.version, self.digest)
             if held is not None and not held.current:
                 with contextlib.suppress(NodeFailed):
-                    node.ask(lambda request: remote.message(Kind.DESCRIBE, request, wanted), _ignore)
+                    node.ask(lambda request, _: remote.message(Kind.DESCRIBE, request, wanted), 0.0, _ignore)
 
     def nodes(self) -> list[Node]:
         """Every node that holds some shard."""
@@ -180,7 +180,8 @@ class Router:
                 try:
                     found = set(await self._discovery.look())
                     for address in found - self._nodes.keys():
-                        node = Node(address, self._settings, self._changed.set, self._tls)
+                        seconds = self.metrics.shard(str(address))
+                        node = Node(address, self._settings, self._changed.set, seconds, self._tls)
                         self._nodes[address] = node, loop.create_task(node.run())
                     for address in self._nodes.keys() - found:
                         node, task = self._nodes.pop(address)
