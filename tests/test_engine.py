@@ -644,11 +644,11 @@ def test_a_swap_between_looking_up_a_version_and_holding_it_is_noticed(
 ) -> None:
     retain = Served.retain
 
-    def swapped_before(served: Served) -> None:
+    def swapped_before(served: Served) -> bool:
         if demo.current() == "v1":
             demo.serve("v2")
             engine.catalog.refresh()
-        retain(served)
+        return retain(served)
 
     with opened(demo.path) as engine:
         monkeypatch.setattr(Served, "retain", swapped_before)

@@ -248,9 +248,13 @@ class Served:
             return self.params
         return indexes.search_params(self.manifest.spec.kind, **{**self.manifest.search, **dict(values)})
 
-    def retain(self) -> None:
+    def retain(self) -> bool:
+        """Keep it open until `release`; False where it is closed, and another serves."""
         with self._lock:
+            if self.closed:
+                return False
             self._users += 1
+            return True
 
     def release(self) -> None:
         with self._lock:
@@ -287,7 +291,8 @@ def by_name(name: str | None, serving: Mapping[str, S], problems: Mapping[str, s
     """What serves under that name; None means the only one. Raises UnknownIndex, or NotReady with the problem."""
     if name is None:
         if len(serving) == 1:
-            return next(iter(serving.values()))
+            [only] = serving.values()
+            return only
         if serving:
             names = ", ".join(f"/indexes/{n}/search" for n in sorted(serving))
             raise UnknownIndex(f"several indexes are served, name one: {names}")
@@ -514,6 +519,6 @@ class Catalog:
             metrics.version_info.labels(name, served.version).set(1)
 
     def close(self) -> None:
-        for served, _ in self.held():
+        held, self._served, self._previous = self.held(), {}, {}
+        for served, _ in held:
             served.retire()
-        self._served, self._previous = {}, {}

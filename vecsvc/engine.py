@@ -234,15 +234,11 @@ class Engine:
     def retained(self, name: str | None) -> Served:
         """The version of `name` that serves, kept open until the caller releases it.
 
-        A refresh in its thread may retire and close a version just before it is retained; but what is still in
-        the catalog after that was retained in time.
+        A refresh in its thread may close a version just before it is retained; then the catalog has another.
         """
-        while True:
-            served = self.catalog.get(name)
-            served.retain()
-            if self.catalog.get(name) is served:
-                return served
-            served.release()
+        while not (served := self.catalog.get(name)).retain():
+            pass
+        return served
 
     def _threads_for(self, budget: Budget) -> int:
         """Batches that run side by side share the threads that one alone may have."""

@@ -97,8 +97,11 @@ class IdColumn:
         """The ids of labels, in their order."""
         if self.id_type == "int":
             return [int(self._views[label // BATCH_ROWS][label % BATCH_ROWS]) for label in labels]
-        found: list[Id] = []
         views = self._views
+        if len(views) == 1:
+            [(offsets, data)] = views
+            return [str(data[offsets[at] : offsets[at + 1]], "utf-8") for at in labels]
+        found: list[Id] = []
         for label in labels:
             offsets, data = views[label // BATCH_ROWS]
             at = label % BATCH_ROWS

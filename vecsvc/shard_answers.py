@@ -11,7 +11,7 @@ import numpy as np
 from vecsvc import remote, schemas
 from vecsvc.catalog import Served
 from vecsvc.engine import Engine
-from vecsvc.errors import DeadlineExceeded, NotReady, ProtocolError
+from vecsvc.errors import DeadlineExceeded, ProtocolError
 from vecsvc.manifest import Manifest
 from vecsvc.nearest import Nearest, nearest
 from vecsvc.question_checks import INLINE_HITS, encoder_of
@@ -170,17 +170,9 @@ ANSWERS: Final[dict[Kind, Any]] = {
 
 def _retained(engine: Engine, index: str, digest: str) -> Served:
     """The version, kept open until the caller releases it: let_go may close it in its thread at any time."""
-    while True:
-        served = engine.catalog.version(index, digest)
-        served.retain()
-        # What is still there after that was retained in time.
-        try:
-            if engine.catalog.version(index, digest) is served:
-                return served
-        except NotReady:
-            served.release()
-            raise
-        served.release()
+    while not (served := engine.catalog.version(index, digest)).retain():
+        pass
+    return served
 
 
 def _without_files(manifest: Manifest) -> Manifest:
