@@ -248,7 +248,7 @@ def test_where_no_index_has_an_encoder_that_is_what_is_said() -> None:
         ({"model": "tiny"}, None, "missing required field `input`"),
         ({"input": "red"}, None, "missing required field `model`"),
         ({"input": "red", "model": 5}, "model", "$.model: Expected `str`, got `int`; the value is 5"),
-        ({"input": "red", "model": "tiny", "encoding_format": "hex"}, "encoding_format", "known are float, base64;"),
+        ({"input": "red", "model": "tiny", "encoding_format": "hex"}, "encoding_format", "known are: float, base64;"),
         ({"input": "red", "model": "tiny", "dimensions": 7}, "dimensions", "dimensions must be 8, got 7"),
         ({"input": "red", "model": "tiny", "input_type": "document"}, "input_type", 'the value is "document"'),
         ({"input": "red", "model": "tiny", "task": "x"}, None, "unknown field `task`"),

@@ -468,6 +468,13 @@ def test_a_parameter_of_the_kind_may_stand_in_the_url(every: Service) -> None:
     assert reply.json()["explain"][0]["params"] == {"ef_search": 7}
 
 
+def test_who_gives_arrow_no_weight_gets_json(every: Service) -> None:
+    for weight, kind in (("0", "application/json"), ("0.5", "application/vnd.apache.arrow.stream")):
+        accept = f"text/plain, application/vnd.apache.arrow.stream; q={weight}"
+        reply = every.ask("POST", "/indexes/large/search/batch", QUERIES.tobytes(), {**BINARY, "Accept": accept})
+        assert (reply.status, reply.headers["content-type"].partition(";")[0]) == (200, kind)
+
+
 @pytest.mark.parametrize("name", ["products", "numbers"])
 @pytest.mark.parametrize(
     "accept", ["application/vnd.apache.arrow.stream", "text/html, Application/Vnd.Apache.Arrow.Stream"]

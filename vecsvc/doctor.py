@@ -20,6 +20,13 @@ _RIVALS: Final = {
 }
 
 
+# Libraries that the work is given to; those of extras may be missing.
+_LIBRARIES: Final = (
+    *("numpy", "numba", "pyarrow", "msgspec", "aiohttp", "uvloop", "scikit-learn", "tokenizers"),
+    *("hnswlib", "onnx", "safetensors", "torch"),
+)
+
+
 class Report(msgspec.Struct):
     vecsvc: str
     python: str
@@ -44,7 +51,8 @@ def examine() -> Report:
             kinds[kind] = "ok"
         except VecsvcError as error:
             kinds[kind] = str(error)
-    installed = {name: _version(name) for names in _RIVALS.values() for name in names if _version(name) is not None}
+    names = (*_LIBRARIES, *(name for rivals in _RIVALS.values() for name in rivals))
+    installed = {name: version for name in names if (version := _version(name)) is not None}
     problems = []
     for name, rivals in _RIVALS.items():
         both = [rival for rival in rivals if rival in installed]
@@ -60,7 +68,7 @@ def examine() -> Report:
         f"for {machine_code.best_path()}, "
         + (f"not kept: {machine_code.reason()}" if machine_code.reason() else f"kept in {machine_code.folder()}"),
         kinds,
-        {name: version for name, version in installed.items() if version},
+        installed,
         problems,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
@@ -50,6 +50,8 @@ _BODY_ONLY: Final = ("text", "vector", "id", "texts", "vectors", "filter", "para
 MAX_PARAMS: Final = 64
 EXPLAINED_BYTES: Final = 1 << 20  # a larger body is not decoded again for the sake of its error message
 _MAX_SHOWN: Final = 80
+_STEP: Final = re.compile(r"\.(\w+)")  # of a path in a decoder's error: $.rerank.depth
+_NO_WEIGHT: Final = re.compile(r"q\s*=\s*0(\.0*)?")
 _NOTHING: Final[frozenset[str]] = frozenset()
 
 
@@ -189,8 +191,12 @@ def rows_of(body: bytes, dim: int) -> Vectors:
 
 
 def wants_arrow(accept: str) -> bool:
-    """Whether an Accept header names Arrow; media types have no case."""
-    return ARROW in accept.lower()
+    """Whether an Accept header names Arrow, and not with a weight of 0; media types have no case."""
+    for part in accept.lower().split(","):
+        kind, *parameters = (word.strip() for word in part.split(";"))
+        if kind == ARROW:
+            return not any(_NO_WEIGHT.fullmatch(parameter) for parameter in parameters)
+    return False
 
 
 def single(query: Mapping[str, str]) -> dict[str, str]:
@@ -243,22 +249,41 @@ def _explain(error: msgspec.ValidationError, body: bytes, kind: Any) -> Malforme
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as malformed:
         return _malformed(malformed, body)
+    known = _known(kind, path, fields="unknown field" in message)
+    message += f"; known are: {', '.join(known)}" if known else ""
     if not path:
-        fields = ", ".join(field.name for field in msgspec.structs.fields(kind))
-        known = f"; known are: {fields}" if "unknown field" in message else ""
         got = f"; the value is {shown(value)}" if not isinstance(value, dict) else ""
-        return InvalidRequest(f"the body: {message}{known}{got}")
-    if path.startswith("$.include"):
-        message += f", known are {', '.join(INCLUDES)}"
-    elif message.startswith("Invalid enum value"):
-        words = [word for word in get_args(get_type_hints(kind).get(path.removeprefix("$."))) if isinstance(word, str)]
-        message += f", known are {', '.join(words)}" if words else ""
+        return InvalidRequest(f"the body: {message}{got}")
     try:
         for step in path.removeprefix("$").replace("[", ".").replace("]", "").split(".")[1:]:
             value = value[int(step)] if isinstance(value, list) else value[step]
     except (KeyError, IndexError, ValueError, TypeError):
         return InvalidRequest(f"{path}: {message}")
     return InvalidRequest(f"{path}: {message}; the value is {shown(value)}")
+
+
+def _known(kind: Any, path: str, *, fields: bool) -> list[str]:
+    """The words that a body of that type may have at that place; with `fields` the names of the object there."""
+    leaves = [*_leaves(kind)]
+    for name in _STEP.findall(path):
+        hints = [get_type_hints(leaf) for leaf in leaves if _is_struct(leaf)]
+        leaves = [leaf for found in hints if name in found for leaf in _leaves(found[name])]
+    if fields:
+        return [field.name for leaf in leaves if _is_struct(leaf) for field in msgspec.structs.fields(leaf)]
+    return [leaf for leaf in leaves if isinstance(leaf, str)]
+
+
+def _leaves(kind: Any) -> Iterator[Any]:
+    """What a type is made of: the members of unions and lists, and the words of literals."""
+    inner = get_args(kind)
+    if not inner:
+        yield kind
+    for one in inner:
+        yield from _leaves(one)
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Struct)
 
 
 def _settings(wire: CommonBody, limits: HttpSettings) -> SearchSettings:
