@@ -52,7 +52,8 @@ def test_json_is_for_machines(corpus: Path) -> None:
     [version] = versions["corpus"]
     assert version.pop("created").startswith("20") and version["version"].startswith("20")
     assert version == {"version": version["version"], "serves": True, "damage": None}
-    assert json.loads(run("doctor", "--json").stdout)["kinds"]["exact"] == "ok"
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["kinds"]["exact"] == "ok" and report["packages"]["numpy"] == np.__version__
 
 
 def test_versions_are_listed_rolled_back_and_deleted(corpus: Path) -> None:

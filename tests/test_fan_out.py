@@ -247,7 +247,9 @@ async def _one_run(seed: int) -> None:
         assert fake.waiting == 0, fake.node.name
     first = groups_begun + 1e-6
     assert hedged(shared) <= settings.hedge_share * first + (fan_out.HEDGE_BURST if settings.hedge_share else 0)
-    assert shared.metrics.retries().value <= settings.retry_share * first + fan_out.RETRY_BURST
+    retries = settings.retry_share * first
+    assert shared.metrics.retries().value <= retries + (fan_out.RETRY_BURST if settings.retry_share else 0)
+    assert hedged(shared, "silence") <= retries + (4 * fan_out.SILENCE_BURST if settings.retry_share else 0)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -338,8 +340,14 @@ def test_hedges_stay_within_their_budget_however_slow_a_replica_is(run: Run) -> 
     run(check_it())
 
 
+def spent(shared: Budgets, one: Group) -> None:
+    """Leave nothing for second questions that are only late."""
+    while shared.of_shards(one).hedges.take():
+        pass
+
+
 @pytest.mark.parametrize(("retry_share", "hedge_share"), [(0.1, 0.0), (0.1, 0.05), (0.0, 0.0)])
-def test_a_replica_that_is_silent_for_half_the_time_counts_as_failed(
+def test_a_replica_that_is_silent_for_half_the_time_is_asked_around(
     run: Run, retry_share: float, hedge_share: float
 ) -> None:
     async def check_it() -> None:
@@ -347,25 +355,41 @@ def test_a_replica_that_is_silent_for_half_the_time_counts_as_failed(
         shared = budgets(settings)
         hole, fast = pair(settings, silent, answering(0.002))
         one = group(0, [hole, fast])
-        while shared.of_shards(one).hedges.take():
-            pass
+        spent(shared, one)
         await learn(hole, 0.001)
         await learn(fast, 0.010)  # so that it is not asked first
         began = now()
         if retry_share:
             await ask([one], shared)
             assert one.answer is not None and now() - began == pytest.approx(0.502)
-            assert hedged(shared, "retry_won") == shared.metrics.retries().value == 1
+            assert hedged(shared, "hedge_won") == hedged(shared, "silence") == hedged(shared, "no_budget") == 1
         else:
             with pytest.raises(DeadlineExceeded):
                 await ask([one], shared)
-        assert hedged(shared, "no_budget") == 1 and hedged(shared) == 0
+            assert hedged(shared, "no_budget") == 2
+        assert hedged(shared) == shared.metrics.retries().value == 0
         assert hole.node.latency("key").mean > 0.4 and hole.node.state == "up"
 
     run(check_it())
 
 
-def test_where_two_replicas_are_silent_for_half_the_time_a_third_is_asked(run: Run) -> None:
+def test_a_short_question_is_asked_again_at_half_its_time_though_replicas_are_usually_slower(run: Run) -> None:
+    async def check_it() -> None:
+        settings = RouteSettings()
+        shared = budgets(settings)
+        hole, fast = pair(settings, silent, answering(0.020))
+        await learn(hole, 0.060)
+        await learn(fast, 0.070)
+        began = now()
+        one = group(0, [hole, fast])
+        await ask([one], shared, 0.050)
+        assert one.answer is not None and now() - began == pytest.approx(0.045)
+        assert hedged(shared) == 1 and hedged(shared, "silence") == 0  # there is room for what is only late
+
+    run(check_it())
+
+
+def test_where_two_replicas_are_silent_a_third_is_asked(run: Run) -> None:
     async def check_it() -> None:
         settings = RouteSettings()
         shared = budgets(settings)
@@ -373,12 +397,76 @@ def test_where_two_replicas_are_silent_for_half_the_time_a_third_is_asked(run: R
         for fake in fakes:
             await learn(fake, 0.010)  # just now, so that none needs a copy
         began = now()
-        one = group(0, fakes)
         with pytest.raises(DeadlineExceeded):
-            await ask([one], shared)
+            await ask([group(0, fakes)], shared)
         assert now() - began == pytest.approx(1.0)
-        assert [fake.asked for fake in fakes] == [1, 1, 1]
-        assert hedged(shared) == shared.metrics.retries().value == 1
+        assert [fake.asked for fake in fakes] == [1, 1, 1] and hedged(shared) == 2
+
+    run(check_it())
+
+
+def test_a_replica_that_refuses_is_asked_around_though_a_silent_one_was_asked_before(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check_it() -> None:
+        monkeypatch.setattr(fan_out.random, "sample", lambda nodes, n: nodes[:n])
+        settings = RouteSettings()
+        shared = budgets(settings)
+        fakes = [FakeNode("a", settings, silent), FakeNode("b", settings, failing("overloaded"))]
+        fakes.append(FakeNode("c", settings, answering(0.002)))
+        for fake, seconds in zip(fakes, (0.010, 0.020, 0.700), strict=True):
+            await learn(fake, seconds, KNOWN_AFTER - 1)  # too few to know when to ask another
+        one = group(0, fakes)
+        spent(shared, one)
+        began = now()
+        await ask([one], shared)
+        assert one.answer is not None and now() - began == pytest.approx(0.503)
+        assert hedged(shared, "silence") == shared.metrics.retries().value == 1
+
+    run(check_it())
+
+
+def test_a_silent_replica_is_asked_around_past_one_that_could_not_be_sent_the_question(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check_it() -> None:
+        settings = RouteSettings()
+        shared = budgets(settings)
+        monkeypatch.setattr(fan_out.random, "sample", lambda nodes, n: nodes[:n])
+        (hole, full), fast = pair(settings, silent, silent), FakeNode("c", settings, answering(0.002))
+        for fake, seconds in ((hole, 0.001), (full, 0.002), (fast, 0.003)):
+            await learn(fake, seconds)
+
+        def ask_it(*_: Any) -> int:
+            raise NodeFailed("it has not read what it was asked before")
+
+        monkeypatch.setattr(full.node, "ask", ask_it)
+        one = group(0, [hole, full, fast])
+        spent(shared, one)
+        began = now()
+        await ask([one], shared)
+        assert one.answer is not None and now() - began <= 0.51
+
+    run(check_it())
+
+
+def test_slow_shards_leave_the_budget_of_failures_alone(run: Run) -> None:
+    async def check_it() -> None:
+        settings = RouteSettings()
+        shared = budgets(settings)
+        slow = pair(settings, answering(0.6), answering(0.6))
+        n = 500
+        for _ in range(n):
+            await ask([group(0, list(slow))], shared)
+        assert shared.metrics.retries().value == 0
+        most = (settings.retry_share + settings.hedge_share) * n + fan_out.SILENCE_BURST + fan_out.HEDGE_BURST
+        assert sum(fake.asked for fake in slow) <= n + most + 1
+        first, second = pair(settings, silent, answering(0.002))
+        await learn(second, 0.5)  # so that the other is asked first
+        tasks = [asyncio.create_task(ask([group(1, [first, second])], shared)) for _ in range(200)]
+        await asyncio.sleep(0.001)
+        first.lose()
+        await asyncio.gather(*tasks)
 
     run(check_it())
 

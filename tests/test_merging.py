@@ -10,7 +10,7 @@ import pytest
 
 from vecsvc.errors import ProtocolError
 from vecsvc.merging import check_part
-from vecsvc.remote import Part
+from vecsvc.remote import Part, all_finite
 
 INCLUDE = frozenset(("fields", "vector"))
 DIM = 3
@@ -49,6 +49,7 @@ DAMAGED: dict[str, dict[str, Any]] = {
     "infinitely far": {"distances": floats(0.5, np.inf, 1.0)},
     "infinitely near": {"distances": floats(-np.inf, 0.5, 1.0)},
     "a vector of NaN": {"vectors": floats(*[np.nan] * 9)},
+    "half a value that nobody asked for": {"vectors": b"abc"},
     "no time": {"queue_s": float("nan")},
     "for ever": {"rerank_s": float("inf")},
 }
@@ -56,7 +57,17 @@ DAMAGED: dict[str, dict[str, Any]] = {
 
 def test_a_part_as_nodes_send_it_is_taken() -> None:
     check_part(3, 2, DIM, INCLUDE, PART)
-    check_part(1, 2, DIM, frozenset(), msgspec.structs.replace(PART, counts=[0], distances=b"", rows=b"", ids=[]))
+    nothing = msgspec.structs.replace(PART, counts=[0], distances=b"", rows=b"", ids=[], fields=None, vectors=None)
+    check_part(1, 2, DIM, frozenset(), nothing)
+
+
+@pytest.mark.parametrize("n", [1, 2, 64, 65, 200])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_no_number_is_seen_among_few_and_many(n: int, wrong: float) -> None:
+    values = np.full(n, 3e38, "<f4")  # whose squares and sum have no place in float32
+    assert all_finite(values.tobytes())
+    values[n // 2] = wrong
+    assert not all_finite(values.tobytes())
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
 from typing import Final
 
 from vecsvc import remote
@@ -47,6 +47,7 @@ class Asked:
         self._k = settings.k + (0 if own is None else 1)
         self._began = 0.0
         self.groups: list[Group] = []
+        # It reads the list when the call is over; whoever fills it must not put another in its place.
         self._merge = Merge(version, self.groups, len(vectors), settings, own)
 
     @property
@@ -67,13 +68,13 @@ class Asked:
         if settings.probe_shards is None or version.centroids is None:
             common, check = self._common(head, vectors), self._check(len(vectors))
             for shards, nodes in version.groups:
-                framed = partial(_framed, shards, common)
+                framed = functools.partial(_framed, shards, common)
                 self.groups.append(Group(version.name, shards, nodes, framed, Kind.PART, check))
             return
         chosen = nearest_shards(vectors, version.centroids, settings.probe_shards, version.manifest.metric)
         nodes_of = {shard: nodes for shards, nodes in version.groups for shard in shards}
         for shard, queries in queries_of_shards(chosen).items():
-            framed = partial(_framed, (shard,), self._common(head, vectors[queries]))
+            framed = functools.partial(_framed, (shard,), self._common(head, vectors[queries]))
             check = self._check(len(queries))
             group = Group(version.name, (shard,), nodes_of[shard], framed, Kind.PART, check, queries=queries.tolist())
             self.groups.append(group)
@@ -90,7 +91,7 @@ class Asked:
         return common
 
     def _check(self, n: int) -> Callable[[Part], None]:
-        return partial(check_part, n, self._k, self.vectors.shape[1], self.settings.include)
+        return functools.partial(check_part, n, self._k, self.vectors.shape[1], self.settings.include)
 
     def call(self, router: Router) -> Call:
         """What asks the groups."""
@@ -129,7 +130,7 @@ def _ask(index: str, digest: str, dim: int, settings: SearchSettings, k: int, of
 
 
 # Conditions may hold lists, which are no keys; and they change from question to question.
-_known_ask: Final = lru_cache(KNOWN_ASKS)(_ask)
+_known_ask: Final = functools.lru_cache(KNOWN_ASKS)(_ask)
 
 
 def _framed(shards: tuple[int, ...], common: Common, request: int, left_ms: float) -> bytes:

@@ -249,7 +249,7 @@ class Served:
         return indexes.search_params(self.manifest.spec.kind, **{**self.manifest.search, **dict(values)})
 
     def retain(self) -> bool:
-        """Keep it open until `release`; False where it is closed, and another serves."""
+        """Keep it open until `release`; False where it is closed, and then the catalog has it no more."""
         with self._lock:
             if self.closed:
                 return False

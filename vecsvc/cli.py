@@ -412,7 +412,7 @@ def _print_manifest(name: str, facts: dict[str, Any]) -> None:
     rows = {
         "version": f"{facts['version']}, created {facts['created']}",
         "index": f"{vectors}, {spec['metric']}, {spec['kind']} {params}",
-        "shards": f"{len(facts['shards'])}, {len(files) + 1} files, {size / 1e6:.1f} MB",
+        "shards": f"{len(facts['shards'])}, {len(files)} files, {size / 1e6:.1f} MB",
         "a vector": f"{each['index']:g} bytes of index, {each['vectors']:g} of vectors, {each['rest']:g} of the rest",
         "ids": facts["id_type"],
         "fields": ", ".join(f"{field}: {kind}" for field, kind in facts["fields"].items()) or "none",

@@ -208,7 +208,8 @@ class RouteSettings(HttpSettings):
     ping_timeout_s: float = option(1.0, "a node that has not answered by then is cut off", low=0.01, high=60)
     hedge_share: float = option(
         0.05,
-        "questions that may be asked a second time, because the first takes long or to time a slow replica; 0 for none",
+        "questions that may be asked a second time, because the first takes long or to time a slow replica; with 0 "
+        "only what is silent for half of its time, by retry_share",
         low=0,
         high=1,
     )

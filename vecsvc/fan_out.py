@@ -2,18 +2,18 @@
 
 Which replica: the better of two at random by observed latency and load (Mitzenmacher, "The Power of Two Choices in
 Randomized Load Balancing", IEEE TPDS 2001). When a second one: after the 95th percentile of the replica's latency
-(Dean and Barroso, "The Tail at Scale", CACM 2013), within a budget; the loser is cancelled. And where that budget is
-used up: a replica that is silent for half of a question's time counts as one that failed, and another is asked.
+(Dean and Barroso, "The Tail at Scale", CACM 2013), within a budget; the loser is cancelled. Where that budget is used
+up, a replica that is silent for half of a question's time is asked around all the same, within another.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -37,6 +37,7 @@ from vecsvc.route_metrics import RouteMetrics
 
 PROBE_PART: Final = 0.2  # of the share of second questions, what copies may be
 HEDGE_BURST: Final = 32.0  # second questions that may be asked at once after a quiet time
+SILENCE_BURST: Final = 32.0  # questions that may be asked around silent nodes at once after a quiet time
 RETRY_BURST: Final = 256.0  # a node that dies fails all that it had in flight at once
 MAX_BUDGETS: Final = 65_536  # groups of shards with a budget of their own; past that all begin anew
 PROBE_S: Final = 1.0  # a slower replica gets a copy of a question so often, to see whether it recovered
@@ -70,18 +71,20 @@ class ShardBudgets:
     """The budgets of some shards for second questions: what is asked again because it is late, and copies.
 
     Copies have their own. Where few questions come, one a second would be more than the budget, and nothing be left
-    for late answers.
+    for late answers. So has silence: shards that are all slow would use up what a black hole needs.
     """
 
-    __slots__ = ("hedges", "probes")
+    __slots__ = ("hedges", "probes", "silence")
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, silence_share: float) -> None:
         self.hedges = Budget((1.0 - PROBE_PART) * share, HEDGE_BURST)
         self.probes = Budget(PROBE_PART * share, 1.0)
+        self.silence = Budget(silence_share, SILENCE_BURST)
 
     def earn(self) -> None:
         self.hedges.earn()
         self.probes.earn()
+        self.silence.earn()
 
 
 @dataclass(slots=True)
@@ -107,7 +110,7 @@ class Budgets:
         if found is None:
             if len(self.shards) >= MAX_BUDGETS:
                 self.shards.clear()
-            found = self.shards[key] = ShardBudgets(self.hedge_share)
+            found = self.shards[key] = ShardBudgets(self.hedge_share, self.retries.share)
         return found
 
 
@@ -158,7 +161,7 @@ class Call:
         self.finished = False
         self._budgets, self._key, self._partial = budgets, key, partial
         self._loop = asyncio.get_running_loop()
-        self._silent_at = 0.0  # who has not answered by then counts as failed
+        self._silent_at = 0.0  # who was asked before and has not answered by then is asked around
         self._timer: asyncio.TimerHandle | None = None
         self._tell: Callable[[], None] = _nobody_waits
         self._open = len(groups)  # groups without an answer or an error
@@ -235,7 +238,10 @@ class Call:
         known = [n.latency(self._key).p95 for n in group.nodes if n.latency(self._key).count >= KNOWN_AFTER]
         # Not after the p95 of the replica that is asked: where it is the slow one, the other's is the better measure.
         delay = max(self._budgets.hedge_min_s, min(known) if known else SLOW_START_S)
-        group.hedge_at = time.monotonic() + delay
+        now = time.monotonic()
+        group.hedge_at = now + delay
+        if now < self._silent_at:
+            group.hedge_at = min(group.hedge_at, self._silent_at)
 
     def _choose(self, group: Group) -> Node | None:
         """The node to ask next; None where there is none that was not tried."""
@@ -282,7 +288,7 @@ class Call:
         if kind != "probe":
             group.tried.append(node)
         try:
-            attempt.request = node.ask(group.make, left_ms, partial(self._replied, attempt))
+            attempt.request = node.ask(group.make, left_ms, functools.partial(self._replied, attempt))
         except NodeFailed as error:
             if kind == "first":
                 self._again(group, error)
@@ -294,6 +300,7 @@ class Call:
     def _replied(self, attempt: _Attempt, kind: Kind | None, payload: bytes, error: NodeFailed | None) -> None:
         if not attempt.awaited:
             return
+        now = time.monotonic()
         group, node = attempt.group, attempt.node
         node.in_flight -= 1
         if attempt in group.attempts:
@@ -316,7 +323,6 @@ class Call:
             if not group.done and attempt.kind != "probe":
                 self._again(group, failure)
             return
-        now = time.monotonic()
         node.answered(self._key, now - attempt.started, now)
         if group.done:
             return
@@ -332,9 +338,11 @@ class Call:
 
     def _again(self, group: Group, failure: VecsvcError) -> None:
         """A node failed: wait for another that was asked, ask another, or give up."""
-        if any(attempt.kind != "probe" for attempt in group.attempts):
+        now = time.monotonic()
+        asked = [attempt for attempt in group.attempts if attempt.kind != "probe"]
+        if any(now < self._silent_at or attempt.started >= self._silent_at for attempt in asked):
             return
-        if isinstance(failure, _RETRIED) and time.monotonic() < self.deadline and not self.finished:
+        if isinstance(failure, _RETRIED) and now < self.deadline and not self.finished:
             while (node := self._choose(group)) is not None:
                 if not self._budgets.retries.take():
                     break
@@ -346,6 +354,8 @@ class Call:
                             self._timer.cancel()
                             self._set_timer()
                     return
+        if asked:
+            return  # silent as they are, they may answer yet
         for probe in group.attempts:
             probe.kind = "retry"  # what was only a copy is all that is left
             return
@@ -387,27 +397,28 @@ class Call:
             self._set_timer()
 
     def _hedge(self, group: Group, now: float) -> None:
+        """Ask another node as well, where one may be asked; and one more when half of what is then left has passed."""
         self._outlived(group, now)
-        silent = now >= self._silent_at
+        budgets, silent = self._budgets.of_shards(group), now >= self._silent_at
         if not silent:
             group.hedge_at = self._silent_at
-        node = self._choose(group)
-        if node is None or not (silent or node.usable()):
-            return
-        for attempt in group.attempts:
-            if attempt.node is node:  # as a probe it is at work already for what would be asked again
-                attempt.kind = "hedge"
-                group.tried.append(node)
+        while (node := self._choose(group)) is not None and (silent or node.usable()):
+            for attempt in group.attempts:
+                if attempt.node is node:  # as a probe it is at work already for what would be asked again
+                    attempt.kind = "hedge"
+                    group.tried.append(node)
+                    return
+            if budgets.hedges.take():
+                outcome = "sent"
+            elif silent and budgets.silence.take():
+                outcome = "silence"
+            else:
+                self._budgets.metrics.hedges("no_budget").inc()
                 return
-        if silent:
-            if self._budgets.retries.take():
-                self._budgets.metrics.retries().inc()
-                self._send(group, node, "retry")
-        elif self._budgets.of_shards(group).hedges.take():
-            self._budgets.metrics.hedges("sent").inc()
-            self._send(group, node, "hedge")
-        else:
-            self._budgets.metrics.hedges("no_budget").inc()
+            self._budgets.metrics.hedges(outcome).inc()
+            if self._send(group, node, "hedge"):
+                group.hedge_at = (now + self.deadline) / 2 if len(group.tried) < len(group.nodes) else 0.0
+                return
 
     def _outlived(self, group: Group, now: float) -> None:
         for attempt in group.attempts:

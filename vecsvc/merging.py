@@ -34,8 +34,8 @@ def check_part(n: int, k: int, dim: int, include: frozenset[str], part: Part) ->
         and len(part.distances) == 4 * hits
         and len(part.rows) == 8 * hits
         and len(part.ids) == hits
-        and (part.fields is not None and len(part.fields) == hits if "fields" in include else True)
-        and (part.vectors is not None and len(part.vectors) == 4 * dim * hits if "vector" in include else True)
+        and (len(part.fields) == hits if part.fields is not None else "fields" not in include)
+        and (len(part.vectors) == 4 * dim * hits if part.vectors is not None else "vector" not in include)
     )
     if not fits:
         raise ProtocolError(f"an answer of {hits} hits whose parts do not fit together")

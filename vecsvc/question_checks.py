@@ -10,16 +10,9 @@ import numpy as np
 
 from vecsvc.catalog import Plan, Served
 from vecsvc.distance import check_vector
-from vecsvc.errors import (
-    DimensionMismatch,
-    InvalidParameter,
-    InvalidRequest,
-    InvalidVector,
-    UnknownParameter,
-    listed,
-)
+from vecsvc.errors import DimensionMismatch, InvalidParameter, InvalidRequest, UnknownParameter, listed
 from vecsvc.manifest import Manifest
-from vecsvc.types import MAX_ABS, Id, Metric, Query, SearchSettings, TextQuery, TookMs, VectorQuery, Vectors
+from vecsvc.types import MAX_ABS, Id, Query, SearchSettings, TextQuery, TookMs, VectorQuery, Vectors
 
 E = TypeVar("E", covariant=True)
 
@@ -29,8 +22,6 @@ _HIT_BYTES: Final = 256
 _FIELD_BYTES: Final = 256
 _VALUE_BYTES: Final = 32
 INLINE_HITS: Final = 10_000  # longer answers are encoded in a thread
-MAX_WIDE: Final = 1e4  # values and their inverses up to there are what embeddings are made of
-_WIDE: Final = "its bytes make sense as float64: where that is what was sent, send float32"
 MAX_CANDIDATES: Final = 100_000  # of one query: k or rerank.depth, times k_factor
 
 
@@ -149,22 +140,7 @@ def check_dim(vectors: Vectors, manifest: Manifest) -> None:
 
 
 def check_values(vectors: Vectors, manifest: Manifest) -> None:
-    """Refuse values that no metric can rank."""
-    try:
-        _check_values(vectors, manifest.spec.metric)
-    except InvalidVector as error:
-        raise InvalidVector(f"{error}; {_WIDE}" if _is_wide(vectors) else str(error)) from None
-
-
-def _is_wide(vectors: Vectors) -> bool:
-    """Whether the bytes make sense as float64, which as float32 are numbers of any size."""
-    if vectors.size % 2 or not vectors.flags.c_contiguous:
-        return False
-    wide = np.abs(vectors.reshape(-1).view(np.float64))
-    return bool(wide.any() and np.all((wide == 0.0) | ((wide >= 1.0 / MAX_WIDE) & (wide <= MAX_WIDE))))
-
-
-def _check_values(vectors: Vectors, metric: Metric) -> None:
+    metric = manifest.spec.metric
     if len(vectors) == 1:
         check_vector(vectors[0], metric)
         return
@@ -179,7 +155,4 @@ def _check_values(vectors: Vectors, metric: Metric) -> None:
 
 def wrong_params(error: Exception) -> InvalidRequest:
     """What the kind of the index says of search settings, with those that every kind knows."""
-    return InvalidRequest(
-        f"params: {error}; every kind takes exact, max_visited and probe_shards; "
-        "k, partial, include and timeout_ms are no params, but stand beside them"
-    )
+    return InvalidRequest(f"params: {error}; every kind takes exact, max_visited and probe_shards")

@@ -26,14 +26,13 @@ class RouteMetrics:
         self.hedges = Family(
             Count,
             "vecsvc_hedges",
-            "Questions that were asked a second time (sent), had no budget for it (no_budget), were copied to see how "
+            "Questions that were asked a second time (sent; silence where that was for half of their time, past the "
+            "budget of sent), had no budget for it (no_budget), were copied to see how "
             "a node does (probe_sent; a copy under way is the second question where one is due to that node), or were "
             "answered by another than the first node (hedge_won, retry_won, probe_won)",
             ("outcome",),
         )
-        self.retries = Family(
-            Count, "vecsvc_shard_retries", "Questions asked again because a node failed or is silent", ()
-        )
+        self.retries = Family(Count, "vecsvc_shard_retries", "Questions asked again because a node failed", ())
         self.partial = Family(Count, "vecsvc_partial_answers", "Answers that lack shards", ("index",))
         self.flips = Family(Count, "vecsvc_version_flips", "Times that another version began to serve", ("index",))
         registry.register(self)

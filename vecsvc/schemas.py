@@ -6,6 +6,7 @@ message that names the place, the value and what would be right. Unknown fields 
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,8 @@ _BODY_ONLY: Final = ("text", "vector", "id", "texts", "vectors", "filter", "para
 MAX_PARAMS: Final = 64
 EXPLAINED_BYTES: Final = 1 << 20  # a larger body is not decoded again for the sake of its error message
 _MAX_SHOWN: Final = 80
+MAX_KNOWN_PLACES: Final = 256  # of bodies, for which is remembered what may stand there
+_UNKNOWN_FIELD: Final = "Object contains unknown field `"
 _STEP: Final = re.compile(r"\.(\w+)")  # of a path in a decoder's error: $.rerank.depth
 _NO_WEIGHT: Final = re.compile(r"q\s*=\s*0(\.0*)?")
 _NOTHING: Final[frozenset[str]] = frozenset()
@@ -241,7 +244,10 @@ def _malformed(error: Exception, body: bytes) -> MalformedRequest:
 
 def _explain(error: msgspec.ValidationError, body: bytes, kind: Any) -> MalformedRequest | InvalidRequest:
     """The decoder says where and what was expected; this adds what is known there, and the value that was found."""
-    message, _, path = str(error).partition(" - at `")
+    message, _, path = str(error).rpartition(" - at `")
+    unknown = str(error).startswith(_UNKNOWN_FIELD)
+    if not message or (unknown and not message.endswith("`")):  # a name that looks like a place is none
+        message, path = str(error), ""
     path = path.removesuffix("`")
     if len(body) > EXPLAINED_BYTES:
         return InvalidRequest(f"{path or 'the body'}: {message}")
@@ -249,8 +255,8 @@ def _explain(error: msgspec.ValidationError, body: bytes, kind: Any) -> Malforme
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as malformed:
         return _malformed(malformed, body)
-    known = _known(kind, path, fields="unknown field" in message)
-    message += f"; known are: {', '.join(known)}" if known else ""
+    known = _known(kind, tuple(_STEP.findall(path)), unknown)
+    message += f"; known are: {known}" if known else ""
     if not path:
         got = f"; the value is {shown(value)}" if not isinstance(value, dict) else ""
         return InvalidRequest(f"the body: {message}{got}")
@@ -262,15 +268,16 @@ def _explain(error: msgspec.ValidationError, body: bytes, kind: Any) -> Malforme
     return InvalidRequest(f"{path}: {message}; the value is {shown(value)}")
 
 
-def _known(kind: Any, path: str, *, fields: bool) -> list[str]:
-    """The words that a body of that type may have at that place; with `fields` the names of the object there."""
+@functools.lru_cache(MAX_KNOWN_PLACES)  # the hints of a type are found anew each time
+def _known(kind: Any, names: tuple[str, ...], fields: bool) -> str:
+    """The words that a body of that type may have at the place of these names, or the `fields` of the object there."""
     leaves = [*_leaves(kind)]
-    for name in _STEP.findall(path):
+    for name in names:
         hints = [get_type_hints(leaf) for leaf in leaves if _is_struct(leaf)]
         leaves = [leaf for found in hints if name in found for leaf in _leaves(found[name])]
     if fields:
-        return [field.name for leaf in leaves if _is_struct(leaf) for field in msgspec.structs.fields(leaf)]
-    return [leaf for leaf in leaves if isinstance(leaf, str)]
+        return ", ".join(field.name for leaf in leaves if _is_struct(leaf) for field in msgspec.structs.fields(leaf))
+    return ", ".join(leaf for leaf in leaves if isinstance(leaf, str))
 
 
 def _leaves(kind: Any) -> Iterator[Any]:
