@@ -270,6 +270,11 @@ async def learn(fake: FakeNode, seconds: float, times: int = KNOWN_AFTER + 8) ->
         fake.node.latency("key").learn(seconds, now())
 
 
+def unread(*_: Any) -> int:
+    """Stands for `Node.ask` of a node that takes nothing more."""
+    raise NodeFailed("it has not read what it was asked before")
+
+
 def pair(settings: RouteSettings, first: Any, second: Any) -> tuple[FakeNode, FakeNode]:
     return FakeNode("a", settings, first), FakeNode("b", settings, second)
 
@@ -302,11 +307,7 @@ def test_a_second_replica_is_asked_where_the_first_could_not_even_be_sent_the_qu
         full = FakeNode("c", settings, silent)
         for fake in (slow, fast, full):
             await learn(fake, 0.010)
-
-        def ask_it(*_: Any) -> int:
-            raise NodeFailed("it has not read what it was asked before")
-
-        monkeypatch.setattr(full.node, "ask", ask_it)
+        monkeypatch.setattr(full.node, "ask", unread)
         monkeypatch.setattr(fan_out.random, "sample", lambda nodes, n: [full.node, full.node])
         monkeypatch.setattr(fan_out.random, "choice", lambda pair: slow.node if slow.node in pair else pair[0])
         began = now()
@@ -436,11 +437,7 @@ def test_a_silent_replica_is_asked_around_past_one_that_could_not_be_sent_the_qu
         (hole, full), fast = pair(settings, silent, silent), FakeNode("c", settings, answering(0.002))
         for fake, seconds in ((hole, 0.001), (full, 0.002), (fast, 0.003)):
             await learn(fake, seconds)
-
-        def ask_it(*_: Any) -> int:
-            raise NodeFailed("it has not read what it was asked before")
-
-        monkeypatch.setattr(full.node, "ask", ask_it)
+        monkeypatch.setattr(full.node, "ask", unread)
         one = group(0, [hole, full, fast])
         spent(shared, one)
         began = now()

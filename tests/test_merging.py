@@ -49,7 +49,6 @@ DAMAGED: dict[str, dict[str, Any]] = {
     "infinitely far": {"distances": floats(0.5, np.inf, 1.0)},
     "infinitely near": {"distances": floats(-np.inf, 0.5, 1.0)},
     "a vector of NaN": {"vectors": floats(*[np.nan] * 9)},
-    "half a value that nobody asked for": {"vectors": b"abc"},
     "no time": {"queue_s": float("nan")},
     "for ever": {"rerank_s": float("inf")},
 }
@@ -59,6 +58,8 @@ def test_a_part_as_nodes_send_it_is_taken() -> None:
     check_part(3, 2, DIM, INCLUDE, PART)
     nothing = msgspec.structs.replace(PART, counts=[0], distances=b"", rows=b"", ids=[], fields=None, vectors=None)
     check_part(1, 2, DIM, frozenset(), nothing)
+    with pytest.raises(ProtocolError):  # nobody asked for it, and it is no vector either
+        check_part(1, 2, DIM, frozenset(), msgspec.structs.replace(nothing, vectors=b"abc"))
 
 
 @pytest.mark.parametrize("n", [1, 2, 64, 65, 200])
