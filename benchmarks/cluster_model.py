@@ -1,10 +1,10 @@
 """Simulates the queues of shards, replicas and hedged calls; what capacity.py plans with.
 
 One front door asks as vecsvc/fan_out.py does, by numbers that are imported from there: the better of two replicas by
-mean latency and calls in flight; a second call where the first is late; copies, as probes, to replicas that were not
-asked for long; budgets for both; and who is not needed any more is called back. A replica runs as many searches as it
-has threads, and the others wait in order of arrival. A call that waits when it is called back is never served; one that
-has begun is worked off.
+latency, silence and calls in flight; a second call where the first is late; copies, as probes, to replicas that were
+not asked for long; budgets for both; and who is not needed any more is called back. A replica runs as many searches as
+it has threads, and the others wait in order of arrival. A call that waits when it is called back is never served; one
+that has begun is worked off.
 
 Not modelled: the time that messages and the front door itself take, deadlines, failures and retries, several front
 doors that do not know of each other's calls, and searches that slow each other down. A replica that is gone stays so,
@@ -205,7 +205,9 @@ MEAN_OVER_MS = MEAN_OVER_S * 1000
 
 REPLICA = np.dtype(
     [
-        ("mean", np.float64),  # as a front door has it, and the next five
+        ("mean", np.float64),  # as a front door has it, and the next seven
+        ("least", np.float64),
+        ("silent_since", np.float64),
         ("p95", np.float64),
         ("at", np.float64),  # when the last answer came
         ("probed", np.float64),
@@ -369,7 +371,7 @@ def _ask(world: _World, rules: _Rules, rng: np.random.Generator, shard: int, now
         tally.used_calls += 1
     else:
         tally.free_call = world.calls[number].attempts
-    place = _choose(world, rules, rng, shard, NONE)
+    place = _choose(world, rules, rng, shard, NONE, now)
     call = world.calls[number]
     call.query, call.column, call.asked = tally.query, tally.column, now
     call.shard, call.place, call.attempts = shard, place, NONE
@@ -397,7 +399,7 @@ def _ask(world: _World, rules: _Rules, rng: np.random.Generator, shard: int, now
 
 
 @_inner
-def _choose(world: _World, rules: _Rules, rng: np.random.Generator, shard: int, besides: int) -> int:
+def _choose(world: _World, rules: _Rules, rng: np.random.Generator, shard: int, besides: int, now: float) -> int:
     """A living replica's place in the shard, never `besides`."""
     left = rules.up if besides == NONE else rules.up - 1
     one = int(rng.random() * left)
@@ -408,9 +410,19 @@ def _choose(world: _World, rules: _Rules, rng: np.random.Generator, shard: int, 
         other += other >= besides
     if left == 1 or not rules.two_choices:
         return one
-    a, b = world.replicas[shard * rules.replicas + one], world.replicas[shard * rules.replicas + other]
+    first = shard * rules.replicas
     # Which one is drawn first is chance already, so that a tie needs no more of it.
-    return one if a.mean * (1 + a.in_flight) <= b.mean * (1 + b.in_flight) else other
+    return one if _cost(world, first + one, now) <= _cost(world, first + other, now) else other
+
+
+@_inner
+def _cost(world: _World, number: int, now: float) -> float:
+    """Node.cost of vecsvc/node.py."""
+    replica = world.replicas[number]
+    expected = max(replica.mean, replica.least)
+    if replica.in_flight and replica.silent_since:
+        expected = max(expected, now - replica.silent_since)
+    return expected * (1 + replica.in_flight)
 
 
 @_inner
@@ -425,7 +437,7 @@ def _hedge(world: _World, rules: _Rules, rng: np.random.Generator, number: int, 
     while attempt != NONE:
         _outlived(world, attempt, now)
         attempt = world.attempts[attempt].sibling
-    place = _choose(world, rules, rng, call.shard, call.place)
+    place = _choose(world, rules, rng, call.shard, call.place, now)
     replica = call.shard * rules.replicas + place
     attempt = call.attempts
     while attempt != NONE:
@@ -447,6 +459,7 @@ def _reply(world: _World, rules: _Rules, number: int, now: float) -> None:
     attempt = world.attempts[number]
     if not attempt.called_back:
         world.replicas[attempt.replica].in_flight -= 1
+        world.replicas[attempt.replica].silent_since = 0.0
         _learn(world, rules, attempt.replica, now - attempt.started, now)
         if attempt.call != NONE:
             call = world.calls[attempt.call]
@@ -486,6 +499,7 @@ def _learn(world: _World, rules: _Rules, number: int, took: float, now: float) -
     replica, latest = world.replicas[number], world.latest[number]
     weight = max(1 / (replica.count + 1), min(MOST_WEIGHT, max(LEAST_WEIGHT, (now - replica.at) / MEAN_OVER_MS)))
     replica.mean += weight * (took - replica.mean)
+    replica.least = 0.0
     replica.at = now
     latest[replica.count % SAMPLES] = took
     replica.count += 1
@@ -504,7 +518,7 @@ def _learn(world: _World, rules: _Rules, number: int, took: float, now: float) -
 def _outlived(world: _World, number: int, now: float) -> None:
     attempt = world.attempts[number]
     replica = world.replicas[attempt.replica]
-    replica.mean = max(replica.mean, now - attempt.started)
+    replica.least = max(replica.least, now - attempt.started)
 
 
 # The replicas.
@@ -526,6 +540,8 @@ def _send(
     attempt.probe, attempt.called_back = probe, False
     attempt.call, attempt.sibling = call, world.calls[call].attempts
     world.calls[call].attempts = number
+    if not replica.in_flight or not replica.silent_since:
+        replica.silent_since = now
     replica.in_flight += 1
     if replica.running < rules.threads:
         replica.running += 1

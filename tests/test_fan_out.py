@@ -4,6 +4,7 @@ within budgets."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import random
 from collections.abc import Callable, Coroutine
@@ -28,7 +29,7 @@ from vecsvc.errors import (
 )
 from vecsvc.fan_out import Budget, Budgets, Call, Group
 from vecsvc.merging import check_part
-from vecsvc.node import KNOWN_AFTER, LEAST_WEIGHT, MEAN_OVER_S, MOST_WEIGHT, Latency, Node
+from vecsvc.node import KNOWN_AFTER, LEAST_WEIGHT, MEAN_OVER_S, MOST_WEIGHT, UNKNOWN_S, Latency, Node
 from vecsvc.remote import FoundRow, Held, Holdings, Kind, Part
 from vecsvc.route_metrics import RouteMetrics
 from vecsvc.telemetry import Spread
@@ -130,7 +131,7 @@ def group(number: int, fakes: list[FakeNode]) -> Group:
         assert left_ms > 0
         return remote.message(Kind.FIND, request, remote.Find("it", "v1", f"shard {number}"))
 
-    return Group("it", (number,), [fake.node for fake in fakes], make, Kind.FOUND, check)
+    return Group("it", (number,), [fake.node for fake in fakes], make, Kind.FOUND, check=check)
 
 
 def budgets(settings: RouteSettings) -> Budgets:
@@ -369,7 +370,7 @@ def test_a_replica_that_is_silent_for_half_the_time_is_asked_around(
                 await ask([one], shared)
             assert hedged(shared, "no_budget") == 2
         assert hedged(shared) == shared.metrics.retries().value == 0
-        assert hole.node.latency("key").mean > 0.4 and hole.node.state == "up"
+        assert hole.node.latency("key").expected > 0.4 and hole.node.state == "up"
 
     run(check_it())
 
@@ -720,6 +721,50 @@ def test_a_lost_connection_asks_the_other_replica_at_once(run: Run) -> None:
     run(check_it())
 
 
+def test_a_question_that_began_with_one_replica_finds_another_that_came(run: Run) -> None:
+    async def check_it(timeout_s: float, comes: float, took: float) -> None:
+        settings = RouteSettings()
+        hole, back = pair(settings, silent, answering(0.002))
+        one = group(0, [hole])
+        one.holders = lambda shards: [hole.node, *([back.node] if now() - began >= comes else [])]
+        began = now()
+        await ask([one], budgets(settings), timeout_s)
+        assert one.answer is not None and now() - began == pytest.approx(took)
+
+    for timeout_s, comes, took in ((1.0, 0.0, 0.052), (1.0, 0.28, 0.302), (1.0, 0.66, 0.702), (0.06, 0.0, 0.032)):
+        run(check_it(timeout_s, comes, took))
+
+
+def test_a_question_whose_only_replica_is_lost_finds_another_that_came(run: Run) -> None:
+    async def check_it() -> None:
+        settings = RouteSettings()
+        shared = budgets(settings)
+        lost, back = pair(settings, silent, answering(0.002))
+        one = group(0, [lost])
+        one.holders = lambda shards: [fake.node for fake in (lost, back) if fake.node.up]
+        began = now()
+        asyncio.get_running_loop().call_later(0.02, lost.lose)
+        await ask([one], shared)
+        assert one.answer is not None and now() - began == pytest.approx(0.022)
+        assert shared.metrics.retries().value == 1
+
+    run(check_it())
+
+
+def test_a_question_whose_only_replica_is_silent_ends_in_time(run: Run) -> None:
+    async def check_it() -> None:
+        settings = RouteSettings()
+        hole = FakeNode("a", settings, silent)
+        one = group(0, [hole])
+        one.holders = lambda shards: [hole.node]
+        began = now()
+        with pytest.raises(DeadlineExceeded):
+            await ask([one], budgets(settings))
+        assert now() - began == pytest.approx(1.0) and hole.asked == 1
+
+    run(check_it())
+
+
 def test_a_node_that_reads_nothing_is_not_sent_more(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def check_it() -> None:
         settings = RouteSettings()
@@ -749,26 +794,82 @@ def test_load_goes_to_the_faster_replica_and_a_draining_one_gets_none(run: Run) 
     run(check_it())
 
 
-def test_a_node_that_is_asked_no_more_is_not_told_of_as_lost(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_replica_that_hangs_draws_few_questions_where_none_may_be_asked_twice(run: Run) -> None:
+    async def check_it() -> None:
+        settings = RouteSettings(retry_share=0.0)
+        shared = budgets(settings)
+        one, other = pair(settings, answering(0.001), answering(0.002))
+        await learn(one, 0.001)
+        await learn(other, 0.002)
+        lost = 0
+
+        async def question() -> None:
+            nonlocal lost
+            try:
+                await ask([group(0, [one, other])], shared)
+            except DeadlineExceeded:
+                lost += 1
+
+        async def questions() -> None:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(400):
+                    shared.of_shards(group(0, [])).hedges = Budget(0.0, 0.0)
+                    tasks.create_task(question())
+                    await asyncio.sleep(0.005)
+
+        one.script = silent
+        await questions()
+        assert 1 <= lost <= 2
+        one.script = answering(0.001)
+        await questions()  # a copy shows that it is well
+        assert lost <= 2
+        other.script = silent
+        await questions()
+        assert lost <= 4
+
+    run(check_it())
+
+
+def kept(check_it: Callable[[Node, asyncio.Task[None]], Coroutine[Any, Any, None]]) -> None:
+    """Run `check_it` with a node that is connected by a socket, and the task that keeps it."""
+
     class Answering(asyncio.Protocol):
         def connection_made(self, transport: Any) -> None:
             transport.write(remote.message(Kind.HOLDINGS, 0, READY))
 
-    async def check_it() -> None:
+    async def with_node() -> None:
         server = await asyncio.get_running_loop().create_server(Answering, "127.0.0.1", 0)
         connected = asyncio.Event()
         one = Node(Address("127.0.0.1", server.sockets[0].getsockname()[1]), RouteSettings(), connected.set, Spread())
+        one.latency("key").outlived(1.0)
         keeping = asyncio.create_task(one.run())
         await asyncio.wait_for(connected.wait(), 10)
+        await check_it(one, keeping)
+        keeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await keeping
+        server.close()
+
+    asyncio.run(with_node())
+
+
+def test_a_node_that_is_asked_no_more_is_not_told_of_as_lost(caplog: pytest.LogCaptureFixture) -> None:
+    async def check_it(one: Node, keeping: asyncio.Task[None]) -> None:
         keeping.cancel()
         with pytest.raises(asyncio.CancelledError):
             await keeping
         assert not one.up and one.problem == "the front door asks it no more"
-        server.close()
 
     with caplog.at_level("INFO", logger="vecsvc.router"):
-        asyncio.run(check_it())
+        kept(check_it)
     assert [record.message for record in caplog.records] == ["node connected"]
+
+
+def test_what_a_node_did_not_answer_is_forgotten_when_it_comes_back() -> None:
+    async def check_it(one: Node, _: asyncio.Task[None]) -> None:
+        assert one.latency("key").expected == UNKNOWN_S
+
+    kept(check_it)
 
 
 def test_latency_is_a_moving_mean_and_the_95th_percentile_of_the_last_samples() -> None:
@@ -780,10 +881,16 @@ def test_latency_is_a_moving_mean_and_the_95th_percentile_of_the_last_samples() 
     for at in range(64):
         latency.learn(0.005, 128.0 + at)
     assert latency.p95 == 0.005 and latency.mean == pytest.approx(0.005, rel=1e-3)
+
+
+def test_a_question_that_was_not_answered_is_remembered_until_the_next_answer() -> None:
+    latency = Latency()
+    latency.learn(0.005, 1.0)
     latency.outlived(1.0)
-    assert latency.mean == 1.0
     latency.outlived(0.5)
-    assert latency.mean == 1.0
+    assert latency.expected == 1.0 and latency.mean == 0.005
+    latency.learn(0.005, 2.0)
+    assert latency.expected == latency.mean == 0.005
 
 
 def test_one_sample_of_many_weighs_little_and_one_after_a_while_much() -> None:

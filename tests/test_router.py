@@ -14,7 +14,7 @@ from vecsvc.config import RouteSettings
 from vecsvc.errors import NodeFailed
 from vecsvc.node import Node
 from vecsvc.remote import PROTOCOL, Held, Holdings
-from vecsvc.router import Router
+from vecsvc.router import RoutedVersion, Router
 from vecsvc.telemetry import Metrics, Spread
 from vecsvc.topology import Address
 
@@ -59,6 +59,30 @@ def run(check: Callable[[], Awaitable[None]]) -> None:
         await check()
 
     asyncio.run(main())
+
+
+def test_who_holds_shards_is_found_anew_though_others_share_nodes_now(tmp_path: Path) -> None:
+    async def check() -> None:
+        a, b, c = Made(tmp_path, 3).nodes
+        version = RoutedVersion.__new__(RoutedVersion)  # without a description: who holds it is all that matters
+        version.name, version.version, version.digest, version.total = "it", "v1", "d", 3
+
+        def hold(node: Node, *shards: int) -> None:
+            node.holdings = Holdings(PROTOCOL, [Held("it", "v1", "d", "2026", True, list(shards), 3)], False, "")
+
+        hold(a, 0, 1, 2)
+        version.regroup([a, b, c])
+        assert version.groups == [((0, 1, 2), [a])]
+        hold(b, 0, 1)
+        hold(c, 2)
+        version.regroup([a, b, c])
+        assert version.holders((0, 1, 2)) == [a] and version.holders((0, 1)) == version.holders((1,)) == [a, b]
+        assert version.holders((2,)) == [a, c] and set(version.holders(())) == {a, b, c}
+        a.holdings = None
+        version.regroup([a, b, c])
+        assert version.holders((0, 1, 2)) == [] and version.holders((2,)) == [c]
+
+    run(check)
 
 
 def test_an_index_that_no_node_has_is_forgotten_once_they_had_time_to_open_it(

@@ -468,9 +468,17 @@ def test_a_parameter_of_the_kind_may_stand_in_the_url(every: Service) -> None:
     assert reply.json()["explain"][0]["params"] == {"ef_search": 7}
 
 
-def test_who_gives_arrow_no_weight_gets_json(every: Service) -> None:
-    for weight, kind in (("0", "application/json"), ("0.5", "application/vnd.apache.arrow.stream")):
-        accept = f"text/plain, application/vnd.apache.arrow.stream; q={weight}"
+def test_who_weighs_json_more_than_arrow_gets_json(every: Service) -> None:
+    json, arrow = "application/json", "application/vnd.apache.arrow.stream"
+    for accept, kind in (
+        (f"text/plain, {arrow}; q=0", json),
+        (f"text/plain, {arrow}; q=0.5", arrow),
+        (f"{arrow};q=0.5, {json}", json),
+        (f"{arrow};q=0.5, */*", json),
+        (f"{arrow};q=0.5, {json};q=0.2, */*", arrow),
+        (f"{json}, {arrow}", arrow),
+        (f"{arrow};q=2", arrow),
+    ):
         reply = every.ask("POST", "/indexes/large/search/batch", QUERIES.tobytes(), {**BINARY, "Accept": accept})
         assert (reply.status, reply.headers["content-type"].partition(";")[0]) == (200, kind)
 

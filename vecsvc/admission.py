@@ -21,13 +21,14 @@ Load: TypeAlias = Literal["none", "single", "many"]
 class Budget:
     """Places for requests at work. Belongs to one event loop."""
 
-    __slots__ = ("_seconds", "coming", "in_flight", "limit", "setting")
+    __slots__ = ("_moved_at", "_seconds", "coming", "in_flight", "limit", "setting")
 
     def __init__(self, setting: str, limit: int) -> None:
         self.setting, self.limit = setting, limit
         self.in_flight = 0
         self.coming = 0  # let in, and not begun
         self._seconds: float | None = None  # that a request held its place lately
+        self._moved_at = 0.0  # time.perf_counter() when one last gave up its place, or found all of them free
 
     @property
     def full(self) -> bool:
@@ -48,20 +49,24 @@ class Budget:
     def enter(self) -> float:
         """Take a place; what `leave` gets back."""
         self.check()
+        now = time.perf_counter()
+        if not self.in_flight:
+            self._moved_at = now
         self.in_flight += 1
-        return time.perf_counter()
+        return now
 
     def leave(self, entered: float) -> None:
         self.in_flight -= 1
-        seconds = time.perf_counter() - entered
+        self._moved_at = time.perf_counter()
+        seconds = self._moved_at - entered
         self._seconds = seconds if self._seconds is None else _KEEP * self._seconds + (1 - _KEEP) * seconds
 
     @property
     def retry_after_s(self) -> float:
-        """When those who are at work now will be done, by what requests took lately."""
+        """When those who are at work now will be done: what requests took lately, or for how long none was done."""
         if self._seconds is None:
             return Overloaded.retry_after_s
-        return min(max(self._seconds, MIN_RETRY_S), MAX_RETRY_S)
+        return min(max(self._seconds, time.perf_counter() - self._moved_at, MIN_RETRY_S), MAX_RETRY_S)
 
 
 class Admission:

@@ -69,15 +69,17 @@ class Asked:
             common, check = self._common(head, vectors), self._check(len(vectors))
             for shards, nodes in version.groups:
                 framed = functools.partial(_framed, shards, common)
-                self.groups.append(Group(version.name, shards, nodes, framed, Kind.PART, check))
+                self.groups.append(Group(version.name, shards, nodes, framed, Kind.PART, version.holders, check))
             return
         chosen = nearest_shards(vectors, version.centroids, settings.probe_shards, version.manifest.metric)
         nodes_of = {shard: nodes for shards, nodes in version.groups for shard in shards}
         for shard, queries in queries_of_shards(chosen).items():
             framed = functools.partial(_framed, (shard,), self._common(head, vectors[queries]))
             check = self._check(len(queries))
-            group = Group(version.name, (shard,), nodes_of[shard], framed, Kind.PART, check, queries=queries.tolist())
-            self.groups.append(group)
+            nodes, asked = nodes_of[shard], queries.tolist()
+            self.groups.append(
+                Group(version.name, (shard,), nodes, framed, Kind.PART, version.holders, check, queries=asked)
+            )
 
     @staticmethod
     def _common(head: bytes, vectors: Vectors) -> Common:

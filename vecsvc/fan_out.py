@@ -40,6 +40,7 @@ HEDGE_BURST: Final = 32.0  # second questions that may be asked at once after a 
 SILENCE_BURST: Final = 32.0  # questions that may be asked around silent nodes at once after a quiet time
 RETRY_BURST: Final = 256.0  # a node that dies fails all that it had in flight at once
 MAX_BUDGETS: Final = 65_536  # groups of shards with a budget of their own; past that all begin anew
+LOOK_S: Final = 0.05  # a question that waits, and knows nobody else to ask, looks so often who has come back
 PROBE_S: Final = 1.0  # a slower replica gets a copy of a question so often, to see whether it recovered
 PROBE_GRACE_S: Final = 0.1  # past its deadline a copy is waited for so long, and then given up
 
@@ -122,6 +123,7 @@ class Group(msgspec.Struct, eq=False):
     nodes: list[Node]
     make: Callable[[int, float], bytes]  # the frame, from a request id and the milliseconds that are left
     expects: Kind
+    holders: Callable[[tuple[int, ...]], list[Node]] | None = None  # who has these shards now; None for `nodes` always
     check: Callable[[Any], None] = lambda answer: None  # raises ProtocolError where the answer makes no sense
     queries: list[int] | None = None  # which of the question's queries these shards are asked; None for all
     answer: Any = None
@@ -162,6 +164,7 @@ class Call:
         self._budgets, self._key, self._partial = budgets, key, partial
         self._loop = asyncio.get_running_loop()
         self._silent_at = 0.0  # who was asked before and has not answered by then is asked around
+        self._look_at = 0.0  # when one with a single replica looks for another
         self._timer: asyncio.TimerHandle | None = None
         self._tell: Callable[[], None] = _nobody_waits
         self._open = len(groups)  # groups without an answer or an error
@@ -184,7 +187,9 @@ class Call:
 
     def begin(self, tell: Callable[[], None]) -> None:
         """Ask. `tell` is called once, when there is nothing more to wait for, unless that is so at the end of this."""
-        self._silent_at = (time.monotonic() + self.deadline) / 2
+        now = time.monotonic()
+        self._silent_at = (now + self.deadline) / 2
+        self._look_at = min(now + LOOK_S, self._silent_at)
         self._budgets.retries.earn(len(self.groups))
         for group in self.groups:
             self._begin(group)
@@ -223,6 +228,7 @@ class Call:
 
     def _begin(self, group: Group) -> None:
         if len(group.nodes) == 1 and group.nodes[0].up:
+            group.hedge_at = self._look_at  # another may have come by then
             self._send(group, group.nodes[0], "first")
             return
         node = self._choose(group)
@@ -245,6 +251,8 @@ class Call:
 
     def _choose(self, group: Group) -> Node | None:
         """The node to ask next; None where there is none that was not tried."""
+        if group.tried and group.holders is not None:
+            group.nodes = group.holders(group.shards)  # some come back while a question is under way
         left = [node for node in group.nodes if node.up and node not in group.tried]
         # Where every replica is draining or ejected, one of them may still answer: better than none.
         candidates = [node for node in left if node.usable()] or left
@@ -253,13 +261,11 @@ class Call:
         if len(candidates) == 1:
             return candidates[0]
         one, other = random.sample(candidates, 2) if len(candidates) > 2 else candidates
-        a, b = self._cost(one), self._cost(other)
+        now = time.monotonic()
+        a, b = one.cost(self._key, now), other.cost(self._key, now)
         if a == b:
             return random.choice((one, other))
         return one if a < b else other
-
-    def _cost(self, node: Node) -> float:
-        return node.latency(self._key).mean * (1 + node.in_flight)
 
     def _probe(self, group: Group, chosen: Node) -> None:
         """Send a copy to a replica that would not be chosen, now and then, to see whether it recovered.
@@ -293,6 +299,8 @@ class Call:
             if kind == "first":
                 self._again(group, error)
             return False
+        if not node.in_flight or not node.silent_since:
+            node.silent_since = attempt.started
         node.in_flight += 1
         group.attempts.append(attempt)
         return True
@@ -303,6 +311,7 @@ class Call:
         now = time.monotonic()
         group, node = attempt.group, attempt.node
         node.in_flight -= 1
+        node.silent_since = 0.0
         if attempt in group.attempts:
             group.attempts.remove(attempt)
         answer = None
@@ -348,11 +357,10 @@ class Call:
                     break
                 self._budgets.metrics.retries().inc()
                 if self._send(group, node, "retry"):
-                    if len(group.tried) < len(group.nodes):
-                        self._hedge_later(group)
-                        if self._timer is not None:
-                            self._timer.cancel()
-                            self._set_timer()
+                    self._hedge_later(group)
+                    if self._timer is not None:
+                        self._timer.cancel()
+                        self._set_timer()
                     return
         if asked:
             return  # silent as they are, they may answer yet
@@ -400,8 +408,7 @@ class Call:
         """Ask another node as well, where one may be asked; and one more when half of what is then left has passed."""
         self._outlived(group, now)
         budgets, silent = self._budgets.of_shards(group), now >= self._silent_at
-        if not silent:
-            group.hedge_at = self._silent_at
+        group.hedge_at = (now + self.deadline) / 2
         while (node := self._choose(group)) is not None and (silent or node.usable()):
             for attempt in group.attempts:
                 if attempt.node is node:  # as a probe it is at work already for what would be asked again
@@ -414,11 +421,12 @@ class Call:
                 outcome = "silence"
             else:
                 self._budgets.metrics.hedges("no_budget").inc()
+                group.hedge_at = 0.0 if silent else self._silent_at
                 return
             self._budgets.metrics.hedges(outcome).inc()
             if self._send(group, node, "hedge"):
-                group.hedge_at = (now + self.deadline) / 2 if len(group.tried) < len(group.nodes) else 0.0
                 return
+        group.hedge_at = now + LOOK_S if silent else min(now + LOOK_S, self._silent_at)
 
     def _outlived(self, group: Group, now: float) -> None:
         for attempt in group.attempts:

@@ -230,6 +230,7 @@ class FrontDoor:
                 nodes,
                 lambda request, _: remote.message(Kind.FIND, request, find),
                 Kind.FOUND,
+                version.holders,
                 check,
             )
             for shards, nodes in chosen
@@ -239,8 +240,11 @@ class FrontDoor:
             if group.answer is not None and group.answer.vector is not None:
                 return _floats(group.answer.vector).reshape(1, -1)
         for group in groups:
+            if isinstance(group.error, ShardsMissing | DeadlineExceeded):
+                # `partial` is of no help: without the vector there is nothing to ask the other shards.
+                raise type(group.error)(f"{group.error}; id {id!r} may be there, so that its vector is not known")
             if group.error is not None:
-                raise group.error  # it may be there
+                raise group.error
         raise UnknownId(f"index {version.name!r} has no id {id!r}")
 
     async def _embed(self, version: RoutedVersion, texts: list[str], role: Role, deadline: float) -> EmbeddedTexts:
@@ -259,7 +263,7 @@ class FrontDoor:
             if not remote.all_finite(made.vectors):
                 raise ProtocolError("embeddings that are not finite")
 
-        group = Group(version.name, (), version.nodes(), make, Kind.EMBEDDED, check)
+        group = Group(version.name, (), version.nodes(), make, Kind.EMBEDDED, version.holders, check)
         key = ("embed", version.name, len(texts).bit_length())
         await self.router.call([group], key, deadline)
         made = group.answer

@@ -47,10 +47,11 @@ Reply = Callable[[Kind | None, bytes, NodeFailed | None], None]
 class Latency:
     """How long a node takes for one sort of question: a moving mean, and the 95th percentile of the last samples."""
 
-    __slots__ = ("_ring", "at", "count", "mean", "p95", "probed")
+    __slots__ = ("_ring", "at", "count", "least", "mean", "p95", "probed")
 
     def __init__(self) -> None:
         self.mean = UNKNOWN_S
+        self.least = 0.0  # that a question took which was not answered; forgotten with the next answer
         self.p95 = SLOW_START_S
         self.count = 0
         self.at = 0.0  # time.monotonic() of the last sample
@@ -62,6 +63,7 @@ class Latency:
         # wait at one replica while another is free. One that comes after a while says what the replica is like now.
         weight = max(1.0 / (self.count + 1), min(MOST_WEIGHT, max(LEAST_WEIGHT, (now - self.at) / MEAN_OVER_S)))
         self.mean += weight * (seconds - self.mean)
+        self.least = 0.0
         self.at = now
         ring = self._ring
         if len(ring) < SAMPLES:
@@ -78,7 +80,12 @@ class Latency:
 
     def outlived(self, seconds: float) -> None:
         """A question that was not answered yet took at least so long."""
-        self.mean = max(self.mean, seconds)
+        self.least = max(self.least, seconds)
+
+    @property
+    def expected(self) -> float:
+        """Seconds that the next question is thought to take."""
+        return max(self.mean, self.least)
 
     def failed(self) -> None:
         """A failure comes fast, and must not make a node look better than one that works."""
@@ -102,6 +109,7 @@ class Node:
         self._seconds = seconds
         self.holdings: Holdings | None = None  # None while it is not connected
         self.in_flight = 0
+        self.silent_since = 0.0  # time.monotonic() of the first question that was asked after the last answer, or 0
         self.problem = "not connected yet"
         self._settings, self._changed, self._tls = settings, changed, tls
         self._connection: _Connection | None = None
@@ -110,7 +118,7 @@ class Node:
         self._failures = 0
         self._ejected_until = 0.0
         self._eject_s = settings.eject_s
-        self.ejections = 0
+        self.ejections = self.losses = 0  # times that it was left alone, and that its connection was lost
 
     # ----------------------------------------------------------------------------------------------- asking
 
@@ -125,6 +133,15 @@ class Node:
     def returning(self, now: float) -> bool:
         """Whether it was left alone for long enough to be tried with a copy of a question."""
         return self.holdings is not None and 0.0 < self._ejected_until <= now
+
+    def cost(self, key: Hashable, now: float) -> float:
+        """Seconds that one more question is thought to take; for comparison with other nodes."""
+        expected = self.latency(key).expected
+        if self.in_flight and self.silent_since:
+            # One that has just begun to hang is known by its silence before any question is late. One that answered
+            # what it was asked later does not hang, however long it takes for another question.
+            expected = max(expected, now - self.silent_since)
+        return expected * (1 + self.in_flight)
 
     def ask(self, make: Make, left_ms: float, reply: Reply) -> int:
         """Send a frame, and return its request id. `reply` is called once, never at once."""
@@ -205,6 +222,8 @@ class Node:
         except TimeoutError:
             raise TimeoutError(late) from None
         self._connection = connection
+        for latency in self._latencies.values():
+            latency.least = 0.0  # what was not answered before it came back says nothing about it now
         self.problem = ""
         log.info("node connected", extra={"data": {"node": self.name}})
         self._changed()
@@ -263,6 +282,7 @@ class Node:
             # One that breaks off again and again over questions is no better than one that answers with failures.
             self.failed(why)
         if was_up:
+            self.losses += 1
             self._changed()
 
 

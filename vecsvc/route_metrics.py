@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from vecsvc.telemetry import Count, Family, Spread, collected
+
+_OUTCOMES: Final = ("sent", "silence", "no_budget", "probe_sent", "hedge_won", "retry_won", "probe_won")
 
 
 class RouteMetrics:
@@ -17,12 +20,17 @@ class RouteMetrics:
     def __init__(
         self,
         registry: CollectorRegistry,
-        states: Callable[[], Iterable[tuple[str, int]]],
+        nodes: Callable[[], Iterable[tuple[str, int, int]]],
         missing: Callable[[], Iterable[tuple[str, int]]],
     ) -> None:
-        """`states` tells the state of each node and how often it was ejected; `missing` indexes and lacking shards."""
-        self._states, self._missing = states, missing
-        self.shard = Family(Spread, "vecsvc_shard_seconds", "Seconds until a node answered, by node", ("node",))
+        """`nodes` tells each one's state, how often it was ejected and lost; `missing` indexes and lacking shards."""
+        self._nodes, self._missing = nodes, missing
+        self.shard = Family(
+            Spread,
+            "vecsvc_shard_seconds",
+            "Seconds until a node answered, by node; what it did not answer, or not in time, is not in it",
+            ("node",),
+        )
         self.hedges = Family(
             Count,
             "vecsvc_hedges",
@@ -35,14 +43,17 @@ class RouteMetrics:
         self.retries = Family(Count, "vecsvc_shard_retries", "Questions asked again because a node failed", ())
         self.partial = Family(Count, "vecsvc_partial_answers", "Answers that lack shards", ("index",))
         self.flips = Family(Count, "vecsvc_version_flips", "Times that another version began to serve", ("index",))
+        for outcome in _OUTCOMES:
+            self.hedges(outcome)  # there from the beginning, or the rate of what is rare could not be told
+        self.retries()
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         yield from collected((self.hedges, self.retries, self.partial, self.flips), (self.shard,))
-        states = list(self._states())
+        told = list(self._nodes())
         nodes = GaugeMetricFamily("vecsvc_nodes", "Nodes by state: up, ejected, draining, down", labels=["state"])
         for state, n in Counter(
-            {"up": 0, "ejected": 0, "draining": 0, "down": 0} | Counter(s for s, _ in states)
+            {"up": 0, "ejected": 0, "draining": 0, "down": 0} | Counter(state for state, _, _ in told)
         ).items():
             nodes.add_metric([state], n)
         yield nodes
@@ -51,8 +62,13 @@ class RouteMetrics:
             missing.add_metric([index], number)
         yield missing
         ejections = CounterMetricFamily("vecsvc_shard_ejections", "Times that a failing node was left alone")
-        ejections.add_metric([], sum(n for _, n in states))
+        ejections.add_metric([], sum(n for _, n, _ in told))
         yield ejections
+        losses = CounterMetricFamily(
+            "vecsvc_node_losses", "Connections to nodes that were lost, to those that answered no ping, too"
+        )
+        losses.add_metric([], sum(n for _, _, n in told))
+        yield losses
 
     def forget(self, node: str) -> None:
         """A node that is no more leaves no label behind, so that pods that come and go do not add up."""

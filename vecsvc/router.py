@@ -73,7 +73,7 @@ class RoutedVersion:
         self.groups: list[tuple[tuple[int, ...], list[Node]]] = []  # shards that the same nodes hold, and these nodes
 
     def regroup(self, nodes: Iterable[Node]) -> None:
-        """Look anew at who holds what. Questions under way keep the groups that they began with."""
+        """Look anew at who holds what. Questions under way keep their groups of shards, and ask `holders`."""
         holders: list[list[Node]] = [[] for _ in range(self.total)]
         for node in nodes:
             held = holding(node, self.name, self.version, self.digest)
@@ -93,6 +93,13 @@ class RoutedVersion:
             if held is not None and not held.current:
                 with contextlib.suppress(NodeFailed):
                     node.ask(lambda request, _: remote.message(Kind.DESCRIBE, request, wanted), 0.0, _ignore)
+
+    def holders(self, shards: tuple[int, ...]) -> list[Node]:
+        """The nodes that hold all of these shards; of none, every node that holds some."""
+        if not shards:
+            return self.nodes()
+        having = [nodes for group, nodes in self.groups if not set(shards).isdisjoint(group)]
+        return [node for node in having[0] if all(node in nodes for nodes in having[1:])]
 
     def nodes(self) -> list[Node]:
         """Every node that holds some shard."""
@@ -139,7 +146,7 @@ class Router:
         self._answerable = False  # whether some shard of some index has a node
         self.metrics = RouteMetrics(
             metrics.registry,
-            lambda: [(n.state, n.ejections) for n in self.nodes()],
+            lambda: [(n.state, n.ejections, n.losses) for n in self.nodes()],
             lambda: [(name, len(version.missing())) for name, version in self.serving.items()],
         )
         self.budgets = Budgets.of(settings, self.metrics)

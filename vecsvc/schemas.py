@@ -54,7 +54,8 @@ _MAX_SHOWN: Final = 80
 MAX_KNOWN_PLACES: Final = 256  # of bodies, for which is remembered what may stand there
 _UNKNOWN_FIELD: Final = "Object contains unknown field `"
 _STEP: Final = re.compile(r"\.(\w+)")  # of a path in a decoder's error: $.rerank.depth
-_NO_WEIGHT: Final = re.compile(r"q\s*=\s*0(\.0*)?")
+MIN_WEIGHT: Final = 0.001  # in an Accept header; what weighs 0 is not taken
+_WEIGHT: Final = re.compile(r"q\s*=\s*(0(?:\.\d*)?|1(?:\.0*)?)")  # of a media type in an Accept header
 _NOTHING: Final[frozenset[str]] = frozenset()
 
 
@@ -194,12 +195,16 @@ def rows_of(body: bytes, dim: int) -> Vectors:
 
 
 def wants_arrow(accept: str) -> bool:
-    """Whether an Accept header names Arrow, and not with a weight of 0; media types have no case."""
+    """Whether an Accept header names Arrow, and weighs it no less than JSON; media types have no case."""
+    if ARROW not in accept.lower():
+        return False
+    weights: dict[str, float] = {}
     for part in accept.lower().split(","):
         kind, *parameters = (word.strip() for word in part.split(";"))
-        if kind == ARROW:
-            return not any(_NO_WEIGHT.fullmatch(parameter) for parameter in parameters)
-    return False
+        weighed = [found for found in map(_WEIGHT.fullmatch, parameters) if found]
+        weights[kind] = float(weighed[0][1]) if weighed else 1.0
+    json = next((weights[kind] for kind in (JSON, "application/*", "*/*") if kind in weights), 0.0)
+    return weights.get(ARROW, 0.0) >= max(json, MIN_WEIGHT)
 
 
 def single(query: Mapping[str, str]) -> dict[str, str]:
@@ -368,7 +373,8 @@ def _params(params: Mapping[str, Any]) -> _Params:
         elif type(value) is int:
             own.append((name, value))
         else:
-            raise InvalidRequest(f"params.{name[:_MAX_SHOWN]} must be an integer, got {shown(value)}")
+            only = "; only exact is true or false" if isinstance(value, bool) else ""
+            raise InvalidRequest(f"params.{name[:_MAX_SHOWN]} must be an integer, got {shown(value)}{only}")
     return _Params(exact, max_visited, probe_shards, tuple(own))
 
 
@@ -423,6 +429,9 @@ def _check_batch(n: int, limits: HttpSettings) -> None:
         raise InvalidRequest(f"the batch has {n} queries, expected 1 to {limits.max_batch}")
 
 
+_URL_WORDS: Final = ("k", "timeout_ms", "partial", "include", "exact")
+
+
 def url_settings(query: Mapping[str, str], limits: HttpSettings) -> SearchSettings:
     """Settings of a URL: the same words, as text; those that are no words of ours are the kind's own."""
     body: dict[str, Any] = {}
@@ -443,8 +452,13 @@ def url_settings(query: Mapping[str, str], limits: HttpSettings) -> SearchSettin
             params[name] = _flag(name, text)
         elif name in _BODY_ONLY:
             raise InvalidRequest(f"{name} cannot stand in a URL; POST it as {JSON}")
-        else:
+        elif text.removeprefix("-").isdigit():
             params[name] = _whole(name, text)
+        else:
+            raise InvalidRequest(
+                f"?{name[:_MAX_SHOWN]}={shown(text)}: a question knows {', '.join(_URL_WORDS)}, "
+                "and other settings are integers of the index's kind"
+            )
     return _settings(CommonBody(**body, params=params if params else UNSET), limits)
 
 
