@@ -47,8 +47,11 @@ VecsvcError
 """
 
 from collections.abc import Sequence
-from typing import Final, Self
+from typing import Any, Final, Self
 
+import msgspec
+
+MAX_SHOWN: Final = 80  # characters of a value in a message
 MAX_LISTED: Final = 10  # things that a message names one by one
 MEND_VERSION: Final = (
     "serve another version (vecsvc rollback), and build this one again or copy it from where it is whole "
@@ -60,6 +63,15 @@ def listed(things: Sequence[object]) -> str:
     """Things as a message names them, with the number of those left out."""
     more = f" and {len(things) - MAX_LISTED} more" if len(things) > MAX_LISTED else ""
     return ", ".join(map(str, things[:MAX_LISTED])) + more
+
+
+def shown(value: Any) -> str:
+    """A value as JSON shows it, cut where it is long."""
+    try:
+        text = msgspec.json.encode(value).decode()
+    except (msgspec.EncodeError, UnicodeEncodeError, RecursionError, OverflowError):
+        text = repr(value) if isinstance(value, str) else type(value).__name__
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 class VecsvcError(Exception):

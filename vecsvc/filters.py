@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from vecsvc.errors import InvalidRequest
+from vecsvc.errors import InvalidRequest, shown
 from vecsvc.types import Condition, Mask
 
 _ORDER: Final[dict[str, Callable[[Any, Any], bool]]] = {
@@ -54,11 +54,11 @@ class _Parser:
         if depth > MAX_DEPTH:
             raise InvalidRequest(f"filter is nested deeper than {MAX_DEPTH}")
         if not isinstance(filter, Mapping):
-            raise InvalidRequest(f"filter must be an object of conditions, got {_short(filter)}")
+            raise InvalidRequest(f"filter must be an object of conditions, got {shown(filter)}")
         for key, value in filter.items():
             if key == "$and":
                 if not isinstance(value, list) or not value:
-                    raise InvalidRequest(f"filter: $and takes a list of at least one filter, got {_short(value)}")
+                    raise InvalidRequest(f"filter: $and takes a list of at least one filter, got {shown(value)}")
                 for part in value:
                     self._count()
                     yield from self.walk(part, depth + 1)
@@ -83,14 +83,13 @@ class _Parser:
             raise InvalidRequest(f"filter: {name!r} of {field!r} is no operator; known are {', '.join(OPERATORS)}")
         values = operand if name == "$in" else [operand]
         if not isinstance(values, list):
-            raise InvalidRequest(f"filter: $in of {field!r} takes a list, got {_short(operand)}")
+            raise InvalidRequest(f"filter: $in of {field!r} takes a list, got {shown(operand)}")
         if len(values) > self._max_values:
             raise InvalidRequest(f"filter: $in of {field!r} has {len(values)} values, the limit is {self._max_values}")
         for value in values:
             if not isinstance(value, str | int | float | bool):
                 raise InvalidRequest(
-                    f"filter: {name} of {field!r} takes texts, numbers and booleans, "
-                    f"got {'null' if value is None else _short(value)}"
+                    f"filter: {name} of {field!r} takes texts, numbers and booleans, got {shown(value)}"
                 )
         return Condition(field, name, operand)
 
@@ -147,7 +146,7 @@ def _operands(kind: pa.DataType, field: str, values: list[Any]) -> pa.Array:
         raise InvalidRequest(f"filter: {field!r} holds {kind}, which cannot be compared")
     for value in values:
         if not fits(value):
-            raise InvalidRequest(f"filter: {field!r} holds {kind}, which takes {takes}, got {_short(value)}")
+            raise InvalidRequest(f"filter: {field!r} holds {kind}, which takes {takes}, got {shown(value)}")
     try:
         if types.is_temporal(kind):
             return pa.array(values, pa.string()).cast(kind)
@@ -158,9 +157,6 @@ def _operands(kind: pa.DataType, field: str, values: list[Any]) -> pa.Array:
             values = [float(value) for value in values]
         return pa.array(values, target)
     except (pa.ArrowException, ValueError, OverflowError) as error:
-        raise InvalidRequest(f"filter: {field!r} holds {kind}, cannot read {_short(values)}") from error
-
-
-def _short(value: Any) -> str:
-    text = repr(value[:9] if isinstance(value, list) else value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        raise InvalidRequest(
+            f"filter: {field!r} holds {kind}, cannot read {shown(values[0] if len(values) == 1 else values)}"
+        ) from error

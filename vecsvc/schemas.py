@@ -18,7 +18,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from vecsvc import columns, filters, json_vectors
 from vecsvc.config import HttpSettings
-from vecsvc.errors import InvalidRequest, MalformedRequest
+from vecsvc.errors import MAX_SHOWN, InvalidRequest, MalformedRequest, shown
 from vecsvc.types import (
     DEFAULT_K,
     INCLUDES,
@@ -50,7 +50,6 @@ MAX_URL_TEXT_CHARS: Final = 2000
 _BODY_ONLY: Final = ("text", "vector", "id", "texts", "vectors", "filter", "params", "rerank")
 MAX_PARAMS: Final = 64
 EXPLAINED_BYTES: Final = 1 << 20  # a larger body is not decoded again for the sake of its error message
-_MAX_SHOWN: Final = 80
 MAX_KNOWN_PLACES: Final = 256  # of bodies, for which is remembered what may stand there
 _UNKNOWN_FIELD: Final = "Object contains unknown field `"
 _STEP: Final = re.compile(r"\.(\w+)")  # of a path in a decoder's error: $.rerank.depth
@@ -212,7 +211,7 @@ def single(query: Mapping[str, str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in query.items():
         if name in found:
-            raise InvalidRequest(f"?{name[:_MAX_SHOWN]} is given twice")
+            raise InvalidRequest(f"?{name[:MAX_SHOWN]} is given twice")
         found[name] = value
     return found
 
@@ -220,7 +219,7 @@ def single(query: Mapping[str, str]) -> dict[str, str]:
 def parse_get(query: Mapping[str, str], limits: HttpSettings) -> tuple[Query, SearchSettings]:
     """A question in the URL: `?q=words&k=10`."""
     if "q" not in query:
-        raise InvalidRequest("give the text as ?q=...")
+        raise InvalidRequest("give the text as ?q=...; by an id or a vector ask by POST")
     rest = {name: value for name, value in query.items() if name != "q"}
     if len(query["q"]) > MAX_URL_TEXT_CHARS:
         raise InvalidRequest(
@@ -374,7 +373,7 @@ def _params(params: Mapping[str, Any]) -> _Params:
             own.append((name, value))
         else:
             only = "; only exact is true or false" if isinstance(value, bool) else ""
-            raise InvalidRequest(f"params.{name[:_MAX_SHOWN]} must be an integer, got {shown(value)}{only}")
+            raise InvalidRequest(f"params.{name[:MAX_SHOWN]} must be an integer, got {shown(value)}{only}")
     return _Params(exact, max_visited, probe_shards, tuple(own))
 
 
@@ -456,7 +455,7 @@ def url_settings(query: Mapping[str, str], limits: HttpSettings) -> SearchSettin
             params[name] = _whole(name, text)
         else:
             raise InvalidRequest(
-                f"?{name[:_MAX_SHOWN]}={shown(text)}: a question knows {', '.join(_URL_WORDS)}, "
+                f"?{name[:MAX_SHOWN]}={shown(text)}: a question knows {', '.join(_URL_WORDS)}, "
                 "and other settings are integers of the index's kind"
             )
     return _settings(CommonBody(**body, params=params if params else UNSET), limits)
@@ -481,15 +480,6 @@ def _flag(name: str, text: str) -> bool:
     if text not in ("true", "false"):
         raise InvalidRequest(f"{name} must be true or false, got {shown(text)}")
     return text == "true"
-
-
-def shown(value: Any) -> str:
-    """A value as JSON shows it, cut where it is long."""
-    try:
-        text = msgspec.json.encode(value).decode()
-    except (msgspec.EncodeError, UnicodeEncodeError, RecursionError, OverflowError):
-        text = repr(value) if isinstance(value, str) else type(value).__name__
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 # ------------------------------------------------------------------------------------------------ answers

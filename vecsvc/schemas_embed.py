@@ -20,9 +20,9 @@ from msgspec import UNSET, Struct, UnsetType
 from vecsvc import json_vectors
 from vecsvc.config import HttpSettings
 from vecsvc.encoders.base import EncoderSpec, Role
-from vecsvc.errors import InvalidRequest
+from vecsvc.errors import InvalidRequest, shown
 from vecsvc.question_checks import MAX_ANSWER_BYTES
-from vecsvc.schemas import decode, encode_error, shown
+from vecsvc.schemas import decode, encode_error
 from vecsvc.types import Embedded
 
 OPENAI_PATH: Final = "/v1/embeddings"
