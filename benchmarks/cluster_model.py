@@ -207,7 +207,7 @@ REPLICA = np.dtype(
     [
         ("mean", np.float64),  # as a front door has it, and the next seven
         ("least", np.float64),
-        ("silent_since", np.float64),
+        ("overdue_at", np.float64),
         ("p95", np.float64),
         ("at", np.float64),  # when the last answer came
         ("probed", np.float64),
@@ -420,8 +420,8 @@ def _cost(world: _World, number: int, now: float) -> float:
     """Node.cost of vecsvc/node.py."""
     replica = world.replicas[number]
     expected = max(replica.mean, replica.least)
-    if replica.in_flight and replica.silent_since:
-        expected = max(expected, now - replica.silent_since)
+    if replica.in_flight and replica.overdue_at:
+        expected = max(expected, now - replica.overdue_at)
     return expected * (1 + replica.in_flight)
 
 
@@ -459,7 +459,7 @@ def _reply(world: _World, rules: _Rules, number: int, now: float) -> None:
     attempt = world.attempts[number]
     if not attempt.called_back:
         world.replicas[attempt.replica].in_flight -= 1
-        world.replicas[attempt.replica].silent_since = 0.0
+        world.replicas[attempt.replica].overdue_at = 0.0
         _learn(world, rules, attempt.replica, now - attempt.started, now)
         if attempt.call != NONE:
             call = world.calls[attempt.call]
@@ -540,8 +540,8 @@ def _send(
     attempt.probe, attempt.called_back = probe, False
     attempt.call, attempt.sibling = call, world.calls[call].attempts
     world.calls[call].attempts = number
-    if not replica.in_flight or not replica.silent_since:
-        replica.silent_since = now
+    if not replica.in_flight or not replica.overdue_at:
+        replica.overdue_at = now + max(replica.mean, replica.least)
     replica.in_flight += 1
     if replica.running < rules.threads:
         replica.running += 1

@@ -211,7 +211,7 @@ def test_a_refusal_by_the_head_alone_is_the_long_ways_to_the_letter(gates: Gates
         """But for what changes with time: when to come again grows while nobody is done."""
         body, times = re.subn(rb'"retry_after_ms":\d+', b"", reply.body)
         assert times == 1
-        return body, {**reply.headers, **dict.fromkeys(("date", "content-length", "retry-after-ms"), "")}
+        return body, {**reply.headers, **dict.fromkeys(("date", "content-length", "retry-after", "retry-after-ms"), "")}
 
     paths = ("/search", "/indexes/texts/search", "/search/batch", "/embed", "/indexes/texts/embed", "/v1/embeddings")
     with gates.full("single", "bulk"):
@@ -338,23 +338,22 @@ def test_the_time_to_come_again_follows_what_requests_take_within_bounds() -> No
     assert quick.retry_after_s == admission.MIN_RETRY_S
 
 
-def test_the_time_to_come_again_grows_while_nobody_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_to_come_again_grows_while_no_place_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 100.0
     monkeypatch.setattr(admission.time, "perf_counter", lambda: clock)
     budget = Budget("max_in_flight", 2)
     entered = budget.enter()
     clock = 100.01
     budget.leave(entered)
-    clock = 500.0  # a quiet time is no sign of slowness
-    budget.enter()
-    clock = 500.5
-    budget.enter()
-    assert budget.retry_after_s == pytest.approx(0.5)
-    clock = 502.0
-    assert budget.retry_after_s == pytest.approx(2.0)
-    budget.leave(entered=501.99)
-    budget.enter()
+    budget.enter()  # one that takes long, where there is room
+    clock = 500.0
+    entered = budget.enter()
     assert budget.retry_after_s == pytest.approx(0.01)
+    clock = 501.5
+    assert budget.retry_after_s == pytest.approx(1.5)
+    budget.leave(entered)
+    budget.leave(clock - 0.01)
+    assert budget.retry_after_s < 0.2
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,11 @@ def test_binary_rows_take_their_settings_from_the_url() -> None:
         (b"x" * 12, {"k": "x"}, 'k must be an integer, got "x"'),
         (b"x" * 12, {"k": "1" * 30}, "k must be an integer"),
         (b"x" * 12, {"k": "٣"}, "k must be an integer"),
-        (b"x" * 12, {"foo": "bar"}, '?foo="bar": a question knows k, timeout_ms, partial, include, exact, and other'),
+        (
+            b"x" * 12,
+            {"foo": "bar"},
+            '?foo="bar": a question knows k, timeout_ms, partial, include, exact, max_visited, probe_shards, and other',
+        ),
         (b"x" * 12, {"ef_search": "1.5"}, "settings are integers of the index's kind"),
         (b"x" * 12, {"include": "all"}, "include takes fields, vector, explain"),
         (b"x" * 12, {"timeout_ms": "nan"}, "timeout_ms must be between"),

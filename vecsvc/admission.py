@@ -21,14 +21,14 @@ Load: TypeAlias = Literal["none", "single", "many"]
 class Budget:
     """Places for requests at work. Belongs to one event loop."""
 
-    __slots__ = ("_moved_at", "_seconds", "coming", "in_flight", "limit", "setting")
+    __slots__ = ("_filled_at", "_seconds", "coming", "in_flight", "limit", "setting")
 
     def __init__(self, setting: str, limit: int) -> None:
         self.setting, self.limit = setting, limit
         self.in_flight = 0
         self.coming = 0  # let in, and not begun
         self._seconds: float | None = None  # that a request held its place lately
-        self._moved_at = 0.0  # time.perf_counter() when one last gave up its place, or found all of them free
+        self._filled_at = 0.0  # time.perf_counter() when the last free place was taken
 
     @property
     def full(self) -> bool:
@@ -50,23 +50,22 @@ class Budget:
         """Take a place; what `leave` gets back."""
         self.check()
         now = time.perf_counter()
-        if not self.in_flight:
-            self._moved_at = now
         self.in_flight += 1
+        if self.in_flight >= self.limit:
+            self._filled_at = now
         return now
 
     def leave(self, entered: float) -> None:
         self.in_flight -= 1
-        self._moved_at = time.perf_counter()
-        seconds = self._moved_at - entered
+        seconds = time.perf_counter() - entered
         self._seconds = seconds if self._seconds is None else _KEEP * self._seconds + (1 - _KEEP) * seconds
 
     @property
     def retry_after_s(self) -> float:
-        """When those who are at work now will be done: what requests took lately, or for how long none was done."""
-        if self._seconds is None:
-            return Overloaded.retry_after_s
-        return min(max(self._seconds, time.perf_counter() - self._moved_at, MIN_RETRY_S), MAX_RETRY_S)
+        """When a place will be free: what requests took lately, or longer, where for longer none has been free."""
+        lately = self._seconds if self._seconds is not None else Overloaded.retry_after_s
+        full_s = time.perf_counter() - self._filled_at if self.full else 0.0
+        return min(max(lately, full_s, MIN_RETRY_S), MAX_RETRY_S)
 
 
 class Admission:

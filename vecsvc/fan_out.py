@@ -164,7 +164,6 @@ class Call:
         self._budgets, self._key, self._partial = budgets, key, partial
         self._loop = asyncio.get_running_loop()
         self._silent_at = 0.0  # who was asked before and has not answered by then is asked around
-        self._look_at = 0.0  # when one with a single replica looks for another
         self._timer: asyncio.TimerHandle | None = None
         self._tell: Callable[[], None] = _nobody_waits
         self._open = len(groups)  # groups without an answer or an error
@@ -189,10 +188,10 @@ class Call:
         """Ask. `tell` is called once, when there is nothing more to wait for, unless that is so at the end of this."""
         now = time.monotonic()
         self._silent_at = (now + self.deadline) / 2
-        self._look_at = min(now + LOOK_S, self._silent_at)
+        look_at = min(now + LOOK_S, self._silent_at)
         self._budgets.retries.earn(len(self.groups))
         for group in self.groups:
-            self._begin(group)
+            self._begin(group, look_at)
             if self.finished:
                 break  # nobody would read what the others answer
         if not self.groups:
@@ -226,9 +225,9 @@ class Call:
 
     # --------------------------------------------------------------------------------------------- choosing
 
-    def _begin(self, group: Group) -> None:
+    def _begin(self, group: Group, look_at: float) -> None:
         if len(group.nodes) == 1 and group.nodes[0].up:
-            group.hedge_at = self._look_at  # another may have come by then
+            group.hedge_at = look_at  # another may have come by then
             self._send(group, group.nodes[0], "first")
             return
         node = self._choose(group)
@@ -299,8 +298,8 @@ class Call:
             if kind == "first":
                 self._again(group, error)
             return False
-        if not node.in_flight or not node.silent_since:
-            node.silent_since = attempt.started
+        if not node.in_flight or not node.overdue_at:
+            node.overdue_at = attempt.started + node.latency(self._key).expected
         node.in_flight += 1
         group.attempts.append(attempt)
         return True
@@ -311,7 +310,7 @@ class Call:
         now = time.monotonic()
         group, node = attempt.group, attempt.node
         node.in_flight -= 1
-        node.silent_since = 0.0
+        node.overdue_at = 0.0
         if attempt in group.attempts:
             group.attempts.remove(attempt)
         answer = None
@@ -405,16 +404,19 @@ class Call:
             self._set_timer()
 
     def _hedge(self, group: Group, now: float) -> None:
-        """Ask another node as well, where one may be asked; and one more when half of what is then left has passed."""
+        """Ask another node as well, where one may be asked; and one more when half of what is then left has passed.
+
+        Where there is none that was not asked, it looks again soon whether one has come.
+        """
         self._outlived(group, now)
         budgets, silent = self._budgets.of_shards(group), now >= self._silent_at
-        group.hedge_at = (now + self.deadline) / 2
+        group.hedge_at = now + LOOK_S if silent else min(now + LOOK_S, self._silent_at)
         while (node := self._choose(group)) is not None and (silent or node.usable()):
-            for attempt in group.attempts:
-                if attempt.node is node:  # as a probe it is at work already for what would be asked again
-                    attempt.kind = "hedge"
-                    group.tried.append(node)
-                    return
+            copy = next((attempt for attempt in group.attempts if attempt.node is node), None)
+            if copy is not None:  # as a probe it is at work already for what would be asked again
+                copy.kind = "hedge"
+                group.tried.append(node)
+                break
             if budgets.hedges.take():
                 outcome = "sent"
             elif silent and budgets.silence.take():
@@ -425,8 +427,11 @@ class Call:
                 return
             self._budgets.metrics.hedges(outcome).inc()
             if self._send(group, node, "hedge"):
-                return
-        group.hedge_at = now + LOOK_S if silent else min(now + LOOK_S, self._silent_at)
+                break
+        else:
+            return
+        if len(group.tried) < len(group.nodes):
+            group.hedge_at = (now + self.deadline) / 2
 
     def _outlived(self, group: Group, now: float) -> None:
         for attempt in group.attempts:

@@ -240,11 +240,13 @@ class FrontDoor:
             if group.answer is not None and group.answer.vector is not None:
                 return _floats(group.answer.vector).reshape(1, -1)
         for group in groups:
-            if isinstance(group.error, ShardsMissing | DeadlineExceeded):
+            error = group.error
+            if isinstance(error, ShardsMissing | DeadlineExceeded):
                 # `partial` is of no help: without the vector there is nothing to ask the other shards.
-                raise type(group.error)(f"{group.error}; id {id!r} may be there, so that its vector is not known")
-            if group.error is not None:
-                raise group.error
+                why = f"{error}; id {id!r} may be there, so that its vector is not known"
+                raise type(error)(why, retry_after_s=error.retry_after_s) from error
+            if error is not None:
+                raise error
         raise UnknownId(f"index {version.name!r} has no id {id!r}")
 
     async def _embed(self, version: RoutedVersion, texts: list[str], role: Role, deadline: float) -> EmbeddedTexts:

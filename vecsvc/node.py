@@ -15,7 +15,7 @@ from vecsvc import remote
 from vecsvc.config import RouteSettings
 from vecsvc.errors import NodeFailed, ProtocolError
 from vecsvc.remote import Holdings, Kind
-from vecsvc.telemetry import Spread
+from vecsvc.telemetry import Count, Spread
 from vecsvc.topology import Address
 
 log: Final = logging.getLogger("vecsvc.router")
@@ -102,14 +102,18 @@ class Node:
         changed: Callable[[], None],
         seconds: Spread,
         tls: ssl.SSLContext | None = None,
+        *,
+        ejections: Count | None = None,
+        losses: Count | None = None,
     ) -> None:
-        """`seconds` takes those of all answers."""
+        """`seconds` takes those of all answers; the counters are those of all nodes, be they there still or not."""
         self.address = address
         self.name = str(address)
         self._seconds = seconds
         self.holdings: Holdings | None = None  # None while it is not connected
         self.in_flight = 0
-        self.silent_since = 0.0  # time.monotonic() of the first question that was asked after the last answer, or 0
+        # time.monotonic() when the first question that was asked after the last answer was due; 0 for none.
+        self.overdue_at = 0.0
         self.problem = "not connected yet"
         self._settings, self._changed, self._tls = settings, changed, tls
         self._connection: _Connection | None = None
@@ -118,7 +122,8 @@ class Node:
         self._failures = 0
         self._ejected_until = 0.0
         self._eject_s = settings.eject_s
-        self.ejections = self.losses = 0  # times that it was left alone, and that its connection was lost
+        self.ejections = ejections if ejections is not None else Count()
+        self.losses = losses if losses is not None else Count()
 
     # ----------------------------------------------------------------------------------------------- asking
 
@@ -137,10 +142,10 @@ class Node:
     def cost(self, key: Hashable, now: float) -> float:
         """Seconds that one more question is thought to take; for comparison with other nodes."""
         expected = self.latency(key).expected
-        if self.in_flight and self.silent_since:
-            # One that has just begun to hang is known by its silence before any question is late. One that answered
-            # what it was asked later does not hang, however long it takes for another question.
-            expected = max(expected, now - self.silent_since)
+        if self.in_flight and self.overdue_at:
+            # One that has just begun to hang is known by its silence before a second question is due. One that
+            # answered what it was asked later does not hang, however long it takes for another question.
+            expected = max(expected, now - self.overdue_at)
         return expected * (1 + self.in_flight)
 
     def ask(self, make: Make, left_ms: float, reply: Reply) -> int:
@@ -177,7 +182,7 @@ class Node:
         if self._failures >= self._settings.eject_failures:
             self._failures = 0
             self._ejected_until = time.monotonic() + self._eject_s
-            self.ejections += 1
+            self.ejections.inc()
             log.warning("node ejected", extra={"data": {"node": self.name, "s": self._eject_s, "why": why[:300]}})
             self._eject_s = min(MAX_EJECT_S, 2 * self._eject_s)
 
@@ -282,7 +287,7 @@ class Node:
             # One that breaks off again and again over questions is no better than one that answers with failures.
             self.failed(why)
         if was_up:
-            self.losses += 1
+            self.losses.inc()
             self._changed()
 
 

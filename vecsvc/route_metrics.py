@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
 from vecsvc.telemetry import Count, Family, Spread, collected
 
@@ -20,11 +20,11 @@ class RouteMetrics:
     def __init__(
         self,
         registry: CollectorRegistry,
-        nodes: Callable[[], Iterable[tuple[str, int, int]]],
+        states: Callable[[], Iterable[str]],
         missing: Callable[[], Iterable[tuple[str, int]]],
     ) -> None:
-        """`nodes` tells each one's state, how often it was ejected and lost; `missing` indexes and lacking shards."""
-        self._nodes, self._missing = nodes, missing
+        """`states` tells those of the nodes; `missing` indexes and lacking shards."""
+        self._states, self._missing = states, missing
         self.shard = Family(
             Spread,
             "vecsvc_shard_seconds",
@@ -41,34 +41,33 @@ class RouteMetrics:
             ("outcome",),
         )
         self.retries = Family(Count, "vecsvc_shard_retries", "Questions asked again because a node failed", ())
+        self.ejections = Family(Count, "vecsvc_shard_ejections", "Times that a failing node was left alone", ())
+        self.losses = Family(
+            Count,
+            "vecsvc_node_losses",
+            "Connections to nodes that were lost, to those that answered no ping, too",
+            (),
+        )
         self.partial = Family(Count, "vecsvc_partial_answers", "Answers that lack shards", ("index",))
         self.flips = Family(Count, "vecsvc_version_flips", "Times that another version began to serve", ("index",))
         for outcome in _OUTCOMES:
             self.hedges(outcome)  # there from the beginning, or the rate of what is rare could not be told
-        self.retries()
+        for counter in (self.retries, self.ejections, self.losses):
+            counter()
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        yield from collected((self.hedges, self.retries, self.partial, self.flips), (self.shard,))
-        told = list(self._nodes())
+        yield from collected(
+            (self.hedges, self.retries, self.ejections, self.losses, self.partial, self.flips), (self.shard,)
+        )
         nodes = GaugeMetricFamily("vecsvc_nodes", "Nodes by state: up, ejected, draining, down", labels=["state"])
-        for state, n in Counter(
-            {"up": 0, "ejected": 0, "draining": 0, "down": 0} | Counter(state for state, _, _ in told)
-        ).items():
+        for state, n in Counter({"up": 0, "ejected": 0, "draining": 0, "down": 0} | Counter(self._states())).items():
             nodes.add_metric([state], n)
         yield nodes
         missing = GaugeMetricFamily("vecsvc_shards_missing", "Shards that no node holds", labels=["index"])
         for index, number in self._missing():
             missing.add_metric([index], number)
         yield missing
-        ejections = CounterMetricFamily("vecsvc_shard_ejections", "Times that a failing node was left alone")
-        ejections.add_metric([], sum(n for _, n, _ in told))
-        yield ejections
-        losses = CounterMetricFamily(
-            "vecsvc_node_losses", "Connections to nodes that were lost, to those that answered no ping, too"
-        )
-        losses.add_metric([], sum(n for _, _, n in told))
-        yield losses
 
     def forget(self, node: str) -> None:
         """A node that is no more leaves no label behind, so that pods that come and go do not add up."""

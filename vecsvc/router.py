@@ -71,6 +71,7 @@ class RoutedVersion:
             self.centroids = np.frombuffer(description.centroids, "<f4").reshape(shape)
         self.accepted: set[tuple[tuple[str, int], ...]] = set()  # search settings that the kind was found to know
         self.groups: list[tuple[tuple[int, ...], list[Node]]] = []  # shards that the same nodes hold, and these nodes
+        self._holders: list[list[Node]] = []  # of each shard
 
     def regroup(self, nodes: Iterable[Node]) -> None:
         """Look anew at who holds what. Questions under way keep their groups of shards, and ask `holders`."""
@@ -80,6 +81,7 @@ class RoutedVersion:
             for shard in held.shards if held is not None else ():
                 if shard < self.total:
                     holders[shard].append(node)
+        self._holders = holders
         groups: dict[tuple[int, ...], tuple[list[int], list[Node]]] = {}
         for shard, found in enumerate(holders):
             groups.setdefault(tuple(sorted(map(id, found))), ([], found))[0].append(shard)
@@ -98,8 +100,8 @@ class RoutedVersion:
         """The nodes that hold all of these shards; of none, every node that holds some."""
         if not shards:
             return self.nodes()
-        having = [nodes for group, nodes in self.groups if not set(shards).isdisjoint(group)]
-        return [node for node in having[0] if all(node in nodes for nodes in having[1:])]
+        first, *others = (self._holders[shard] for shard in shards)
+        return [node for node in first if all(node in nodes for nodes in others)]
 
     def nodes(self) -> list[Node]:
         """Every node that holds some shard."""
@@ -146,7 +148,7 @@ class Router:
         self._answerable = False  # whether some shard of some index has a node
         self.metrics = RouteMetrics(
             metrics.registry,
-            lambda: [(n.state, n.ejections, n.losses) for n in self.nodes()],
+            lambda: [n.state for n in self.nodes()],
             lambda: [(name, len(version.missing())) for name, version in self.serving.items()],
         )
         self.budgets = Budgets.of(settings, self.metrics)
@@ -188,7 +190,15 @@ class Router:
                     found = set(await self._discovery.look())
                     for address in found - self._nodes.keys():
                         seconds = self.metrics.shard(str(address))
-                        node = Node(address, self._settings, self._changed.set, seconds, self._tls)
+                        node = Node(
+                            address,
+                            self._settings,
+                            self._changed.set,
+                            seconds,
+                            self._tls,
+                            ejections=self.metrics.ejections(),
+                            losses=self.metrics.losses(),
+                        )
                         self._nodes[address] = node, loop.create_task(node.run())
                     for address in self._nodes.keys() - found:
                         node, task = self._nodes.pop(address)

@@ -53,7 +53,6 @@ EXPLAINED_BYTES: Final = 1 << 20  # a larger body is not decoded again for the s
 MAX_KNOWN_PLACES: Final = 256  # of bodies, for which is remembered what may stand there
 _UNKNOWN_FIELD: Final = "Object contains unknown field `"
 _STEP: Final = re.compile(r"\.(\w+)")  # of a path in a decoder's error: $.rerank.depth
-MIN_WEIGHT: Final = 0.001  # in an Accept header; what weighs 0 is not taken
 _WEIGHT: Final = re.compile(r"q\s*=\s*(0(?:\.\d*)?|1(?:\.0*)?)")  # of a media type in an Accept header
 _NOTHING: Final[frozenset[str]] = frozenset()
 
@@ -203,7 +202,8 @@ def wants_arrow(accept: str) -> bool:
         weighed = [found for found in map(_WEIGHT.fullmatch, parameters) if found]
         weights[kind] = float(weighed[0][1]) if weighed else 1.0
     json = next((weights[kind] for kind in (JSON, "application/*", "*/*") if kind in weights), 0.0)
-    return weights.get(ARROW, 0.0) >= max(json, MIN_WEIGHT)
+    arrow = weights.get(ARROW, 0.0)
+    return arrow > 0.0 and arrow >= json
 
 
 def single(query: Mapping[str, str]) -> dict[str, str]:
@@ -428,7 +428,7 @@ def _check_batch(n: int, limits: HttpSettings) -> None:
         raise InvalidRequest(f"the batch has {n} queries, expected 1 to {limits.max_batch}")
 
 
-_URL_WORDS: Final = ("k", "timeout_ms", "partial", "include", "exact")
+_URL_WORDS: Final = ("k", "timeout_ms", "partial", "include", "exact", "max_visited", "probe_shards")
 
 
 def url_settings(query: Mapping[str, str], limits: HttpSettings) -> SearchSettings:
