@@ -137,7 +137,7 @@ def test_integers_beyond_the_column_compare_as_numbers_do(condition: Any, expect
         ({"int8": True}, "takes a number, got true"),
         ({"text": 1}, "'text' holds string, which takes a text, got 1"),
         ({"flag": 1}, "takes true or false, got 1"),
-        ({"day": "soon"}, 'cannot read "soon"'),
+        ({"day": "soon"}, "'day' holds date32[day], cannot read \"soon\""),
         ({"list": 1}, "'list' holds list<"),
         ({"int8": {"$in": 3}}, "$in of 'int8' takes a list, got 3"),
         ({"$and": {}}, "$and takes a list of at least one filter"),

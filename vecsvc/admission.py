@@ -62,10 +62,15 @@ class Budget:
 
     @property
     def retry_after_s(self) -> float:
-        """When a place will be free: what requests took lately, or longer, where for longer none has been free."""
-        lately = self._seconds if self._seconds is not None else Overloaded.retry_after_s
+        """When a place will be free, by what requests took lately.
+
+        Where none has been free for longer than that, they take longer now: then that long, or what is said where
+        nobody can tell.
+        """
+        if self._seconds is None:
+            return Overloaded.retry_after_s
         full_s = time.perf_counter() - self._filled_at if self.full else 0.0
-        return min(max(lately, full_s, MIN_RETRY_S), MAX_RETRY_S)
+        return min(max(self._seconds, min(full_s, Overloaded.retry_after_s), MIN_RETRY_S), MAX_RETRY_S)
 
 
 class Admission:

@@ -194,10 +194,11 @@ def rows_of(body: bytes, dim: int) -> Vectors:
 
 def wants_arrow(accept: str) -> bool:
     """Whether an Accept header names Arrow, and weighs it no less than JSON; media types have no case."""
-    if ARROW not in accept.lower():
+    accept = accept.lower()
+    if ARROW not in accept:
         return False
     weights: dict[str, float] = {}
-    for part in accept.lower().split(","):
+    for part in accept.split(","):
         kind, *parameters = (word.strip() for word in part.split(";"))
         weighed = [found for found in map(_WEIGHT.fullmatch, parameters) if found]
         weights[kind] = float(weighed[0][1]) if weighed else 1.0
