@@ -55,8 +55,10 @@ class Phase:
         seconds = time.monotonic() - self._started
         name = f"{self.name} ({self.part})" if self.part and self.done < (self.total or 0) else self.name
         line = f"{name}: {self.done:,} {self.unit}"
-        if self.total and self._terminal:
-            filled = round(24 * min(1.0, self.done / self.total))
+        if self.total and self.done > self.total:
+            pass  # of one shard of many it is an estimate
+        elif self.total and self._terminal:
+            filled = round(24 * self.done / self.total)
             line = f"{name:<12} [{'#' * filled}{'.' * (24 - filled)}] {self.done:,}/{self.total:,} {self.unit}"
         elif self.total:
             line = f"{name}: {self.done:,} of {self.total:,} {self.unit} ({100 * self.done / self.total:.0f} %)"

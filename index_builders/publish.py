@@ -12,7 +12,7 @@ import msgspec
 from index_builders.build_manifest import check_recall, now
 from index_builders.build_state import empty
 from index_builders.certify import choose
-from vecsvc.errors import ArtifactUnfit, ConfigError, UnknownVersion, VersionExists, VersionIncomplete
+from vecsvc.errors import ConfigError, PartsDiffer, UnknownVersion, VersionExists, VersionIncomplete
 from vecsvc.manifest import (
     FORMAT_VERSION,
     Certificate,
@@ -44,6 +44,7 @@ from vecsvc.storage import (
     take_folder,
 )
 from vecsvc.stores import Store
+from vecsvc.transfer import current_in
 
 METHOD: Final = "each shard by itself: {}; the least of the shards' recalls, the sum of their latencies and comparisons"
 PUSHED: Final = "part-[0-9][0-9][0-9].json"
@@ -110,6 +111,11 @@ def publish_in_store(
         if parts:  # of a publishing that died after its version was whole
             serve(index, version)
             forget_parts(place)
+        elif current_in(index) != version:
+            raise VersionExists(
+                f"{place.label()} was published before, and no parts are left; serve it: "
+                f"vecsvc rollback {index.label()} --to {version}"
+            )
         return place.label(), parse_manifest(data, place.label(MANIFEST))
     manifest = merge(parts, index.name, version)
     check_sizes(place, manifest.files())
@@ -173,7 +179,8 @@ def _published(folder: IndexFolder, version: str, left: list[Path]) -> tuple[Pat
             delete_part(place)
     elif folder.current() != version:
         raise VersionExists(
-            f"version {version} was published before, and no parts are left; serve it: vecsvc rollback --to {version}"
+            f"version {version} was published before, and no parts are left; serve it: "
+            f"vecsvc rollback {folder.path} --to {version}"
         )
     return path, manifest
 
@@ -203,7 +210,7 @@ def _index_folder(directory: Path, version: str, name: str) -> IndexFolder:
 def merge(parts: Sequence[Part], name: str, version: str) -> Manifest:
     """The manifest of a version whose shards are these parts.
 
-    Raises VersionIncomplete where one is missing, ArtifactUnfit where they are not of one build; both name it.
+    Raises VersionIncomplete where one is missing, PartsDiffer where they are not of one build; both name it.
     """
     parts = sorted(parts, key=lambda part: part.number)
     if not parts:
@@ -221,7 +228,7 @@ def merge(parts: Sequence[Part], name: str, version: str) -> Manifest:
         )
     rows = sum(part.shard.size for part in parts)
     if rows != first.corpus.rows:
-        raise ArtifactUnfit(f"the shards hold {rows} rows, the corpus {first.corpus.rows}: build them all again")
+        raise PartsDiffer(f"the shards hold {rows} rows, the corpus {first.corpus.rows}: build them all again")
     shards = [part.shard for part in parts]
     certificate, search = _certificate(parts)
     return Manifest(
@@ -248,10 +255,10 @@ def _check_alike(parts: Sequence[Part], name: str, version: str) -> None:
     first = parts[0]
     for part in parts:
         if (part.name, part.version) != (name, version):
-            raise ArtifactUnfit(f"shard {part.number} is of {part.name} {part.version}, not of {name} {version}")
+            raise PartsDiffer(f"shard {part.number} is of {part.name} {part.version}, not of {name} {version}")
         for what, here, there in _facts(first, part):
             if here != there:
-                raise ArtifactUnfit(
+                raise PartsDiffer(
                     f"shards {first.number} and {part.number} are not of one build: {what} is {_shown(here)} and "
                     f"{_shown(there)}; build one of them again"
                 )

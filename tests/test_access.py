@@ -245,6 +245,12 @@ def test_a_changed_file_is_read_within_a_second(tmp_path: Path, caplog: pytest.L
     assert [record.message for record in caplog.records] == ["keys changed"]
     with pytest.raises(Unauthorized):
         ring.admit(old, "read")
+    file.write_bytes(b"")
+    clock.now += 1.0
+    with pytest.raises(Unauthorized):
+        ring.admit(new, "read")
+    told = caplog.records[-1]
+    assert told.levelno == logging.WARNING and told.data["keys"] == [] and "nobody may ask" in told.data["remedy"]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("broken", [b"[keys", b"[keys.a]\nsha256 = 5", None])
@@ -346,6 +352,8 @@ def test_a_command_that_cannot_be_done_changes_nothing(tmp_path: Path, words: tu
     failed = run(*words, "--file", str(file))
     assert isinstance(failed.exception, ConfigError) and message in str(failed.exception)
     assert not failed.stdout and file.read_bytes() == before
+    file.write_bytes(b"[half")
+    assert f"keys: {file}: " in str(run(*words, "--file", str(file)).exception) or words[1] == "No Name"
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:

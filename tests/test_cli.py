@@ -17,7 +17,7 @@ from forked import run
 from vecsvc import cli
 from vecsvc.config import BuildSettings, ServeSettings
 from vecsvc.errors import MEND_VERSION
-from vecsvc.storage import IndexFolder
+from vecsvc.storage import IndexFolder, Lease
 
 
 @pytest.fixture
@@ -60,6 +60,7 @@ def test_versions_are_listed_rolled_back_and_deleted(corpus: Path) -> None:
     for version in ("v1", "v2", "v3"):
         assert run("build-index", corpus.name, "--version", version, cwd=corpus.parent).returncode == 0
     assert run("rollback", "indexes", cwd=corpus.parent).stdout.startswith("v3 -> v2")
+    assert run("rollback", "indexes", "--to", "v2", cwd=corpus.parent).stdout == "v2 serves already\n"
     listed = run("inspect", "indexes", "--versions", cwd=corpus.parent).stdout.splitlines()
     assert [line.split()[1] for line in listed] == ["v1", "v2", "v3"] and listed[1].endswith("Z  <- serves")
     (corpus.parent / "indexes/corpus/v2/shards/000/rows.npy").write_bytes(b"short")
@@ -69,7 +70,12 @@ def test_versions_are_listed_rolled_back_and_deleted(corpus: Path) -> None:
     _, second, third = told.stdout.splitlines()
     assert "  <- serves  " in second and "rows.npy: has 5 bytes, the manifest says " in second
     assert "v3  no date  " in third and "manifest.json: is not what was written" in third
-    assert run("gc", "indexes", "--keep", "0", cwd=corpus.parent).stdout == "corpus: deleted v1, v3\n"
+    lease = Lease.take(corpus.parent / "indexes/corpus/v1", exclusive=False)
+    assert lease is not None
+    kept = run("gc", "indexes", "--keep", "0", cwd=corpus.parent).stdout
+    assert kept == "corpus: deleted v3\ncorpus: left v1, which a process serves\n"
+    lease.release()
+    assert run("gc", "indexes", "--keep", "0", cwd=corpus.parent).stdout == "corpus: deleted v1\n"
 
 
 def test_a_rollback_to_a_damaged_version_changes_nothing_and_exits_1(corpus: Path) -> None:
@@ -94,6 +100,19 @@ def test_what_a_first_build_that_died_left_is_told_and_deleted(corpus: Path) -> 
         assert f"vecsvc gc {corpus.parent / place}" in told.stderr
     assert run("gc", "indexes", cwd=corpus.parent).stdout == "dead: deleted .staging-v1\n"
     assert list((corpus.parent / "indexes/dead").iterdir()) == []
+
+
+def test_shards_of_a_version_that_was_not_published_are_told(corpus: Path) -> None:
+    assert run("build-index", corpus.name, "--shard", "0/2", "--version", "v1", cwd=corpus.parent).returncode == 0
+    told = run("inspect", "indexes", cwd=corpus.parent)
+    assert told.returncode == 2 and "corpus has no version yet, only shards of one (.part-v1-000)" in told.stderr
+    assert f"vecsvc publish {corpus.parent / 'indexes'} --version VERSION" in told.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "gc", "serve"])
+def test_a_store_is_no_folder_to_work_in_and_the_remedy_is_named(command: str) -> None:
+    told = run(command, "s3://bucket/prefix")
+    assert told.returncode == 2 and "is in an object store; bring it here first: vecsvc pull STORE DIR" in told.stderr
 
 
 def test_a_build_that_finds_nothing_to_resume_says_so(corpus: Path) -> None:

@@ -20,7 +20,7 @@ from vecsvc import indexes
 from vecsvc.cli import cli
 from vecsvc.config import BuildSettings
 from vecsvc.encoders.onnx import open_encoder
-from vecsvc.errors import ArtifactUnfit, BadRow, ConfigError, CorpusError, CorpusUnreadable, MissingColumn
+from vecsvc.errors import BadRow, ConfigError, CorpusError, CorpusUnreadable, MissingColumn, PartsDiffer
 from vecsvc.exact_search import ExactSearch
 from vecsvc.ranking import recall
 from vecsvc.types import Vectors
@@ -141,7 +141,7 @@ def test_parts_that_were_asked_other_questions_do_not_fit_wherever_their_files_l
     assert publish(tmp_path / "out", "v1")[1].certificate is not None
     part(0, one, "v2")
     part(1, other, "v2")
-    with pytest.raises(ArtifactUnfit, match="the sha256 of its --questions"):
+    with pytest.raises(PartsDiffer, match="the sha256 of its --questions"):
         publish(tmp_path / "out", "v2")
 
 

@@ -314,6 +314,18 @@ def locked(folder: IndexFolder) -> list[str]:
     return held
 
 
+def test_who_drains_opens_no_new_version(folder: IndexFolder) -> None:
+    folder.serve("v1")
+    with service.running(folder.path, reload_poll_s=0.02, drain_s=1) as running:
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_for("draining")
+        folder.serve("v2")
+        time.sleep(0.5)
+        assert running.metric("vecsvc_index_info", index="demo", version="v2") == 0
+        assert running.metric("vecsvc_index_info", index="demo", version="v1") == 1
+        assert running.process.wait(10) == 0
+
+
 @pytest.mark.parametrize(("how", "swaps"), [("reload", 100), ("poll", 40)])
 def test_swaps_under_load_are_whole_and_leave_nothing_behind(folder: IndexFolder, how: str, swaps: int) -> None:
     folder.serve("v1")

@@ -21,14 +21,14 @@ import s3
 from corpora import answers, build, check_version, current_version, make_vectors, strays, write_corpus
 from tiny_bert import write_tiny_bert
 
-from index_builders.publish import publish_at
+from index_builders.publish import publish_at, publish_in_store
 from index_builders.shard_build import build_shard
 from vecsvc import stores, transfer
 from vecsvc.config import BuildSettings, shard_numbers
 from vecsvc.errors import (
     ArtifactDamaged,
-    ArtifactUnfit,
     ConfigError,
+    PartsDiffer,
     StorageError,
     UnknownVersion,
     VersionExists,
@@ -36,7 +36,7 @@ from vecsvc.errors import (
 )
 from vecsvc.manifest import read_manifest
 from vecsvc.pull import pull, watch
-from vecsvc.push import push, push_part
+from vecsvc.push import push, push_part, rollback
 from vecsvc.storage import IndexFolder, Lease
 from vecsvc.stores import Store
 
@@ -359,6 +359,55 @@ def test_nodes_without_a_common_disk_build_one_version_through_a_store(store: st
         push_part(tmp_path / "node-1", store, "v1", 1)
 
 
+def test_a_published_version_is_mended_by_who_built_the_shard_or_has_a_copy_of_it(store: str, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "demo.parquet", n=90)
+    for number in range(3):
+        one(corpus, tmp_path / "node", number)
+        push_part(tmp_path / "node", store, "v1", number)
+    publish_at(store, "v1")
+    pull(store, tmp_path / "copy", shards=frozenset({1}))
+    one(write_corpus(tmp_path / "demo-2.parquet", n=90, seed=9), tmp_path / "other", 1, name="demo")
+    file = "shards/001/vectors.npy"
+    whole = Store.open(f"{store}/demo/v1").read(file, 1 << 24)
+    with pytest.raises(VersionExists, match="of another build than this shard 1"):
+        push_part(tmp_path / "other", store, "v1", 1, again=True)
+    for mend in (
+        lambda: push_part(tmp_path / "node", store, "v1", 1, again=True),
+        lambda: push(tmp_path / "copy", store, again=True),
+    ):
+        changed(f"{store}/demo/v1", file, flip)
+        mend()
+        assert Store.open(f"{store}/demo/v1").read(file, 1 << 24) == whole
+        assert not [name for name in Store.open(f"{store}/demo/v1").names() if name.startswith("part-")]
+    # What the copy does not have, it cannot mend, and does not serve.
+    changed(f"{store}/demo/v1", "shards/002/vectors.npy", lambda data: data[:-1])
+    with pytest.raises(StorageError, match=r"shards/002/vectors\.npy: has \d+ bytes"):
+        push(tmp_path / "copy", store, again=True)
+    with pytest.raises(VersionIncomplete, match=r"holds shards 1 of 3, and .* is not there yet"):
+        push(tmp_path / "copy", f"{store}/elsewhere")
+
+
+def test_an_older_version_serves_again_in_a_store_and_watchers_follow(built: Path, store: str, out: Path) -> None:
+    push(built, store, version="v1")
+    push(built, store)
+    with pytest.raises(UnknownVersion, match=r"--to is missing: .* others than v2, which serves: v1$"):
+        rollback(store, None)
+    with pytest.raises(UnknownVersion, match="there is no v3"):
+        rollback(store, "v3")
+    with pytest.raises(ConfigError, match="must be 1 to 64"):
+        rollback(store, "../v1")
+    with watching(store, out):
+        until(lambda: IndexFolder(out / "demo").current() == "v2")
+        assert rollback(f"{store}/demo", "v1") == ("v2", "v1")
+        until(lambda: IndexFolder(out / "demo").current() == "v1")
+    with pytest.raises(VersionExists, match=r"vecsvc rollback .*demo --to v2"):
+        publish_in_store(store, "v2", name="demo")
+    changed(f"{store}/demo/v2", "shards/000/vectors.npy", lambda data: data[:-1])
+    with pytest.raises(StorageError, match="push it with --again"):
+        rollback(store, "v2")
+    assert Store.open(f"{store}/demo").read("CURRENT", 100) == b"v1\n"
+
+
 def test_parts_in_a_store_that_are_damaged_missing_or_of_other_builds_are_not_published(
     store: str, tmp_path: Path
 ) -> None:
@@ -381,7 +430,7 @@ def test_parts_in_a_store_that_are_damaged_missing_or_of_other_builds_are_not_pu
         publish_at(store, "v1")
     one(corpus, tmp_path / "node", 1, seed=8)
     push_part(tmp_path / "node", store, "v1", 1)
-    with pytest.raises(ArtifactUnfit, match="--seed is 7 and 8"):
+    with pytest.raises(PartsDiffer, match="--seed is 7 and 8"):
         publish_at(f"{store}/demo", "v1")
     assert "CURRENT" not in Store.open(f"{store}/demo").names()
 

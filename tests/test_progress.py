@@ -49,6 +49,13 @@ def test_what_the_first_few_took_tells_nothing_of_the_rest(monkeypatch: pytest.M
     assert "to go" not in first and "to go" not in second and "to go" in third
 
 
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_more_than_was_thought_is_counted_without_a_share(stream: io.StringIO) -> None:
+    with progress.Phase("encoding", 10, stream, unit="texts") as phase:
+        phase(11)
+    assert "encoding: 11 texts, " in stream.getvalue() and "%" not in stream.getvalue()
+
+
 def test_an_unknown_total_is_counted_all_the_same() -> None:
     stream = io.StringIO()
     with progress.Phase("copying", None, stream, unit="files") as phase:

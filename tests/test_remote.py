@@ -88,7 +88,9 @@ def test_no_flipped_bit_goes_unseen(data: bytes, at: int, bit: int) -> None:
         (struct.pack("<IBII", 10, Kind.SEARCH, 1, 0), "kind 2, which nobody sends here"),
         (struct.pack("<IBII", 10, 255, 1, 0), "kind 255"),
         (struct.pack("<IBII", 2, Kind.PART, 1, zlib.crc32(b"no")) + b"on", "checksum"),
-        (b"GET /search HTTP/1.1\r\nHost: x\r\n\r\n", "bytes, the limit is"),
+        (b"GET /search HTTP/1.1\r\nHost: x\r\n\r\n", "bytes, the limit is 1000; it begins as HTTP does, which --port"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "as an answer over HTTP does: its --shard-port is another"),
+        (b"\x16\x03\x01\x02\x00" + bytes(60), "it begins as TLS does: one side has shard_tls_cert, the other not"),
     ],
 )
 def test_what_is_no_frame_is_refused_with_its_reason(data: bytes, why: str) -> None:

@@ -27,6 +27,7 @@ from vecsvc.tls import client_tls, server_tls
 
 pytest.importorskip("cryptography")
 from certificates import Authority  # it needs the package
+from cryptography import x509
 
 QUERY = service.vectors(1, seed=80)[0]
 
@@ -189,6 +190,66 @@ def test_half_renewed_certificates_leave_those_before_in_force(
     assert [r.message for r in caplog.records] == ["certificates not renewed"] * 2 + ["certificates renewed"]
 
 
+@pytest.mark.parametrize("days", [-1, 30, 365 * 40])  # the last is past 2049: another form of time
+def test_the_end_of_a_certificate_is_told(authority: Authority, tmp_path: Path, days: int) -> None:
+    cert, key = authority.issue("until", days=days)
+    chain = tmp_path / "chain.pem"  # the server's own comes first, others and the key lie about it
+    chain.write_bytes(Path(key).read_bytes() + Path(cert).read_bytes() + Path(authority.ca).read_bytes())
+    told: list[float] = []
+    server_tls(str(chain), valid=told.append)
+    client_tls(cert, key, authority.ca, valid=told.append)
+    client_tls(ca=authority.ca, valid=told.append)  # shows none
+    until = x509.load_pem_x509_certificate(Path(cert).read_bytes()).not_valid_after_utc.timestamp()
+    assert told == [until, until]
+
+
+def test_a_certificate_of_unknown_form_is_none_whose_end_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "any.pem"
+    begin, end = b"-----BEGIN CERTIFICATE-----\n", b"\n-----END CERTIFICATE-----\n"
+    for inside in (b"", b"MA==", b"MAA=", b"MIIB", b"////", b"MAcwBQIDAQAB", "ü".encode()):
+        file.write_bytes(begin + inside + end)
+        assert tls._valid_until(str(file)) is None
+
+
+def test_an_expired_certificate_is_told_at_the_start_and_none_takes_the_place_of_a_valid_one(
+    tmp_path: Path, at_once: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority(tmp_path)
+    told: list[float] = []
+    cert, key = authority.issue("server", days=-1)
+    with caplog.at_level(logging.INFO, "vecsvc.tls"):
+        server = server_tls(cert, key, valid=told.append)
+        assert [(r.message, r.data["file"]) for r in caplog.records] == [("certificate expired", cert)]  # type: ignore[attr-defined]
+        caplog.clear()
+        authority.issue("server")
+        client = client_tls(ca=authority.ca)
+        good = shake(server, client)[1]
+        authority.issue("server", days=-1)
+        assert shake(server, client)[1] == good
+    [renewed, kept] = caplog.records
+    assert (renewed.message, kept.message) == ("certificates renewed", "certificates not renewed")
+    assert "server-cert.pem: expired on " in kept.data["why"]  # type: ignore[attr-defined]
+    assert len(told) == 2 and told[0] < time.time() < told[1]
+
+
+def test_why_a_handshake_failed_is_told(authority: Authority, tmp_path: Path) -> None:
+    told: list[str] = []
+    server = server_tls(*authority.issue("server"), authority.ca, refused=told.append)
+    for client in (
+        client_tls(ca=authority.ca),
+        client_tls(*Authority(tmp_path).issue("client"), authority.ca),
+        client_tls(*authority.issue("late", days=-1), authority.ca),
+    ):
+        with pytest.raises(ssl.SSLError):
+            shake(server, client)
+    shake(server, client_tls(*authority.issue("client"), authority.ca))
+    assert told == [
+        "peer did not return a certificate",
+        "certificate verify failed: certificate signature failure",
+        "certificate verify failed: certificate has expired",
+    ]
+
+
 def test_files_are_looked_at_once_a_second_at_most(tmp_path: Path) -> None:
     now = 100.0
     file = tmp_path / "file"
@@ -250,6 +311,13 @@ def test_who_shows_no_certificate_or_trusts_nobody_gets_no_answer(
             client.indexes()
     # A request in clear on the port gets nothing that could be taken for an answer.
     assert secured.raw(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n") == b""
+    told = [line["why"] for line in secured.log() if line["message"] == "handshake failed" and line["port"] == "http"]
+    assert list(dict.fromkeys(told)) == [
+        "peer did not return a certificate",
+        "certificate verify failed: certificate signature failure",
+        "tlsv1 alert unknown ca",
+        "http request",
+    ]
 
 
 def test_the_admin_port_speaks_tls_and_asks_for_no_certificate(secured: Service, authority: Authority) -> None:
@@ -257,7 +325,9 @@ def test_the_admin_port_speaks_tls_and_asks_for_no_certificate(secured: Service,
     connection = http.client.HTTPSConnection("127.0.0.1", secured.admin_port, timeout=10, context=context)
     with contextlib.closing(connection):
         assert service.ask(connection, "GET", "/readyz").status == 200
-        assert b"vecsvc_in_flight" in service.ask(connection, "GET", "/metrics").body
+        shown = service.ask(connection, "GET", "/metrics").body
+    assert b"vecsvc_in_flight" in shown and b'vecsvc_tls_valid_until_seconds{port="http"}' in shown
+    assert b'vecsvc_tls_failed_handshakes_total{port="http"}' in shown
 
 
 def test_a_connection_that_shakes_no_hands_is_closed(secured: Service) -> None:
@@ -372,8 +442,16 @@ def test_several_workers_ask_for_keys_and_speak_tls_on_both_ports(authority: Aut
         with Client(url(running), ca=authority.ca) as client, pytest.raises(Unauthorized):
             client.search(vector=QUERY)
         context = client_tls(ca=authority.ca)
+        with socket.create_connection(("127.0.0.1", running.admin_port), timeout=10) as sock:
+            sock.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            service.read_all(sock)
         connection = http.client.HTTPSConnection("127.0.0.1", running.admin_port, timeout=10, context=context)
         with contextlib.closing(connection):
+            headers = {"X-API-Key": ops}
+            shown = service.ask(connection, "GET", "/metrics", headers=headers).body
+            # What the parent refuses on its own port counts as well, and once.
+            assert b'vecsvc_tls_failed_handshakes_total{port="admin"} 1.0' in shown
+            assert b'vecsvc_tls_valid_until_seconds{port="http"}' in shown
             for method, path, presented, status in (
                 ("GET", "/livez", None, 200),
                 ("GET", "/metrics", None, 401),

@@ -93,6 +93,7 @@ def test_every_address_of_a_name_is_a_node_and_a_silent_name_server_takes_none_a
 
     async def check() -> None:
         async def getaddrinfo(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+            await asyncio.sleep(0)
             found = answers[host]
             if isinstance(found, Exception):
                 raise found
@@ -102,6 +103,12 @@ def test_every_address_of_a_name_is_a_node_and_a_silent_name_server_takes_none_a
         discovery = Discovery(file)
         assert await discovery.look() == [Address("a", 1), Address("10.0.0.1", 8082), Address("10.0.0.2", 8082)]
         assert "more:8082: cannot be resolved" in discovery.problem
+        told = [discovery.problem]
+        looking = asyncio.create_task(discovery.look())
+        while not looking.done():
+            await asyncio.sleep(0)
+            told.append(discovery.problem)
+        assert len(told) > 1 and set(told) == {told[0]}, "what is wrong is not taken back while it looks again"
         answers["shards"], answers["more"] = TimeoutError(), ["::1"]
         assert await discovery.look() == [
             Address("a", 1),

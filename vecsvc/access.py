@@ -30,8 +30,6 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 from vecsvc.errors import ConfigError, Forbidden, RateLimited, Unauthorized
 from vecsvc.tls import FileWatch
-from vecsvc.tls import client_tls as client_tls
-from vecsvc.tls import server_tls as server_tls
 
 log: Final = logging.getLogger("vecsvc.access")
 
@@ -151,7 +149,12 @@ class Keyring:
         self._tell("keys changed")
 
     def _tell(self, what: str) -> None:
-        log.info(what, extra={"data": {"file": str(self._path), "keys": sorted(k.name for k in self._keys.values())}})
+        facts: dict[str, Any] = {"file": str(self._path), "keys": sorted(k.name for k in self._keys.values())}
+        if self._keys:
+            log.info(what, extra={"data": facts})
+        else:
+            facts["remedy"] = "nobody may ask: vecsvc keys new NAME --file FILE"
+            log.warning(what, extra={"data": facts})
 
 
 def mark_of(presented: str | None) -> bytes | None:
@@ -282,15 +285,19 @@ def added(
     data: bytes,
     name: str,
     key: str,
+    source: str = "the file",
     *,
     scopes: Iterable[str],
     rate_per_s: float | None = None,
     burst: int | None = None,
     expires: dt.date | None = None,
 ) -> bytes:
-    """The file's content with another key at its end. Raises ConfigError where that would be no good file."""
+    """The file's content with another key at its end; `source` is what errors call the file.
+
+    Raises ConfigError where that would be no good file.
+    """
     _check_name(name, f"keys: {name[:80]!r}")
-    if any(name == known.name for known in parse_keys(data, "the file")):
+    if any(name == known.name for known in parse_keys(data, source)):
         raise ConfigError(f"there is a key {name!r} already; remove it first, or rotate under another name")
     lines = [f"[keys.{name}]", f'sha256 = "{digest_of(key).hex()}"']
     lines.append(f"scopes = [{', '.join(f'{chr(34)}{scope}{chr(34)}' for scope in dict.fromkeys(scopes))}]")
@@ -299,13 +306,13 @@ def added(
     lines += [f"expires = {expires.isoformat()}"] if expires is not None else []
     before = data.rstrip() + b"\n\n" if data.strip() else b""
     made = before + "\n".join(lines).encode() + b"\n"
-    parse_keys(made, "the file")
+    parse_keys(made, source)
     return made
 
 
-def removed(data: bytes, name: str) -> bytes:
+def removed(data: bytes, name: str, source: str = "the file") -> bytes:
     """The file's content without one key; what else is written in it stays as it is."""
-    before = {key.name: key.digest for key in parse_keys(data, "the file")}
+    before = {key.name: key.digest for key in parse_keys(data, source)}
     if before.pop(name, None) is None:
         raise ConfigError(f"there is no key {name[:80]!r}; there are: {', '.join(before) or 'none'}")
     lines = data.decode().splitlines(keepends=True)
@@ -314,6 +321,6 @@ def removed(data: bytes, name: str) -> bytes:
     if start is not None:
         end = next((at for at in heads if at > start), len(lines))
         made = "".join(lines[:start] + lines[end:]).strip().encode() + b"\n"
-        if {key.name: key.digest for key in parse_keys(made, "the file")} == before:
+        if {key.name: key.digest for key in parse_keys(made, source)} == before:
             return made
     raise ConfigError(f"key {name!r} is not written as a table [keys.{name}]; remove it by hand")

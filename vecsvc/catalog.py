@@ -28,7 +28,7 @@ from vecsvc.errors import (
     VecsvcError,
     listed,
 )
-from vecsvc.manifest import CENTROIDS_FILE, Manifest, check_files, read_manifest
+from vecsvc.manifest import CENTROIDS_FILE, Manifest, check_files, read_manifest, shards_here
 from vecsvc.shard import Shard
 from vecsvc.storage import MANIFEST, IndexFolder, Lease, index_folders, open_array
 from vecsvc.telemetry import Metrics
@@ -136,11 +136,12 @@ class Served:
             self.numbers = _chosen(self.manifest, settings.shards, path)
             others = {f"shards/{n:03d}/" for n in range(len(self.manifest.shards)) if n not in self.numbers}
             files = [file for file in self.manifest.files() if not file.path.startswith(tuple(others))]
-            absent = [n for n in self.numbers if not (path / "shards" / f"{n:03d}").is_dir()]
+            here = shards_here(path, self.manifest)
+            absent = [n for n in self.numbers if n not in here]
             if absent:
                 raise ArtifactDamaged(
                     f"{path}: shards {listed(absent)} are not here",
-                    remedy="where only some were pulled, serve with --shards",
+                    remedy=f"serve what is with --shards {','.join(map(str, here))}, or pull the others",
                 )
             check_files(path, files, hashes=settings.verify == "hash")
             self._open(path, settings)

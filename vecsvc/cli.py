@@ -18,7 +18,7 @@ from vecsvc.cli_encoder import encoder, json_option
 from vecsvc.cli_keys import keys
 from vecsvc.config import BuildSettings, RouteSettings, ServeSettings, field_types, read_settings, shard_numbers
 from vecsvc.errors import ArtifactDamaged, ConfigError, UserError, VecsvcError
-from vecsvc.storage import IndexFolder, index_folders
+from vecsvc.storage import IndexFolder, index_folders, no_folder
 
 FEW_QUESTIONS: Final = 100  # of fewer a measured recall may be luck
 SETTINGS_FILE: Final = Path("vecsvc.toml")  # read where it lies in the working folder
@@ -240,7 +240,9 @@ def serve(directory: Path, settings: Path | None, **flags: Any) -> None:
     """Serve the indexes in DIR over HTTP until SIGTERM."""
     read = _read(ServeSettings, "serve", flags, settings)
     if not directory.is_dir():
-        raise ConfigError(f"{directory} is no folder; give the --out folder of vecsvc build-index")
+        raise ConfigError(
+            no_folder(directory, "the --out folder of vecsvc build-index, or make it where a version is still to come")
+        )
     shard_numbers(read.shards)  # what is no list of numbers now never will be
     if read.workers > 1:
         from vecsvc.workers import serve as run
@@ -469,18 +471,26 @@ def verify(directory: Path, version: str | None) -> None:
 
 
 @cli.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR")
 @click.option("--to", help="the version to serve; otherwise what served before, less what was rolled back")
-def rollback(directory: Path, to: str | None) -> None:
-    """Serve an earlier version of the index in DIR.
+def rollback(directory: str, to: str | None) -> None:
+    """Serve an earlier version of the index in DIR, a folder or, with --to, s3://bucket/prefix/NAME.
 
     Where its manifest or the size of a file shows that it is damaged, nothing is changed and the exit code is 1; vecsvc
     verify reads the files whole.
     """
     from vecsvc.manifest import check_whole
 
-    before, after = _one(directory).rollback(to, check_whole)
-    click.echo(f"{before} -> {after}; running services follow on their own")
+    if "://" in directory:
+        from vecsvc.push import rollback as in_store
+
+        before, after = in_store(directory, to)
+    else:
+        before, after = _one(Path(directory)).rollback(to, check_whole)
+    if before == after:
+        click.echo(f"{after} serves already")
+    else:
+        click.echo(f"{before} -> {after}; running services follow on their own")
 
 
 @cli.command()
@@ -496,6 +506,9 @@ def gc(directory: Path, keep: int, refused: bool) -> None:
     for folder in index_folders(directory, begun=True):
         gone = folder.gc(keep, refused=refused)
         click.echo(f"{folder.name}: deleted {', '.join(gone) if gone else 'nothing'}")
+        held = folder.surplus(keep)
+        if held:
+            click.echo(f"{folder.name}: left {', '.join(held)}, which a process serves")
         for left in folder.refused():
             click.echo(
                 f"{folder.name}: left {left}, refused for its recall: build-index --resume without --require-recall "
@@ -532,7 +545,7 @@ def push(directory: Path, target: str, version: str, shard: int | None, again: b
     if shard is None:
         moved = pushing.push(directory, target, version=version, again=again)
     else:
-        moved = pushing.push_part(directory, target, version, shard)
+        moved = pushing.push_part(directory, target, version, shard, again=again)
     click.echo(msgspec.json.encode(moved) if as_json else moved.told())
 
 

@@ -50,7 +50,9 @@ def new(
         )
     _change(
         file,
-        lambda data: added(data, name, key, scopes=scopes or ("read",), rate_per_s=rate, burst=burst, expires=until),
+        lambda data: added(
+            data, name, key, str(file), scopes=scopes or ("read",), rate_per_s=rate, burst=burst, expires=until
+        ),
     )
     click.echo(key)
     click.echo(f"{name}: keep it now, it is shown nowhere else; services that read {file} take it at once", err=True)
@@ -72,7 +74,7 @@ def list_keys(file: Path) -> None:
 @_file_option
 def remove(name: str, file: Path) -> None:
     """Take a key out of FILE: services refuse it within a second or two."""
-    _change(file, lambda data: removed(data, name))
+    _change(file, lambda data: removed(data, name, str(file)))
     click.echo(f"{name} is removed")
 
 

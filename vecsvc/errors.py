@@ -28,6 +28,7 @@ VecsvcError
         UnknownVersion             no such version in the index folder
         VersionExists              a version is never written twice
         VersionIncomplete          shards of a version that is built in parts are missing
+        PartsDiffer                they are there, and not of one build
     ArtifactError                  what was built cannot be served
         ArtifactDamaged            a file differs from the manifest; names the file
         ArtifactUnfit              whole, but written for another format or library
@@ -189,6 +190,10 @@ class VersionExists(UserError):
 
 class VersionIncomplete(UserError):
     code = "version_incomplete"
+
+
+class PartsDiffer(UserError):
+    code = "parts_differ"
 
 
 class ArtifactError(VecsvcError):

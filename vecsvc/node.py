@@ -16,6 +16,7 @@ from vecsvc.config import RouteSettings
 from vecsvc.errors import NodeFailed, ProtocolError
 from vecsvc.remote import Holdings, Kind
 from vecsvc.telemetry import Count, Spread
+from vecsvc.tls import why_refused
 from vecsvc.topology import Address
 
 log: Final = logging.getLogger("vecsvc.router")
@@ -247,14 +248,20 @@ class Node:
 
     async def _greeted(self, late: str) -> _Connection:
         """A connection on which the node has said what it holds."""
-        _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: _Connection(self.name, self._heard, self._ended),
-            self.address.host,
-            self.address.port,
-            ssl=self._tls,
-            # Certificates name the service, not the address of each of its nodes.
-            server_hostname="" if self._tls is not None else None,
-        )
+        try:
+            _, connection = await asyncio.get_running_loop().create_connection(
+                lambda: _Connection(self.name, self._heard, self._ended),
+                self.address.host,
+                self.address.port,
+                ssl=self._tls,
+                # Certificates name the service, not the address of each of its nodes.
+                server_hostname="" if self._tls is not None else None,
+            )
+        except ssl.SSLError as error:
+            raise NodeFailed(f"node {self.name}: the handshake failed: {why_refused(error)}; {_NO_NODE}") from error
+        except (ConnectionResetError, ConnectionAbortedError) as error:
+            # Asyncio says nothing of its own about a node that hung up in the middle of the handshake.
+            raise NodeFailed(f"node {self.name} broke off before it said what it holds; {_NO_NODE}") from error
         self._greeting = connection
         try:
             connection.hello()

@@ -9,31 +9,47 @@ from typing import Final
 from vecsvc.access import is_loopback
 from vecsvc.config import HttpSettings, RouteSettings, ServeSettings
 from vecsvc.errors import ConfigError
-from vecsvc.tls import client_tls, server_tls
+from vecsvc.telemetry import LineBudget, Metrics
+from vecsvc.tls import Refused, Valid, client_tls, server_tls
 
 log: Final = logging.getLogger("vecsvc.server")
 
+LOG_LINES_PER_S: Final = 10  # about handshakes that failed, of each port; the metric counts them all
 
-def http_tls(settings: HttpSettings) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
+
+def http_tls(settings: HttpSettings, metrics: Metrics) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
     """TLS of the public and of the admin port, whose callers name themselves by keys and need no certificate."""
     if not settings.tls_cert:
         if settings.tls_key or settings.tls_client_ca:
             raise ConfigError("tls_key and tls_client_ca are of no use without tls_cert")
         return None, None
+    cert, key = settings.tls_cert, settings.tls_key
     return (
-        server_tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca),
-        server_tls(settings.tls_cert, settings.tls_key),
+        server_tls(cert, key, settings.tls_client_ca, refused=_refused(metrics, "http"), valid=_valid(metrics, "http")),
+        server_tls(cert, key, refused=_refused(metrics, "admin")),
     )
 
 
-def shard_tls(settings: ServeSettings) -> ssl.SSLContext | None:
+def shard_tls(settings: ServeSettings, metrics: Metrics) -> ssl.SSLContext | None:
     """TLS of the shard port: front doors show a certificate of the same authority."""
     if not _mutual(settings):
         if not is_loopback(settings.shard_host):
             remedy = "shard_tls_cert, or a network policy"
             log.warning("whoever reaches the shard port may ask", extra={"data": {"remedy": remedy}})
         return None
-    return server_tls(settings.shard_tls_cert, settings.shard_tls_key, settings.shard_tls_ca)
+    return server_tls(
+        settings.shard_tls_cert,
+        settings.shard_tls_key,
+        settings.shard_tls_ca,
+        refused=_refused(metrics, "shard"),
+        valid=_valid(metrics, "shard"),
+    )
+
+
+def needs_shard_port(settings: ServeSettings) -> None:
+    """Raises ConfigError where TLS is asked for between front doors and a node that none can reach."""
+    if _mutual(settings) and settings.shard_port is None:
+        raise ConfigError("shard_tls_cert is of no use without shard_port")
 
 
 def warn_if_open(settings: HttpSettings) -> None:
@@ -43,11 +59,32 @@ def warn_if_open(settings: HttpSettings) -> None:
         log.warning("whoever reaches the port may ask", extra={"data": {"hosts": hosts, "remedy": remedy}})
 
 
-def nodes_tls(settings: RouteSettings) -> ssl.SSLContext | None:
+def nodes_tls(settings: RouteSettings, metrics: Metrics) -> ssl.SSLContext | None:
     """TLS to the nodes. Whoever the authority signed is one: certificates name a service, not each of its pods."""
     if not _mutual(settings):
         return None
-    return client_tls(settings.shard_tls_cert, settings.shard_tls_key, settings.shard_tls_ca, check_hostname=False)
+    return client_tls(
+        settings.shard_tls_cert,
+        settings.shard_tls_key,
+        settings.shard_tls_ca,
+        check_hostname=False,
+        valid=_valid(metrics, "nodes"),
+    )
+
+
+def _refused(metrics: Metrics, port: str) -> Refused:
+    count, lines = metrics.tls_failed(port), LineBudget(LOG_LINES_PER_S)
+
+    def refused(why: str) -> None:
+        count.inc()
+        if lines.take():
+            log.warning("handshake failed", extra={"data": {"port": port, "why": why}})
+
+    return refused
+
+
+def _valid(metrics: Metrics, port: str) -> Valid:
+    return metrics.tls_valid_until.labels(port).set
 
 
 def _mutual(settings: HttpSettings) -> bool:

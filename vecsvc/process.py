@@ -32,7 +32,7 @@ from vecsvc.config import HttpSettings, ServeSettings, make
 from vecsvc.control import Handed, Link, Report, end_with
 from vecsvc.engine import Engine
 from vecsvc.errors import ConfigError, UserError, VecsvcError
-from vecsvc.ports import http_tls, shard_tls, warn_if_open
+from vecsvc.ports import http_tls, needs_shard_port, shard_tls, warn_if_open
 from vecsvc.server import Connection, Service
 from vecsvc.shard_server import ShardServer
 from vecsvc.telemetry import Metrics, configure_logging
@@ -92,8 +92,9 @@ def allow_files(settings: HttpSettings) -> None:
 
 async def _run(directory: Path, settings: ServeSettings, handed: Handed | None = None) -> None:
     started = time.perf_counter()
+    needs_shard_port(settings)
     catalog, engine, service = node(directory, settings)
-    tls, admin_tls = http_tls(settings)
+    tls, admin_tls = http_tls(settings, service.metrics)
     machine_code.announce = functools.partial(_compiling, catalog)
     looked = asyncio.Event()
     runners: list[web.AppRunner] = []
@@ -129,7 +130,8 @@ async def _run(directory: Path, settings: ServeSettings, handed: Handed | None =
         port, admin_port = (made[0].sockets[0].getsockname()[1] for made in (listeners, admin_listeners))
         facts = {"version": __version__, "host": settings.host, "port": port, "admin_port": admin_port}
         if shards is not None and settings.shard_port is not None:
-            facts["shard_port"] = await shards.listen(settings.shard_host, settings.shard_port, shard_tls(settings))
+            secure = shard_tls(settings, service.metrics)
+            facts["shard_port"] = await shards.listen(settings.shard_host, settings.shard_port, secure)
         log.info("listening", extra={"data": facts})
         warn_if_open(settings)
     tell()
@@ -138,6 +140,7 @@ async def _run(directory: Path, settings: ServeSettings, handed: Handed | None =
     holdings = asyncio.create_task(shards.watch()) if shards is not None else None
     await stop.wait()
     service.draining = True
+    watch.cancel()  # who ends opens nothing new
     note("draining", extra={"data": {"in_flight": service.engine.in_flight}})
     if shards is not None:
         shards.drain()
@@ -148,7 +151,6 @@ async def _run(directory: Path, settings: ServeSettings, handed: Handed | None =
         await shards.finish(settings.shutdown_s)
         holdings.cancel()
     reap.cancel()
-    watch.cancel()
     await runner.cleanup()
     for listener in admin_listeners:
         listener.close()

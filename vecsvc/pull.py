@@ -6,18 +6,16 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from vecsvc.errors import ArtifactDamaged, ConfigError, StorageError, UnknownVersion, VecsvcError, VersionExists
+from vecsvc.errors import ArtifactDamaged, ConfigError, StorageError, VecsvcError, VersionExists
 from vecsvc.manifest import FileEntry, Manifest, check_files, parse_manifest
 from vecsvc.seal import MAX_MANIFEST_BYTES
 from vecsvc.storage import (
     CURRENT,
     MANIFEST,
-    MAX_CURRENT_BYTES,
     STAGING,
     IndexFolder,
     Lease,
     check_name,
-    check_version,
     delete_file,
     delete_folder,
     make_folder,
@@ -27,7 +25,7 @@ from vecsvc.storage import (
     write_file,
 )
 from vecsvc.stores import Store
-from vecsvc.transfer import Moved, move_all, total_bytes
+from vecsvc.transfer import Moved, current_in, indexes_in, move_all, total_bytes
 
 
 def pull(
@@ -43,7 +41,7 @@ def pull(
     shards have in common. What is here already is not brought again. Raises ConfigError, UnknownVersion,
     VersionExists, ArtifactError or StorageError; what serves is untouched then.
     """
-    return [_pull_one(index, out, shards, going_on) for index in _indexes(source)]
+    return [_pull_one(index, out, shards, going_on) for index in indexes_in(source)]
 
 
 def watch(
@@ -70,10 +68,10 @@ def watch(
     while not stop.is_set():
         problems = []
         try:
-            for index in _indexes(source):
+            for index in indexes_in(source):
                 # One that cannot be pulled must not keep the others from it.
                 try:
-                    version = _current(index)
+                    version = current_in(index)
                     # A rollback here holds until the store moves on.
                     if seen.get(index.name) == version:
                         continue
@@ -101,29 +99,8 @@ class _StoppedError(Exception):
     """Whoever pulls was told to end."""
 
 
-def _indexes(source: str) -> list[Store]:
-    store = Store.open(source)
-    if store.read(CURRENT, MAX_CURRENT_BYTES) is not None:
-        return [store]
-    found = [store.at(name) for name in store.folders()]
-    found = [index for index in found if index.read(CURRENT, MAX_CURRENT_BYTES) is not None]
-    if not found:
-        raise UnknownVersion(f"{store.label()} holds no index; bring one there: vecsvc push DIR {store.label()}")
-    return found
-
-
-def _current(index: Store) -> str:
-    data = index.read(CURRENT, MAX_CURRENT_BYTES)
-    if data is None:
-        raise UnknownVersion(f"{index.label(CURRENT)}: missing")
-    try:
-        return check_version(data.decode("ascii").removesuffix("\n"))
-    except (ConfigError, UnicodeDecodeError) as error:
-        raise StorageError(f"{index.label(CURRENT)}: names no version: {error}") from error
-
-
 def _pull_one(index: Store, out: Path, shards: frozenset[int] | None, going_on: Callable[[], None]) -> Moved:
-    folder, version = IndexFolder(out / check_name(index.name)), _current(index)
+    folder, version = IndexFolder(out / check_name(index.name)), current_in(index)
     place, path = index.at(version), folder.path / version
     data = place.read(MANIFEST, MAX_MANIFEST_BYTES)
     if data is None:

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from vecsvc.errors import ConfigError, StorageError, UnknownVersion, VersionExists, VersionIncomplete
-from vecsvc.manifest import FileEntry, check_files, read_manifest
+from vecsvc.errors import ConfigError, StorageError, UnknownVersion, VersionExists, VersionIncomplete, listed
+from vecsvc.manifest import FileEntry, Manifest, check_files, parse_manifest, read_manifest, shards_here
 from vecsvc.parts import MEND, Part, decoded_part, encoded_part, part_folder, read_part
 from vecsvc.seal import MAX_MANIFEST_BYTES
 from vecsvc.storage import CURRENT, MANIFEST, Lease, check_version, index_folders
 from vecsvc.stores import Store
-from vecsvc.transfer import Moved, index_store, move_all, total_bytes
+from vecsvc.transfer import Moved, current_in, index_store, indexes_in, move_all, total_bytes
 
 _PART: Final = re.compile(r"part-(\d{3})\.json")
 
@@ -26,8 +26,9 @@ def push(directory: Path, target: str, *, version: str = "", again: bool = False
     """Copy a version of the index in `directory` into a store, where it serves from then on.
 
     Without `version` it is the one that serves here. Of one that is there already only files of another size are sent,
-    or with `again` all: a store tells no hashes, so a push that died begins anew, too. Raises ConfigError,
-    UnknownVersion, VersionExists, ArtifactDamaged or StorageError.
+    or with `again` all: a store tells no hashes, so a push that died begins anew, too. A copy of some shards brings
+    those, of a version that is there. Raises ConfigError, UnknownVersion, VersionExists, VersionIncomplete,
+    ArtifactDamaged or StorageError.
     """
     folders = index_folders(directory)
     if len(folders) > 1:
@@ -42,7 +43,13 @@ def push(directory: Path, target: str, *, version: str = "", again: bool = False
         manifest = read_manifest(path)
         data = (path / MANIFEST).read_bytes()
         there = index.read(f"{version}/{MANIFEST}", MAX_MANIFEST_BYTES)
-        files = manifest.files()
+        here = shards_here(path, manifest)
+        if there is None and len(here) < len(manifest.shards):
+            raise VersionIncomplete(
+                f"{path} holds shards {listed(here)} of {len(manifest.shards)}, and {index.label(version)} is not "
+                "there yet: push it from a copy that has them all"
+            )
+        files = manifest.files_of(here)
         if there is not None and not again:
             sizes = index.at(version).sizes()
             files = [file for file in files if sizes.get(file.path) != file.size_bytes]
@@ -50,6 +57,8 @@ def push(directory: Path, target: str, *, version: str = "", again: bool = False
             raise VersionExists(f"{index.label(version)} is another build of that name: push under another version")
         check_files(path, files, hashes=False)
         _send(path, index.at(version), files)
+        if len(here) < len(manifest.shards):
+            check_sizes(index.at(version), manifest.files())
     finally:
         lease.release()
     if there is None:
@@ -58,10 +67,11 @@ def push(directory: Path, target: str, *, version: str = "", again: bool = False
     return Moved(folder.name, version, index.label(version), len(files), total_bytes(files))
 
 
-def push_part(directory: Path, target: str, version: str, shard: int) -> Moved:
+def push_part(directory: Path, target: str, version: str, shard: int, *, again: bool = False) -> Moved:
     """Copy one shard of a version that is built in parts into a store, where `publish` finds it.
 
-    Raises VersionIncomplete where that shard is not built, and what `push` raises.
+    With `again` also into a version that was published of it. Raises VersionIncomplete where that shard is not built,
+    and what `push` raises.
     """
     directory = directory.absolute()
     candidates = [directory, *(sorted(directory.iterdir()) if directory.is_dir() else [])]
@@ -84,9 +94,16 @@ def push_part(directory: Path, target: str, version: str, shard: int) -> Moved:
             raise missing
         index = index_store(target, part.name)
         place = index.at(version)
-        if place.read(MANIFEST, MAX_MANIFEST_BYTES) is not None:
-            raise VersionExists(f"{place.label()} is published already: build under another --version")
         check_files(found[0], part.files(), hashes=False, remedy=MEND)
+        published = place.read(MANIFEST, MAX_MANIFEST_BYTES)
+        if published is not None:
+            if not again:
+                raise VersionExists(
+                    f"{place.label()} is published already: build under another --version, or mend it with --again"
+                )
+            files = _of_published(part, parse_manifest(published, place.label(MANIFEST)), place)
+            _send(found[0], place, files)
+            return Moved(part.name, version, place.label(), len(files), total_bytes(files))
         files = list(part.shard.files)
         if part.encoder is not None and not _has_encoder(place, part):
             files += part.encoder.files
@@ -126,12 +143,44 @@ def check_sizes(place: Store, files: Iterable[FileEntry]) -> None:
             raise StorageError(f"{place.label(file.path)}: {have}, expected {file.size_bytes}; push it with --again")
 
 
+def rollback(target: str, to: str | None) -> tuple[str, str]:
+    """Let a version that lies whole in a store serve there; those who watch it follow. Returns (from, to).
+
+    What served before is recorded in folders only, so `to` must be given. Raises ConfigError, UnknownVersion,
+    ArtifactError or StorageError; nothing is changed then.
+    """
+    indexes = indexes_in(target)
+    if len(indexes) > 1:
+        names = ", ".join(index.label() for index in indexes)
+        raise ConfigError(f"{target} holds several indexes, name one: {names}")
+    [index] = indexes
+    before = current_in(index)
+    data = index.read(f"{check_version(to)}/{MANIFEST}", MAX_MANIFEST_BYTES) if to else None
+    if to is None or data is None:
+        there = [name for name in index.folders() if index.read(f"{name}/{MANIFEST}", MAX_MANIFEST_BYTES) is not None]
+        others = listed([name for name in there if name != before]) or "none"
+        what = "--to is missing: a store does not record what served before" if to is None else f"there is no {to}"
+        raise UnknownVersion(f"{index.label()}: {what}; others than {before}, which serves: {others}")
+    check_sizes(index.at(to), parse_manifest(data, index.label(f"{to}/{MANIFEST}")).files())
+    serve(index, to)
+    return before, to
+
+
 def serve(index: Store, version: str) -> None:
     index.put(CURRENT, f"{version}\n".encode())
 
 
 def _part_file(shard: int) -> str:
     return f"part-{shard:03d}.json"
+
+
+def _of_published(part: Part, manifest: Manifest, place: Store) -> list[FileEntry]:
+    """The files of a part that are those of a version. Raises VersionExists where it is of another build."""
+    mine = manifest.shards[part.number].files if part.number < len(manifest.shards) else []
+    if mine != part.shard.files:
+        raise VersionExists(f"{place.label()} is published already, of another build than this shard {part.number}")
+    same_encoder = part.encoder is not None and part.encoder == manifest.encoder
+    return [*mine, *(part.encoder.files if part.encoder is not None and same_encoder else [])]
 
 
 def _has_encoder(place: Store, part: Part) -> bool:

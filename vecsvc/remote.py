@@ -366,10 +366,10 @@ class Frames:
         while size - at >= _HEAD.size:
             length, number, request, checksum = _HEAD.unpack_from(buffer, at)
             if length > self._max_bytes:
-                raise ProtocolError(f"a frame of {length} bytes, the limit is {self._max_bytes}")
+                raise _no_frame(f"a frame of {length} bytes, the limit is {self._max_bytes}", buffer[at:])
             kind = self._kinds.get(number)
             if kind is None:
-                raise ProtocolError(f"a frame of kind {number}, which nobody sends here")
+                raise _no_frame(f"a frame of kind {number}, which nobody sends here", buffer[at:])
             end = at + _HEAD.size + length
             if size < end:
                 self._needed = _HEAD.size + length
@@ -383,6 +383,20 @@ class Frames:
             self._needed = _HEAD.size
         if at < size:
             self._held += buffer[at:]
+
+
+_OTHERS: Final = {
+    b"\x16\x03": "as TLS does: one side has shard_tls_cert, the other not",
+    b"GET ": "as HTTP does, which --port is for",
+    b"POST": "as HTTP does, which --port is for",
+    b"HTTP": "as an answer over HTTP does: its --shard-port is another",
+}
+
+
+def _no_frame(what: str, sent: bytes) -> ProtocolError:
+    """With a word on what the bytes are where they are known."""
+    begins = next((words for start, words in _OTHERS.items() if sent.startswith(start)), "")
+    return ProtocolError(f"{what}; it begins {begins}" if begins else what)
 
 
 OF_FRONT_DOORS: Final = frozenset(kind for kind in Kind if kind < Kind.HOLDINGS)

@@ -35,10 +35,10 @@ def route(settings: RouteSettings) -> None:
 async def _run(settings: RouteSettings) -> None:
     started = time.perf_counter()
     metrics = Metrics()
-    router = Router(settings, metrics, nodes_tls(settings))
+    router = Router(settings, metrics, nodes_tls(settings, metrics))
     door = FrontDoor(router, settings, metrics)
     service = Service(door, settings, metrics)
-    tls, admin_tls = http_tls(settings)
+    tls, admin_tls = http_tls(settings, metrics)
     await door.in_thread(json_vectors.load)
     runner, listeners = await listen(service, service.app(), settings.host, settings.port, tls)
     admin, admin_listeners = await listen(

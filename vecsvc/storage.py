@@ -533,13 +533,9 @@ class IndexFolder:
 
         A version that a process serves is never touched: its folder is flocked. Returns what went.
         """
-        current = self.current()
         gone = []
         self._empty_trash()  # a version of the same name may be in it since a crash
-        versions, history = self.versions(), self.history()
-        wanted = dict.fromkeys([*_line(history)[::-1], *history[::-1], *versions[::-1]])
-        others = [version for version in wanted if version in versions and version != current]
-        for version in sorted(others[keep:], key=versions.index):
+        for version in self.surplus(keep):
             lease = Lease.take(self.path / version, exclusive=True)
             if lease is None:
                 continue
@@ -554,6 +550,13 @@ class IndexFolder:
             gone.append(version)
         self._empty_trash()
         return gone + self.sweep(refused=refused) + self._sweep_parts()
+
+    def surplus(self, keep: int) -> list[str]:
+        """Versions besides CURRENT's and `keep` others; after `gc` they are those that a process serves."""
+        current, versions, history = self.current(), self.versions(), self.history()
+        wanted = dict.fromkeys([*_line(history)[::-1], *history[::-1], *versions[::-1]])
+        others = [version for version in wanted if version in versions and version != current]
+        return sorted(others[keep:], key=versions.index)
 
     def _empty_trash(self) -> None:
         for folder in sorted(self.path.glob(f"{TRASH}*")):
@@ -661,6 +664,13 @@ def delete_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def no_folder(directory: Path, wanted: str) -> str:
+    """What a message says of a DIR that is not there."""
+    if re.match(r"[a-z0-9]+:/", str(directory)):  # a Path has made one of its slashes
+        return f"{directory} is in an object store; bring it here first: vecsvc pull STORE DIR"
+    return f"{directory} is no folder; give {wanted}"
+
+
 def index_folders(directory: Path, *, begun: bool = False) -> list[IndexFolder]:
     """The indexes that DIR means: itself where it is one, otherwise those in it, by name.
 
@@ -668,7 +678,7 @@ def index_folders(directory: Path, *, begun: bool = False) -> list[IndexFolder]:
     none.
     """
     if not directory.is_dir():
-        raise ConfigError(f"{directory} is no folder; give the --out folder of vecsvc build-index, or one index in it")
+        raise ConfigError(no_folder(directory, "the --out folder of vecsvc build-index, or one index in it"))
     directory = directory.absolute()  # `.` has no name
 
     def wanted(folder: Path) -> bool:
@@ -681,6 +691,12 @@ def index_folders(directory: Path, *, begun: bool = False) -> list[IndexFolder]:
     found = [IndexFolder(f) for f in inside if wanted(f)]
     if not found:
         started = [str(f) for f in (directory, *inside) if _is_begun(f)]
+        parts = sorted(part.name for f in (directory, *inside) for part in f.glob(f"{PART}*-[0-9][0-9][0-9]"))
+        if parts:
+            raise ConfigError(
+                f"{listed(started)} has no version yet, only shards of one ({listed(parts)}): once all are built, "
+                f"vecsvc publish {directory} --version VERSION"
+            )
         if started:
             raise ConfigError(
                 f"{listed(started)} has no version yet, only a build that has not ended or was refused for its recall: "

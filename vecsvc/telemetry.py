@@ -20,7 +20,7 @@ METRICS_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 COUNTED_CONTENT_TYPE: Final = "application/vnd.vecsvc.counted+json"  # between the processes of one service
 
 # Of several processes' gauges the sum is shown, but for these.
-LEAST: Final = ("vecsvc_ready",)
+LEAST: Final = ("vecsvc_ready", "vecsvc_tls_valid_until_seconds")
 MOST: Final = ("vecsvc_index_info",)
 
 LEFT: Final = 499  # the status of requests whose client left before the answer, as proxies' logs have it
@@ -163,6 +163,15 @@ class Metrics:
             "vecsvc_encoder_waiting_tokens", "Tokens that wait for the encoder", ["encoder"], registry=self.registry
         )
         self.in_flight = Gauge("vecsvc_in_flight", "Requests that search or wait to", registry=self.registry)
+        self.tls_failed = Family(
+            Count, "vecsvc_tls_failed_handshakes", "TLS handshakes that failed, by port: http, admin, shard", ("port",)
+        )
+        self.tls_valid_until = Gauge(
+            "vecsvc_tls_valid_until_seconds",
+            "When the certificate in force ends, in seconds since 1970, by where it is shown: http, shard, nodes",
+            ["port"],
+            registry=self.registry,
+        )
         self.ready = Gauge("vecsvc_ready", "1 where /readyz is green", registry=self.registry)
         self.version_info = Gauge(
             "vecsvc_index_info", "1 for the version that serves", ["index", "version"], registry=self.registry

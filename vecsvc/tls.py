@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import ssl
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +18,10 @@ log: Final = logging.getLogger("vecsvc.tls")
 
 LOOK_S: Final = 1.0  # files are looked at no more often
 MAX_PEM_BYTES: Final = 1 << 20
+
+# Called with why a handshake failed, and with the end of a certificate's validity in seconds since 1970.
+Refused = Callable[[str], None]
+Valid = Callable[[float], None]
 
 
 class FileWatch:
@@ -51,25 +57,33 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 # ----------------------------------------------------------------------------------------------------- TLS
 
 
-def server_tls(cert: str, key: str = "", client_ca: str = "") -> ssl.SSLContext:
+def server_tls(
+    cert: str, key: str = "", client_ca: str = "", *, refused: Refused | None = None, valid: Valid | None = None
+) -> ssl.SSLContext:
     """TLS 1.2 or newer for a port, from PEM files; with `client_ca` only for clients that it signed.
 
     `cert` is the chain, the server's own certificate first; `key` its private key, empty where `cert` holds it too.
-    Renewed files are used from the next connection on; where they cannot be, those before stay in force and the log
-    says why. Raises ConfigError, naming the file.
+    Renewed files are used from the next connection on; where they cannot be, or have expired, those before stay in
+    force and the log says why. `refused` hears of handshakes that failed, `valid` of the certificate that is in force.
+    Raises ConfigError, naming the file.
     """
+    told = None if refused is None else _telling(refused)
 
     def fill(context: ssl.SSLContext) -> None:
         _newer_than_1_1(context)
+        if told is not None:
+            context.sslobject_class = told
         _load_chain(context, cert, key)
         if client_ca:
             context.verify_mode = ssl.CERT_REQUIRED
             _load_ca(context, client_ca)
 
-    return _Renewed.make(ssl.PROTOCOL_TLS_SERVER, fill, cert, key, client_ca)
+    return _Renewed.make(ssl.PROTOCOL_TLS_SERVER, fill, cert, key, client_ca, valid=valid)
 
 
-def client_tls(cert: str = "", key: str = "", ca: str = "", *, check_hostname: bool = True) -> ssl.SSLContext:
+def client_tls(
+    cert: str = "", key: str = "", ca: str = "", *, check_hostname: bool = True, valid: Valid | None = None
+) -> ssl.SSLContext:
     """TLS 1.2 or newer to a server that `ca` signed (empty: one that the system trusts), as `server_tls` in the rest.
 
     With `cert` the client names itself. The server's certificate must be for the name that is connected to, unless
@@ -86,7 +100,7 @@ def client_tls(cert: str = "", key: str = "", ca: str = "", *, check_hostname: b
         else:
             context.load_default_certs(ssl.Purpose.SERVER_AUTH)
 
-    return _Renewed.make(ssl.PROTOCOL_TLS_CLIENT, fill, cert, key, ca)
+    return _Renewed.make(ssl.PROTOCOL_TLS_CLIENT, fill, cert, key, ca, valid=valid)
 
 
 class _Renewed(ssl.SSLContext):
@@ -98,17 +112,36 @@ class _Renewed(ssl.SSLContext):
 
     _fill: Callable[[ssl.SSLContext], None]
     _watch: FileWatch
+    _cert: str
     _files: str
+    _valid: Valid | None
+    _until: float | None  # the end of the certificate in force; None where there is none, or it does not say
     _current: ssl.SSLContext
 
     @classmethod
-    def make(cls, protocol: ssl._SSLMethod, fill: Callable[[ssl.SSLContext], None], *files: str) -> _Renewed:
+    def make(
+        cls,
+        protocol: ssl._SSLMethod,
+        fill: Callable[[ssl.SSLContext], None],
+        cert: str,
+        *others: str,
+        valid: Valid | None,
+    ) -> _Renewed:
         made = cls(protocol)
-        named = [file for file in files if file]
+        named = [file for file in (cert, *others) if file]
         made._fill, made._watch, made._files = fill, FileWatch(*map(Path, named)), ", ".join(named)
+        made._cert, made._valid = cert, valid
         fill(made)
-        made._current = made
+        made._current, made._until = made, _valid_until(cert)
+        if _over(made._until):
+            # Clients that do not look are served; those that do say what is wrong.
+            log.warning("certificate expired", extra={"data": {"file": cert, "on": _day(made._until)}})
+        made._tell()
         return made
+
+    def _tell(self) -> None:
+        if self._valid is not None and self._until is not None:
+            self._valid(self._until)
 
     def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
         current = self._newest()
@@ -123,12 +156,40 @@ class _Renewed(ssl.SSLContext):
             fresh = ssl.SSLContext(self.protocol)
             try:
                 self._fill(fresh)
+                until = _valid_until(self._cert)
+                if _over(until) and not _over(self._until):
+                    raise ConfigError(f"{self._cert}: expired on {_day(until)}; the one before is still valid")
             except ConfigError as error:
                 log.warning("certificates not renewed", extra={"data": {"why": str(error)}})
             else:
-                self._current = fresh
-                log.info("certificates renewed", extra={"data": {"files": self._files}})
+                self._current, self._until = fresh, until
+                facts = {"files": self._files} | ({"valid_until": _day(until)} if until is not None else {})
+                log.info("certificates renewed", extra={"data": facts})
+                self._tell()
         return self._current
+
+
+def _telling(refused: Refused) -> type[ssl.SSLObject]:
+    """Sides of connections that say why a handshake failed: event loops keep that to themselves."""
+
+    class Telling(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            try:
+                super().do_handshake()
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise
+            except ssl.SSLError as error:
+                refused(why_refused(error))
+                raise
+
+    return Telling
+
+
+def why_refused(error: ssl.SSLError) -> str:
+    """OpenSSL's reason in words, with what it found in the certificate."""
+    reason = (error.reason or "").replace("_", " ").lower() or str(error)
+    found = getattr(error, "verify_message", "")
+    return f"{reason}: {found}" if found else reason
 
 
 def _newer_than_1_1(context: ssl.SSLContext) -> None:
@@ -150,9 +211,7 @@ def _load_chain(context: ssl.SSLContext, cert: str, key: str) -> None:
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise ConfigError(f"{key or cert}: is not the private key of {cert}") from error
-        raise ConfigError(
-            f"{cert}{f' and {key}' if key else ''}: no certificate and private key in PEM ({error.reason})"
-        ) from error
+        raise ConfigError(f"{cert}{f' and {key}' if key else ''}: no certificate and private key in PEM") from error
 
 
 def _load_ca(context: ssl.SSLContext, ca: str) -> None:
@@ -160,7 +219,7 @@ def _load_ca(context: ssl.SSLContext, ca: str) -> None:
     try:
         context.load_verify_locations(ca)
     except ssl.SSLError as error:
-        raise ConfigError(f"{ca}: no certificates in PEM ({error.reason})") from error
+        raise ConfigError(f"{ca}: no certificates in PEM") from error
 
 
 def _check_pem(file: str) -> None:
@@ -172,3 +231,58 @@ def _check_pem(file: str) -> None:
         raise ConfigError(f"{file}: {error.strerror}") from error
     if size > MAX_PEM_BYTES:
         raise ConfigError(f"{file}: has {size} bytes, a PEM file may have {MAX_PEM_BYTES}")
+
+
+# ------------------------------------------------------------------------------------------- how long it is valid
+
+_CERTIFICATE: Final = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_SEQUENCE, _UTC_TIME, _GENERALIZED_TIME, _VERSION = 0x30, 0x17, 0x18, 0xA0
+
+
+def _valid_until(cert: str) -> float | None:
+    """Seconds since 1970 at which the first certificate of a PEM file ends; None where it does not say.
+
+    Python's ssl tells that of peers' certificates only. OpenSSL has read the file before; what is left is the way to
+    one field (RFC 5280, section 4.1): of the Certificate the TBSCertificate, and in that the Validity, which follows
+    an optional version, the serial number, the algorithm and the issuer.
+    """
+    if not cert:
+        return None
+    try:
+        found = _CERTIFICATE.search(Path(cert).read_bytes())
+        if found is None:
+            return None
+        der = ssl.PEM_cert_to_DER_cert(found[0].decode("ascii"))
+        _, at, _ = _element(der, 0)
+        _, at, _ = _element(der, at)
+        tag, _, end = _element(der, at)
+        for _ in range(4 if tag == _VERSION else 3):
+            at = _element(der, at)[2]
+        tag, at, _ = _element(der, at)
+        _, _, at = _element(der, at)
+        kind, begin, end = _element(der, at)
+        if tag != _SEQUENCE or kind not in (_UTC_TIME, _GENERALIZED_TIME):
+            return None
+        text = der[begin:end].decode("ascii")
+        if kind == _UTC_TIME:  # section 4.1.2.5.1: years from 50 on are of the twentieth century
+            text = ("19" if text >= "50" else "20") + text
+        return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC).timestamp()
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _element(der: bytes, at: int) -> tuple[int, int, int]:
+    """Of the element of DER at a place its tag, and where its content begins and ends."""
+    tag, length, begin = der[at], der[at + 1], at + 2
+    if length >= 0x80:
+        more = length - 0x80
+        length, begin = int.from_bytes(der[begin : begin + more], "big"), begin + more
+    return tag, begin, begin + length
+
+
+def _over(until: float | None) -> bool:
+    return until is not None and until <= time.time()
+
+
+def _day(until: float | None) -> str:
+    return "" if until is None else datetime.fromtimestamp(until, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -79,21 +79,22 @@ class Discovery:
         self.problem = ""  # why the last look failed; what was known before stays
 
     async def look(self) -> list[Address]:
-        self.problem = ""
+        problem = ""  # told when the look is over: names take their time
         stamp = _stamp(self._path)
         if stamp != self._stamp:
             try:
                 self._topology, self._stamp = read_topology(self._path), stamp
             except ConfigError as error:
-                self.problem = str(error)
+                problem = str(error)
         found = dict.fromkeys(self._topology.nodes)
         for name in self._topology.names:
             try:
                 self._resolved[name] = await _resolve(name)
             except (OSError, TimeoutError, UnicodeError) as error:
                 # A name server that fails for a moment must not take nodes away that are well.
-                self.problem = f"{name}: cannot be resolved: {error}"
+                problem = f"{name}: cannot be resolved: {error}"
             found.update(dict.fromkeys(self._resolved.get(name, ())))
+        self.problem = problem
         return list(found)[:MAX_NODES]
 
 

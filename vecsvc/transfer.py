@@ -15,8 +15,9 @@ from typing import Final
 
 import msgspec
 
+from vecsvc.errors import ConfigError, StorageError, UnknownVersion
 from vecsvc.manifest import FileEntry
-from vecsvc.storage import check_name
+from vecsvc.storage import CURRENT, MAX_CURRENT_BYTES, check_name, check_version
 from vecsvc.stores import Store
 
 TRANSFERS: Final = 4  # files on their way at a time
@@ -41,6 +42,29 @@ def index_store(target: str, name: str) -> Store:
     """Where an index lies in a store: the address itself where that ends in its name, otherwise below it."""
     store = Store.open(target)
     return store if store.name == name else store.at(check_name(name))
+
+
+def indexes_in(source: str) -> list[Store]:
+    """The indexes at an address: it is one, or those that lie right below it. Raises UnknownVersion where none is."""
+    store = Store.open(source)
+    if store.read(CURRENT, MAX_CURRENT_BYTES) is not None:
+        return [store]
+    found = [store.at(name) for name in store.folders()]
+    found = [index for index in found if index.read(CURRENT, MAX_CURRENT_BYTES) is not None]
+    if not found:
+        raise UnknownVersion(f"{store.label()} holds no index; bring one there: vecsvc push DIR {store.label()}")
+    return found
+
+
+def current_in(index: Store) -> str:
+    """The version that serves there. Raises UnknownVersion or StorageError."""
+    data = index.read(CURRENT, MAX_CURRENT_BYTES)
+    if data is None:
+        raise UnknownVersion(f"{index.label(CURRENT)}: missing")
+    try:
+        return check_version(data.decode("ascii").removesuffix("\n"))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise StorageError(f"{index.label(CURRENT)}: names no version: {error}") from error
 
 
 def move_all(work: Callable[[FileEntry], None], files: Sequence[FileEntry]) -> None:

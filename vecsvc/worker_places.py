@@ -150,7 +150,8 @@ class Parent:
     def __init__(self, directory: Path, settings: ServeSettings, places: list[Place]) -> None:
         self.places = places
         self.settings = settings
-        self.metrics = Metrics()
+        self.metrics = Metrics()  # shows what is counted by all
+        self.own = Metrics()  # counts what no worker sees
         self.deaths = 0
         self.stop = asyncio.Event()
         self._directory = directory
@@ -168,8 +169,8 @@ class Parent:
         return "; ".join(filter(None, (place.problem for place in self.places)))
 
     def counted(self) -> Counted:
-        """What all workers counted, those that died included."""
-        return together([self._gone, *(place.counted for place in self.places)])
+        """What all workers counted, those that died included, and their parent."""
+        return together([self._gone, self.own.counted().lasting(), *(place.counted for place in self.places)])
 
     async def run(self) -> int:
         """Start all, and end all when `stop` is set. Returns the exit code."""

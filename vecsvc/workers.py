@@ -21,7 +21,7 @@ from typing import Any, Final
 from vecsvc import __version__
 from vecsvc.config import ServeSettings
 from vecsvc.errors import ConfigError
-from vecsvc.ports import http_tls, warn_if_open
+from vecsvc.ports import http_tls, needs_shard_port, warn_if_open
 from vecsvc.telemetry import configure_logging
 from vecsvc.worker_admin import Admin
 from vecsvc.worker_places import Parent, Place
@@ -40,6 +40,7 @@ def serve(directory: Path, settings: ServeSettings) -> None:
             f"a node answers front doors with one process: leave out --workers {settings.workers} or --shard-port, and "
             "run a node for each core where one is too slow"
         )
+    needs_shard_port(settings)
     code = asyncio.run(_run(directory, settings))
     if code:
         sys.exit(code)
@@ -52,7 +53,7 @@ async def _run(directory: Path, settings: ServeSettings) -> int:
             held.enter_context(port)
         parent = Parent(directory, settings, [Place(number, group, Path(folder)) for number, group in enumerate(ports)])
         admin = Admin(parent)
-        _, admin_tls = http_tls(settings)
+        _, admin_tls = http_tls(settings, parent.own)
         admin_port = await admin.listen(settings.admin_host, settings.admin_port, admin_tls)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, parent.end)
