@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,8 @@ from vecsvc import cli
 from vecsvc.config import BuildSettings, ServeSettings
 from vecsvc.errors import MEND_VERSION
 from vecsvc.storage import IndexFolder, Lease
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def test_a_corpus_alone_is_enough_to_build_inspect_verify_and_search(corpus: Pat
     shown = run("inspect", "indexes", cwd=corpus.parent).stdout
     assert "60 x 4 float32, cosine, exact" in shown and "<- default" in shown
     assert "a vector  0 bytes of index, 18.1 of vectors, " in shown
-    assert "files are what was written" in run("verify", "indexes", cwd=corpus.parent).stdout
+    assert "files and the manifest are what was written" in run("verify", "indexes", cwd=corpus.parent).stdout
     found = run("search", "indexes", "--id", "r3", "-k", "2", cwd=corpus.parent)
     assert found.returncode == 0 and len(found.stdout.splitlines()) == 2 and "2 hits" in found.stderr
     by_vector = run("search", "indexes", "--vector", "1,0,0,0", "-k", "1", "--json", cwd=corpus.parent)
@@ -54,6 +59,11 @@ def test_json_is_for_machines(corpus: Path) -> None:
     assert version == {"version": version["version"], "serves": True, "damage": None}
     report = json.loads(run("doctor", "--json").stdout)
     assert report["kinds"]["exact"] == "ok" and report["packages"]["numpy"] == np.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [one for name in ("cpu", "models") for one in project["optional-dependencies"][name]]
+    wanted = {re.split(r"[^A-Za-z0-9._-]", one, maxsplit=1)[0] for one in (*project["dependencies"], *extras)}
+    installed = {str(found.metadata["Name"]) for found in importlib.metadata.distributions()}
+    assert wanted & installed <= report["packages"].keys() and "pytest" not in report["packages"]
 
 
 def test_versions_are_listed_rolled_back_and_deleted(corpus: Path) -> None:

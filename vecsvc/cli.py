@@ -466,7 +466,7 @@ def verify(directory: Path, version: str | None) -> None:
             else:
                 away = sorted({*range(len(manifest.shards))} - {*here})
                 note = f"; not here: shards {', '.join(map(str, away))}" if away else ""
-                click.echo(f"{folder.name} {name}: {len(files) + 1} files are what was written{note}")
+                click.echo(f"{folder.name} {name}: {len(files)} files and the manifest are what was written{note}")
     sys.exit(1 if bad else 0)
 
 

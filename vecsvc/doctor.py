@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 from typing import Final
 
 import msgspec
@@ -19,12 +20,7 @@ _RIVALS: Final = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
 }
 
-
-# Libraries that the work is given to; those of extras may be missing.
-_LIBRARIES: Final = (
-    *("numpy", "numba", "pyarrow", "msgspec", "aiohttp", "uvloop", "scikit-learn", "tokenizers"),
-    *("hnswlib", "onnx", "safetensors", "torch"),
-)
+_NOT_SHOWN: Final = ("bench", "dev")  # extras that the work itself never needs
 
 
 class Report(msgspec.Struct):
@@ -51,7 +47,7 @@ def examine() -> Report:
             kinds[kind] = "ok"
         except VecsvcError as error:
             kinds[kind] = str(error)
-    names = (*_LIBRARIES, *(name for rivals in _RIVALS.values() for name in rivals))
+    names = dict.fromkeys([*_libraries(), *(name for rivals in _RIVALS.values() for name in rivals)])
     installed = {name: version for name in names if (version := _version(name)) is not None}
     problems = []
     for name, rivals in _RIVALS.items():
@@ -71,6 +67,20 @@ def examine() -> Report:
         installed,
         problems,
     )
+
+
+def _libraries() -> list[str]:
+    """What vecsvc asks for, extras included; nothing where it runs without having been installed."""
+    try:
+        wanted = importlib.metadata.requires("vecsvc") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    extras = [re.search(r"extra == [\"']([a-z-]+)", one) for one in wanted]
+    return [
+        re.split(r"[^A-Za-z0-9._-]", one, maxsplit=1)[0]
+        for one, extra in zip(wanted, extras, strict=True)
+        if extra is None or not extra[1].startswith(_NOT_SHOWN)
+    ]
 
 
 def _version(name: str) -> str | None:
