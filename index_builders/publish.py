@@ -44,7 +44,7 @@ from vecsvc.storage import (
     take_folder,
 )
 from vecsvc.stores import Store
-from vecsvc.transfer import current_in
+from vecsvc.transfer import serves
 
 METHOD: Final = "each shard by itself: {}; the least of the shards' recalls, the sum of their latencies and comparisons"
 PUSHED: Final = "part-[0-9][0-9][0-9].json"
@@ -111,7 +111,7 @@ def publish_in_store(
         if parts:  # of a publishing that died after its version was whole
             serve(index, version)
             forget_parts(place)
-        elif current_in(index) != version:
+        elif serves(index) != version:
             raise VersionExists(
                 f"{place.label()} was published before, and no parts are left; serve it: "
                 f"vecsvc rollback {index.label()} --to {version}"

@@ -83,7 +83,7 @@ def test_versions_are_listed_rolled_back_and_deleted(corpus: Path) -> None:
     lease = Lease.take(corpus.parent / "indexes/corpus/v1", exclusive=False)
     assert lease is not None
     kept = run("gc", "indexes", "--keep", "0", cwd=corpus.parent).stdout
-    assert kept == "corpus: deleted v3\ncorpus: left v1, which a process serves\n"
+    assert kept == "corpus: deleted v3\ncorpus: left v1, which a process holds\n"
     lease.release()
     assert run("gc", "indexes", "--keep", "0", cwd=corpus.parent).stdout == "corpus: deleted v1\n"
 
@@ -116,7 +116,7 @@ def test_shards_of_a_version_that_was_not_published_are_told(corpus: Path) -> No
     assert run("build-index", corpus.name, "--shard", "0/2", "--version", "v1", cwd=corpus.parent).returncode == 0
     told = run("inspect", "indexes", cwd=corpus.parent)
     assert told.returncode == 2 and "corpus has no version yet, only shards of one (.part-v1-000)" in told.stderr
-    assert f"vecsvc publish {corpus.parent / 'indexes'} --version VERSION" in told.stderr
+    assert f"vecsvc publish {corpus.parent / 'indexes/corpus'} --version VERSION" in told.stderr
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "gc", "serve"])

@@ -316,14 +316,16 @@ def locked(folder: IndexFolder) -> list[str]:
 
 def test_who_drains_opens_no_new_version(folder: IndexFolder) -> None:
     folder.serve("v1")
-    with service.running(folder.path, reload_poll_s=0.02, drain_s=1) as running:
+    with service.started(folder.path, reload_poll_s=0.02, drain_s=60) as running:
+        running.wait_for("ready")
         running.process.send_signal(signal.SIGTERM)
         running.wait_for("draining")
         folder.serve("v2")
-        time.sleep(0.5)
+        time.sleep(0.3)
+        assert running.ask("POST", "/reload", admin=True).json()["changed"] == {}
         assert running.metric("vecsvc_index_info", index="demo", version="v2") == 0
         assert running.metric("vecsvc_index_info", index="demo", version="v1") == 1
-        assert running.process.wait(10) == 0
+        assert running.search(vector=[1.0] * 8)["index"]["version"] == "v1"
 
 
 @pytest.mark.parametrize(("how", "swaps"), [("reload", 100), ("poll", 40)])

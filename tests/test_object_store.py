@@ -379,7 +379,19 @@ def test_a_published_version_is_mended_by_who_built_the_shard_or_has_a_copy_of_i
         mend()
         assert Store.open(f"{store}/demo/v1").read(file, 1 << 24) == whole
         assert not [name for name in Store.open(f"{store}/demo/v1").names() if name.startswith("part-")]
-    # What the copy does not have, it cannot mend, and does not serve.
+    # What is damaged here does not take the place of what may be whole there.
+    for place in (tmp_path / "copy/demo/v1", tmp_path / "node/demo/.part-v1-001"):
+        (place / file).write_bytes(flip((place / file).read_bytes()))
+    for mend in (
+        lambda: push(tmp_path / "copy", store, again=True),
+        lambda: push_part(tmp_path / "node", store, "v1", 1, again=True),
+    ):
+        with pytest.raises(ArtifactDamaged, match=file):
+            mend()
+        assert Store.open(f"{store}/demo/v1").read(file, 1 << 24) == whole
+    shutil.rmtree(tmp_path / "copy")
+    pull(store, tmp_path / "copy", shards=frozenset({1}))
+    # What the copy does not have, it cannot mend.
     changed(f"{store}/demo/v1", "shards/002/vectors.npy", lambda data: data[:-1])
     with pytest.raises(StorageError, match=r"shards/002/vectors\.npy: has \d+ bytes"):
         push(tmp_path / "copy", store, again=True)
@@ -405,7 +417,17 @@ def test_an_older_version_serves_again_in_a_store_and_watchers_follow(built: Pat
     changed(f"{store}/demo/v2", "shards/000/vectors.npy", lambda data: data[:-1])
     with pytest.raises(StorageError, match="push it with --again"):
         rollback(store, "v2")
-    assert Store.open(f"{store}/demo").read("CURRENT", 100) == b"v1\n"
+    push(built, store, again=True)  # mends v2
+    assert Store.open(f"{store}/demo").read("CURRENT", 100) == b"v1\n", "what is mended does not serve by that"
+    # Neither a damaged nor a lost CURRENT is in the way.
+    changed(f"{store}/demo", "CURRENT", lambda data: b"???")
+    assert rollback(store, "v2") == ("none", "v2")
+    changed(f"{store}/demo", "CURRENT", lambda data: None)
+    with pytest.raises(VersionExists, match=r"vecsvc rollback .*demo --to v2"):
+        publish_in_store(store, "v2", name="demo")
+    assert rollback(store, "v1") == ("none", "v1")
+    with pytest.raises(ConfigError, match="must be 1 to 64"):
+        rollback(store, "")
 
 
 def test_parts_in_a_store_that_are_damaged_missing_or_of_other_builds_are_not_published(

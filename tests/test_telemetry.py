@@ -163,7 +163,7 @@ def test_metrics_are_what_prometheus_reads(chatty: Service) -> None:
         "vecsvc_in_flight": "gauge",
         "vecsvc_ready": "gauge",
         "vecsvc_index_info": "gauge",
-        "vecsvc_tls_failed_handshakes": "counter",
+        "vecsvc_tls_refused_handshakes": "counter",
         "vecsvc_tls_valid_until_seconds": "gauge",
     }
 

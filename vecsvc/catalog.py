@@ -363,6 +363,7 @@ class Catalog:
         self._keep_previous_s = settings.previous_version_s if settings.shard_port is not None else 0.0
         self._failed: dict[str, tuple[str, str]] = {}  # index -> version that could not be opened, and why
         self._refreshing = threading.Lock()
+        self.draining = False  # set from outside when the process is to end
         self._looked = False  # whether a refresh has come to its end
         self.problems: dict[str, str] = {"vecsvc": "nothing is loaded yet"}
 
@@ -431,6 +432,7 @@ class Catalog:
     def refresh(self, *, again: bool = False) -> list[tuple[str, str]]:
         """Open what CURRENT names and swap it in. Returns (index, version) of what is new.
 
+        While it is `draining`, what serves stays: nobody would use what is new for long.
         A version that cannot be served is not tried again until CURRENT names another, or `again`;
         what served before goes on serving, and `problems` says why.
         """
@@ -468,6 +470,8 @@ class Catalog:
         if version is None:
             raise NotReady(f"nothing is published in {folder.path}")
         before = self._served.get(folder.name)
+        if before is not None and self.draining:
+            return False
         if before is not None and before.version == version:
             self._failed.pop(folder.name, None)
             return False

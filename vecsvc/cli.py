@@ -508,7 +508,7 @@ def gc(directory: Path, keep: int, refused: bool) -> None:
         click.echo(f"{folder.name}: deleted {', '.join(gone) if gone else 'nothing'}")
         held = folder.surplus(keep)
         if held:
-            click.echo(f"{folder.name}: left {', '.join(held)}, which a process serves")
+            click.echo(f"{folder.name}: left {', '.join(held)}, which a process holds")
         for left in folder.refused():
             click.echo(
                 f"{folder.name}: left {left}, refused for its recall: build-index --resume without --require-recall "
@@ -531,7 +531,11 @@ def _one(directory: Path) -> IndexFolder:
 @click.argument("target", metavar="STORE")
 @click.option("--version", default="", help="the version to push; the one that serves otherwise")
 @click.option("--shard", type=click.IntRange(0), help="only this shard, built by build-index --shard; needs --version")
-@click.option("--again", is_flag=True, help="send every file, also where one of its size is there: mends a damaged one")
+@click.option(
+    "--again",
+    is_flag=True,
+    help="send every file, also where one of its size is there: mends a version that is there, and lets none serve",
+)
 @json_option
 def push(directory: Path, target: str, version: str, shard: int | None, again: bool, as_json: bool) -> None:
     """Copy an index in DIR into STORE, s3://bucket/prefix or a folder, and let it serve there.

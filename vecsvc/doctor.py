@@ -20,7 +20,7 @@ _RIVALS: Final = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
 }
 
-_NOT_SHOWN: Final = ("bench", "dev")  # extras that the work itself never needs
+_NOT_SHOWN: Final = ("bench", "bench-encoder", "dev")  # extras that the work itself never needs
 
 
 class Report(msgspec.Struct):
@@ -79,7 +79,7 @@ def _libraries() -> list[str]:
     return [
         re.split(r"[^A-Za-z0-9._-]", one, maxsplit=1)[0]
         for one, extra in zip(wanted, extras, strict=True)
-        if extra is None or not extra[1].startswith(_NOT_SHOWN)
+        if extra is None or extra[1] not in _NOT_SHOWN
     ]
 
 

@@ -258,7 +258,9 @@ class Node:
                 server_hostname="" if self._tls is not None else None,
             )
         except ssl.SSLError as error:
-            raise NodeFailed(f"node {self.name}: the handshake failed: {why_refused(error)}; {_NO_NODE}") from error
+            # Who shows a certificate has the right port, and one that is set.
+            hint = "" if isinstance(error, ssl.SSLCertVerificationError) else f"; {_NO_NODE}"
+            raise NodeFailed(f"node {self.name}: the handshake failed: {why_refused(error)}{hint}") from error
         except (ConnectionResetError, ConnectionAbortedError) as error:
             # Asyncio says nothing of its own about a node that hung up in the middle of the handshake.
             raise NodeFailed(f"node {self.name} broke off before it said what it holds; {_NO_NODE}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import ssl
 from typing import Final
 
@@ -10,11 +11,11 @@ from vecsvc.access import is_loopback
 from vecsvc.config import HttpSettings, RouteSettings, ServeSettings
 from vecsvc.errors import ConfigError
 from vecsvc.telemetry import LineBudget, Metrics
-from vecsvc.tls import Refused, Valid, client_tls, server_tls
+from vecsvc.tls import Refused, RenewedContext, client_tls, server_tls
 
 log: Final = logging.getLogger("vecsvc.server")
 
-LOG_LINES_PER_S: Final = 10  # about handshakes that failed, of each port; the metric counts them all
+LOG_LINES_PER_S: Final = 10  # about refused handshakes, of each port; the metric counts those left out as well
 
 
 def http_tls(settings: HttpSettings, metrics: Metrics) -> tuple[ssl.SSLContext | None, ssl.SSLContext | None]:
@@ -24,10 +25,9 @@ def http_tls(settings: HttpSettings, metrics: Metrics) -> tuple[ssl.SSLContext |
             raise ConfigError("tls_key and tls_client_ca are of no use without tls_cert")
         return None, None
     cert, key = settings.tls_cert, settings.tls_key
-    return (
-        server_tls(cert, key, settings.tls_client_ca, refused=_refused(metrics, "http"), valid=_valid(metrics, "http")),
-        server_tls(cert, key, refused=_refused(metrics, "admin")),
-    )
+    public = server_tls(cert, key, settings.tls_client_ca, refused=_refused(metrics, "http"))
+    admin = server_tls(cert, key, refused=_refused(metrics, "admin"), quiet=True)  # the same files
+    return _shown(metrics, "http", public), admin
 
 
 def shard_tls(settings: ServeSettings, metrics: Metrics) -> ssl.SSLContext | None:
@@ -37,13 +37,8 @@ def shard_tls(settings: ServeSettings, metrics: Metrics) -> ssl.SSLContext | Non
             remedy = "shard_tls_cert, or a network policy"
             log.warning("whoever reaches the shard port may ask", extra={"data": {"remedy": remedy}})
         return None
-    return server_tls(
-        settings.shard_tls_cert,
-        settings.shard_tls_key,
-        settings.shard_tls_ca,
-        refused=_refused(metrics, "shard"),
-        valid=_valid(metrics, "shard"),
-    )
+    cert, key, ca = settings.shard_tls_cert, settings.shard_tls_key, settings.shard_tls_ca
+    return _shown(metrics, "shard", server_tls(cert, key, ca, refused=_refused(metrics, "shard")))
 
 
 def needs_shard_port(settings: ServeSettings) -> None:
@@ -63,28 +58,28 @@ def nodes_tls(settings: RouteSettings, metrics: Metrics) -> ssl.SSLContext | Non
     """TLS to the nodes. Whoever the authority signed is one: certificates name a service, not each of its pods."""
     if not _mutual(settings):
         return None
-    return client_tls(
-        settings.shard_tls_cert,
-        settings.shard_tls_key,
-        settings.shard_tls_ca,
-        check_hostname=False,
-        valid=_valid(metrics, "nodes"),
-    )
+    cert, key, ca = settings.shard_tls_cert, settings.shard_tls_key, settings.shard_tls_ca
+    return _shown(metrics, "nodes", client_tls(cert, key, ca, check_hostname=False))
 
 
 def _refused(metrics: Metrics, port: str) -> Refused:
-    count, lines = metrics.tls_failed(port), LineBudget(LOG_LINES_PER_S)
+    count, lines = metrics.tls_refused(port), LineBudget(LOG_LINES_PER_S)
 
     def refused(why: str) -> None:
         count.inc()
         if lines.take():
-            log.warning("handshake failed", extra={"data": {"port": port, "why": why}})
+            left_out, lines.kept_back = lines.kept_back, 0
+            more = {"lines_left_out": left_out} if left_out else {}
+            log.warning("handshake refused", extra={"data": {"port": port, "why": why, **more}})
 
     return refused
 
 
-def _valid(metrics: Metrics, port: str) -> Valid:
-    return metrics.tls_valid_until.labels(port).set
+def _shown(metrics: Metrics, port: str, context: RenewedContext) -> RenewedContext:
+    """The context; its certificate's end is among the metrics, read when they are and not when somebody connects."""
+    if context.valid_until() is not None:
+        metrics.tls_valid_until.labels(port).set_function(lambda: context.valid_until() or math.nan)
+    return context
 
 
 def _mutual(settings: HttpSettings) -> bool:

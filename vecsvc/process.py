@@ -140,7 +140,8 @@ async def _run(directory: Path, settings: ServeSettings, handed: Handed | None =
     holdings = asyncio.create_task(shards.watch()) if shards is not None else None
     await stop.wait()
     service.draining = True
-    watch.cancel()  # who ends opens nothing new
+    watch.cancel()
+    catalog.draining = True
     note("draining", extra={"data": {"in_flight": service.engine.in_flight}})
     if shards is not None:
         shards.drain()

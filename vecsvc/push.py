@@ -17,7 +17,7 @@ from vecsvc.parts import MEND, Part, decoded_part, encoded_part, part_folder, re
 from vecsvc.seal import MAX_MANIFEST_BYTES
 from vecsvc.storage import CURRENT, MANIFEST, Lease, check_version, index_folders
 from vecsvc.stores import Store
-from vecsvc.transfer import Moved, current_in, index_store, indexes_in, move_all, total_bytes
+from vecsvc.transfer import Moved, index_store, indexes_in, move_all, serves, total_bytes
 
 _PART: Final = re.compile(r"part-(\d{3})\.json")
 
@@ -26,9 +26,9 @@ def push(directory: Path, target: str, *, version: str = "", again: bool = False
     """Copy a version of the index in `directory` into a store, where it serves from then on.
 
     Without `version` it is the one that serves here. Of one that is there already only files of another size are sent,
-    or with `again` all: a store tells no hashes, so a push that died begins anew, too. A copy of some shards brings
-    those, of a version that is there. Raises ConfigError, UnknownVersion, VersionExists, VersionIncomplete,
-    ArtifactDamaged or StorageError.
+    or with `again` all, to mend it: a store tells no hashes, so a push that died begins anew, too. What is mended does
+    not come to serve by that. A copy of some shards brings those, of a version that is there. Raises ConfigError,
+    UnknownVersion, VersionExists, VersionIncomplete, ArtifactDamaged or StorageError.
     """
     folders = index_folders(directory)
     if len(folders) > 1:
@@ -55,7 +55,8 @@ def push(directory: Path, target: str, *, version: str = "", again: bool = False
             files = [file for file in files if sizes.get(file.path) != file.size_bytes]
         if there is not None and there != data:
             raise VersionExists(f"{index.label(version)} is another build of that name: push under another version")
-        check_files(path, files, hashes=False)
+        # What is there and may be whole is not replaced by what is damaged here.
+        check_files(path, files, hashes=there is not None)
         _send(path, index.at(version), files)
         if len(here) < len(manifest.shards):
             check_sizes(index.at(version), manifest.files())
@@ -63,7 +64,8 @@ def push(directory: Path, target: str, *, version: str = "", again: bool = False
         lease.release()
     if there is None:
         index.put(f"{version}/{MANIFEST}", data)
-    serve(index, version)
+    if there is None or not again:
+        serve(index, version)
     return Moved(folder.name, version, index.label(version), len(files), total_bytes(files))
 
 
@@ -102,6 +104,7 @@ def push_part(directory: Path, target: str, version: str, shard: int, *, again: 
                     f"{place.label()} is published already: build under another --version, or mend it with --again"
                 )
             files = _of_published(part, parse_manifest(published, place.label(MANIFEST)), place)
+            check_files(found[0], files, remedy=MEND)
             _send(found[0], place, files)
             return Moved(part.name, version, place.label(), len(files), total_bytes(files))
         files = list(part.shard.files)
@@ -149,21 +152,22 @@ def rollback(target: str, to: str | None) -> tuple[str, str]:
     What served before is recorded in folders only, so `to` must be given. Raises ConfigError, UnknownVersion,
     ArtifactError or StorageError; nothing is changed then.
     """
-    indexes = indexes_in(target)
+    wanted = check_version(to) if to is not None else ""
+    indexes = indexes_in(target, wanted)
     if len(indexes) > 1:
         names = ", ".join(index.label() for index in indexes)
         raise ConfigError(f"{target} holds several indexes, name one: {names}")
     [index] = indexes
-    before = current_in(index)
-    data = index.read(f"{check_version(to)}/{MANIFEST}", MAX_MANIFEST_BYTES) if to else None
-    if to is None or data is None:
+    before = serves(index)
+    data = index.read(f"{wanted}/{MANIFEST}", MAX_MANIFEST_BYTES) if wanted else None
+    if data is None:
         there = [name for name in index.folders() if index.read(f"{name}/{MANIFEST}", MAX_MANIFEST_BYTES) is not None]
         others = listed([name for name in there if name != before]) or "none"
-        what = "--to is missing: a store does not record what served before" if to is None else f"there is no {to}"
-        raise UnknownVersion(f"{index.label()}: {what}; others than {before}, which serves: {others}")
-    check_sizes(index.at(to), parse_manifest(data, index.label(f"{to}/{MANIFEST}")).files())
-    serve(index, to)
-    return before, to
+        what = f"there is no {wanted}" if wanted else "--to is missing: a store does not record what served before"
+        raise UnknownVersion(f"{index.label()}: {what}; others than {before or 'none'}, which serves: {others}")
+    check_sizes(index.at(wanted), parse_manifest(data, index.label(f"{wanted}/{MANIFEST}")).files())
+    serve(index, wanted)
+    return before or "none", wanted
 
 
 def serve(index: Store, version: str) -> None:
@@ -179,8 +183,9 @@ def _of_published(part: Part, manifest: Manifest, place: Store) -> list[FileEntr
     mine = manifest.shards[part.number].files if part.number < len(manifest.shards) else []
     if mine != part.shard.files:
         raise VersionExists(f"{place.label()} is published already, of another build than this shard {part.number}")
-    same_encoder = part.encoder is not None and part.encoder == manifest.encoder
-    return [*mine, *(part.encoder.files if part.encoder is not None and same_encoder else [])]
+    # Their canaries differ in the last bits where other processors computed them.
+    encoders = [one.files if one is not None else [] for one in (part.encoder, manifest.encoder)]
+    return [*mine, *(encoders[0] if encoders[0] == encoders[1] else [])]
 
 
 def _has_encoder(place: Store, part: Part) -> bool:

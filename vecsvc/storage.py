@@ -552,7 +552,7 @@ class IndexFolder:
         return gone + self.sweep(refused=refused) + self._sweep_parts()
 
     def surplus(self, keep: int) -> list[str]:
-        """Versions besides CURRENT's and `keep` others; after `gc` they are those that a process serves."""
+        """Versions besides CURRENT's and `keep` others; after `gc` they are those that a process holds."""
         current, versions, history = self.current(), self.versions(), self.history()
         wanted = dict.fromkeys([*_line(history)[::-1], *history[::-1], *versions[::-1]])
         others = [version for version in wanted if version in versions and version != current]
@@ -691,12 +691,13 @@ def index_folders(directory: Path, *, begun: bool = False) -> list[IndexFolder]:
     found = [IndexFolder(f) for f in inside if wanted(f)]
     if not found:
         started = [str(f) for f in (directory, *inside) if _is_begun(f)]
-        parts = sorted(part.name for f in (directory, *inside) for part in f.glob(f"{PART}*-[0-9][0-9][0-9]"))
-        if parts:
-            raise ConfigError(
-                f"{listed(started)} has no version yet, only shards of one ({listed(parts)}): once all are built, "
-                f"vecsvc publish {directory} --version VERSION"
-            )
+        parts = {str(f): sorted(part.name for part in f.glob(f"{PART}*-[0-9][0-9][0-9]")) for f in (directory, *inside)}
+        for place, names in parts.items():
+            if names:
+                raise ConfigError(
+                    f"{place} has no version yet, only shards of one ({listed(names)}): once all are built, "
+                    f"vecsvc publish {place} --version VERSION"
+                )
         if started:
             raise ConfigError(
                 f"{listed(started)} has no version yet, only a build that has not ended or was refused for its recall: "

@@ -143,10 +143,9 @@ class Store:
                 digest.update(chunk)
                 sent += len(chunk)
                 write(chunk)
-        if (sent, digest.hexdigest()) != (size, sha256):
-            raise StorageError(
-                f"{source} is not what its manifest says: it was changed or damaged; nothing was published"
-            )
+            # In a folder what was there before stays then; an object has been replaced.
+            if (sent, digest.hexdigest()) != (size, sha256):
+                raise StorageError(f"{source} is not what its manifest says: it was changed or damaged")
 
     @contextlib.contextmanager
     def _writer(self, path: str) -> Iterator[Callable[[bytes], object]]:

@@ -163,8 +163,12 @@ class Metrics:
             "vecsvc_encoder_waiting_tokens", "Tokens that wait for the encoder", ["encoder"], registry=self.registry
         )
         self.in_flight = Gauge("vecsvc_in_flight", "Requests that search or wait to", registry=self.registry)
-        self.tls_failed = Family(
-            Count, "vecsvc_tls_failed_handshakes", "TLS handshakes that failed, by port: http, admin, shard", ("port",)
+        self.tls_refused = Family(
+            Count,
+            "vecsvc_tls_refused_handshakes",
+            "TLS handshakes that this side refused, or the other with a reason, by port: http, admin, shard; who "
+            "hangs up or says nothing is not in it",
+            ("port",),
         )
         self.tls_valid_until = Gauge(
             "vecsvc_tls_valid_until_seconds",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import re
@@ -19,9 +20,7 @@ log: Final = logging.getLogger("vecsvc.tls")
 LOOK_S: Final = 1.0  # files are looked at no more often
 MAX_PEM_BYTES: Final = 1 << 20
 
-# Called with why a handshake failed, and with the end of a certificate's validity in seconds since 1970.
-Refused = Callable[[str], None]
-Valid = Callable[[float], None]
+Refused = Callable[[str], None]  # called with why a handshake was refused
 
 
 class FileWatch:
@@ -58,14 +57,14 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 
 def server_tls(
-    cert: str, key: str = "", client_ca: str = "", *, refused: Refused | None = None, valid: Valid | None = None
-) -> ssl.SSLContext:
+    cert: str, key: str = "", client_ca: str = "", *, refused: Refused | None = None, quiet: bool = False
+) -> RenewedContext:
     """TLS 1.2 or newer for a port, from PEM files; with `client_ca` only for clients that it signed.
 
     `cert` is the chain, the server's own certificate first; `key` its private key, empty where `cert` holds it too.
-    Renewed files are used from the next connection on; where they cannot be, or have expired, those before stay in
-    force and the log says why. `refused` hears of handshakes that failed, `valid` of the certificate that is in force.
-    Raises ConfigError, naming the file.
+    Renewed files are used from the next connection on. Those before stay in force where they cannot be used, or where
+    nothing but an expired certificate came; the log says so, unless `quiet`. `refused` hears of handshakes that this
+    side refused, or the other with a reason. Raises ConfigError, naming the file.
     """
     told = None if refused is None else _telling(refused)
 
@@ -78,12 +77,10 @@ def server_tls(
             context.verify_mode = ssl.CERT_REQUIRED
             _load_ca(context, client_ca)
 
-    return _Renewed.make(ssl.PROTOCOL_TLS_SERVER, fill, cert, key, client_ca, valid=valid)
+    return RenewedContext.make(ssl.PROTOCOL_TLS_SERVER, fill, cert, key, client_ca, quiet=quiet)
 
 
-def client_tls(
-    cert: str = "", key: str = "", ca: str = "", *, check_hostname: bool = True, valid: Valid | None = None
-) -> ssl.SSLContext:
+def client_tls(cert: str = "", key: str = "", ca: str = "", *, check_hostname: bool = True) -> RenewedContext:
     """TLS 1.2 or newer to a server that `ca` signed (empty: one that the system trusts), as `server_tls` in the rest.
 
     With `cert` the client names itself. The server's certificate must be for the name that is connected to, unless
@@ -100,10 +97,10 @@ def client_tls(
         else:
             context.load_default_certs(ssl.Purpose.SERVER_AUTH)
 
-    return _Renewed.make(ssl.PROTOCOL_TLS_CLIENT, fill, cert, key, ca, valid=valid)
+    return RenewedContext.make(ssl.PROTOCOL_TLS_CLIENT, fill, cert, key, ca)
 
 
-class _Renewed(ssl.SSLContext):
+class RenewedContext(ssl.SSLContext):
     """A context that, before each connection, looks whether its files were renewed.
 
     What is renewed is read into a context of its own and takes over whole: loading into one that is in use would
@@ -113,9 +110,11 @@ class _Renewed(ssl.SSLContext):
     _fill: Callable[[ssl.SSLContext], None]
     _watch: FileWatch
     _cert: str
+    _ca: Path
+    _ca_seen: tuple[int, ...] | None
     _files: str
-    _valid: Valid | None
-    _until: float | None  # the end of the certificate in force; None where there is none, or it does not say
+    _level: int  # of what is said of renewals
+    _until: float | None
     _current: ssl.SSLContext
 
     @classmethod
@@ -124,24 +123,30 @@ class _Renewed(ssl.SSLContext):
         protocol: ssl._SSLMethod,
         fill: Callable[[ssl.SSLContext], None],
         cert: str,
-        *others: str,
-        valid: Valid | None,
-    ) -> _Renewed:
+        key: str,
+        ca: str,
+        *,
+        quiet: bool = False,
+    ) -> RenewedContext:
         made = cls(protocol)
-        named = [file for file in (cert, *others) if file]
+        named = [file for file in (cert, key, ca) if file]
         made._fill, made._watch, made._files = fill, FileWatch(*map(Path, named)), ", ".join(named)
-        made._cert, made._valid = cert, valid
+        made._cert, made._ca, made._level = cert, Path(ca), logging.DEBUG if quiet else logging.WARNING
+        made._ca_seen = _identity(made._ca)
         fill(made)
         made._current, made._until = made, _valid_until(cert)
-        if _over(made._until):
-            # Clients that do not look are served; those that do say what is wrong.
-            log.warning("certificate expired", extra={"data": {"file": cert, "on": _day(made._until)}})
-        made._tell()
+        made._tell_expired()
         return made
 
-    def _tell(self) -> None:
-        if self._valid is not None and self._until is not None:
-            self._valid(self._until)
+    def valid_until(self) -> float | None:
+        """When the certificate in force ends, in seconds since 1970; None where there is none or it does not say."""
+        self._newest()
+        return self._until
+
+    def _tell_expired(self) -> None:
+        # Clients that do not look are served; those that do say what is wrong.
+        if _over(self._until):
+            log.log(self._level, "certificate expired", extra={"data": {"file": self._cert, "on": _day(self._until)}})
 
     def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
         current = self._newest()
@@ -153,19 +158,20 @@ class _Renewed(ssl.SSLContext):
 
     def _newest(self) -> ssl.SSLContext:
         if self._watch.changed():
-            fresh = ssl.SSLContext(self.protocol)
+            fresh, ca_seen = ssl.SSLContext(self.protocol), _identity(self._ca)
             try:
                 self._fill(fresh)
                 until = _valid_until(self._cert)
-                if _over(until) and not _over(self._until):
+                # Whom an authority lets in is not held back by it.
+                if _over(until) and self._until is not None and not _over(self._until) and ca_seen == self._ca_seen:
                     raise ConfigError(f"{self._cert}: expired on {_day(until)}; the one before is still valid")
             except ConfigError as error:
-                log.warning("certificates not renewed", extra={"data": {"why": str(error)}})
+                log.log(self._level, "certificates not renewed", extra={"data": {"why": str(error)}})
             else:
-                self._current, self._until = fresh, until
+                self._current, self._until, self._ca_seen = fresh, until, ca_seen
                 facts = {"files": self._files} | ({"valid_until": _day(until)} if until is not None else {})
-                log.info("certificates renewed", extra={"data": facts})
-                self._tell()
+                log.log(min(self._level, logging.INFO), "certificates renewed", extra={"data": facts})
+                self._tell_expired()
         return self._current
 
 
@@ -185,10 +191,16 @@ def _telling(refused: Refused) -> type[ssl.SSLObject]:
     return Telling
 
 
+_WORDS: Final = {
+    "wrong version number": "what came is no TLS",
+    "http request": "what came is HTTP without TLS",
+}
+
+
 def why_refused(error: ssl.SSLError) -> str:
     """OpenSSL's reason in words, with what it found in the certificate."""
     reason = (error.reason or "").replace("_", " ").lower() or str(error)
-    found = getattr(error, "verify_message", "")
+    found = getattr(error, "verify_message", "") or _WORDS.get(reason, "")
     return f"{reason}: {found}" if found else reason
 
 
@@ -235,7 +247,7 @@ def _check_pem(file: str) -> None:
 
 # ------------------------------------------------------------------------------------------- how long it is valid
 
-_CERTIFICATE: Final = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_CERTIFICATE: Final = re.compile(rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----(.+?)-----END ", re.DOTALL)
 _SEQUENCE, _UTC_TIME, _GENERALIZED_TIME, _VERSION = 0x30, 0x17, 0x18, 0xA0
 
 
@@ -252,7 +264,7 @@ def _valid_until(cert: str) -> float | None:
         found = _CERTIFICATE.search(Path(cert).read_bytes())
         if found is None:
             return None
-        der = ssl.PEM_cert_to_DER_cert(found[0].decode("ascii"))
+        der = base64.b64decode(found[1])
         _, at, _ = _element(der, 0)
         _, at, _ = _element(der, at)
         tag, _, end = _element(der, at)

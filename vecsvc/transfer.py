@@ -17,7 +17,8 @@ import msgspec
 
 from vecsvc.errors import ConfigError, StorageError, UnknownVersion
 from vecsvc.manifest import FileEntry
-from vecsvc.storage import CURRENT, MAX_CURRENT_BYTES, check_name, check_version
+from vecsvc.seal import MAX_MANIFEST_BYTES
+from vecsvc.storage import CURRENT, MANIFEST, MAX_CURRENT_BYTES, check_name, check_version
 from vecsvc.stores import Store
 
 TRANSFERS: Final = 4  # files on their way at a time
@@ -44,13 +45,21 @@ def index_store(target: str, name: str) -> Store:
     return store if store.name == name else store.at(check_name(name))
 
 
-def indexes_in(source: str) -> list[Store]:
-    """The indexes at an address: it is one, or those that lie right below it. Raises UnknownVersion where none is."""
+def indexes_in(source: str, version: str = "") -> list[Store]:
+    """The indexes at an address: it is one, or those that lie right below it. Raises UnknownVersion where none is.
+
+    An index has a CURRENT; one with `version` counts without, where that was lost.
+    """
+
+    def is_index(place: Store) -> bool:
+        if place.read(CURRENT, MAX_CURRENT_BYTES) is not None:
+            return True
+        return bool(version) and place.read(f"{version}/{MANIFEST}", MAX_MANIFEST_BYTES) is not None
+
     store = Store.open(source)
-    if store.read(CURRENT, MAX_CURRENT_BYTES) is not None:
+    if is_index(store):
         return [store]
-    found = [store.at(name) for name in store.folders()]
-    found = [index for index in found if index.read(CURRENT, MAX_CURRENT_BYTES) is not None]
+    found = [index for index in map(store.at, store.folders()) if is_index(index)]
     if not found:
         raise UnknownVersion(f"{store.label()} holds no index; bring one there: vecsvc push DIR {store.label()}")
     return found
@@ -65,6 +74,14 @@ def current_in(index: Store) -> str:
         return check_version(data.decode("ascii").removesuffix("\n"))
     except (ConfigError, UnicodeDecodeError) as error:
         raise StorageError(f"{index.label(CURRENT)}: names no version: {error}") from error
+
+
+def serves(index: Store) -> str | None:
+    """As `current_in`; None where that cannot be told, which putting a version to serve mends."""
+    try:
+        return current_in(index)
+    except (UnknownVersion, StorageError):
+        return None
 
 
 def move_all(work: Callable[[FileEntry], None], files: Sequence[FileEntry]) -> None:
