@@ -117,7 +117,12 @@ def publish_in_store(
                 f"vecsvc rollback {index.label()} --to {version}"
             )
         return place.label(), parse_manifest(data, place.label(MANIFEST))
-    manifest = merge(parts, index.name, version)
+    try:
+        manifest = merge(parts, index.name, version)
+    except VersionIncomplete as error:
+        raise VersionIncomplete(
+            f"{error}, and bring it: vecsvc push DIR {index.label()} --version {version} --shard I"
+        ) from error
     check_sizes(place, manifest.files())
     if require_recall:
         check_recall(manifest)

@@ -106,7 +106,7 @@ def test_what_a_first_build_that_died_left_is_told_and_deleted(corpus: Path) -> 
     (corpus.parent / "indexes/dead/.state-v1").write_text("{}")
     for place in ("indexes", "indexes/dead"):
         told = run("inspect", place, cwd=corpus.parent)
-        assert told.returncode == 2 and "dead has no version yet, only a build that has not ended" in told.stderr
+        assert told.returncode == 2 and "dead has no version yet: a build or a pull is at work or died" in told.stderr
         assert f"vecsvc gc {corpus.parent / place}" in told.stderr
     assert run("gc", "indexes", cwd=corpus.parent).stdout == "dead: deleted .staging-v1\n"
     assert list((corpus.parent / "indexes/dead").iterdir()) == []
@@ -122,7 +122,23 @@ def test_shards_of_a_version_that_was_not_published_are_told(corpus: Path) -> No
 @pytest.mark.parametrize("command", ["inspect", "verify", "gc", "serve"])
 def test_a_store_is_no_folder_to_work_in_and_the_remedy_is_named(command: str) -> None:
     told = run(command, "s3://bucket/prefix")
-    assert told.returncode == 2 and "is in an object store; bring it here first: vecsvc pull STORE DIR" in told.stderr
+    assert told.returncode == 2 and "s3://bucket/prefix is in an object store, which push, pull, " in told.stderr
+
+
+def test_a_folder_without_current_says_which_version_may_serve(corpus: Path) -> None:
+    assert run("build-index", corpus.name, "--version", "v1", cwd=corpus.parent).returncode == 0
+    (corpus.parent / "indexes/corpus/CURRENT").unlink()
+    remedy = f"no version serves; let one of v1 serve: vecsvc rollback {corpus.parent / 'indexes/corpus'} --to VERSION"
+    for words in (("inspect", "indexes"), ("push", "indexes", "store"), ("search", "indexes", "--id", "r1")):
+        assert remedy in run(*words, cwd=corpus.parent).stderr
+    assert run("rollback", "indexes", "--to", "v1", cwd=corpus.parent).stdout.startswith("none -> v1")
+
+
+def test_what_is_for_watching_alone_is_refused_without(tmp_path: Path) -> None:
+    told = run("pull", str(tmp_path), str(tmp_path / "out"), "--keep", "2")
+    assert told.returncode == 2 and "--keep is for --watch" in told.stderr
+    told = run("pull", str(tmp_path), str(tmp_path / "out"), "--watch", "1", "--again")
+    assert told.returncode == 2 and "--again is for one pull" in told.stderr
 
 
 def test_a_build_that_finds_nothing_to_resume_says_so(corpus: Path) -> None:

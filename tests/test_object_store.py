@@ -24,7 +24,8 @@ from tiny_bert import write_tiny_bert
 from index_builders.publish import publish_at, publish_in_store
 from index_builders.shard_build import build_shard
 from vecsvc import stores, transfer
-from vecsvc.config import BuildSettings, shard_numbers
+from vecsvc.catalog import Catalog
+from vecsvc.config import BuildSettings, ServeSettings, shard_numbers
 from vecsvc.errors import (
     ArtifactDamaged,
     ConfigError,
@@ -399,6 +400,52 @@ def test_a_published_version_is_mended_by_who_built_the_shard_or_has_a_copy_of_i
         push(tmp_path / "copy", f"{store}/elsewhere")
 
 
+def test_a_damaged_copy_is_mended_from_the_store_and_a_service_takes_it(built: Path, store: str, out: Path) -> None:
+    push(built, store)
+    pull(store, out)
+    folder, file = IndexFolder(out / "demo"), "shards/001/vectors.npy"
+    whole = (out / "demo/v2" / file).read_bytes()
+    catalog = Catalog(out, ServeSettings())
+    (out / "demo/v2" / file).write_bytes(flip(whole))
+    (out / "demo/v2/encoder/tokenizer.json").unlink()
+    catalog.refresh()
+    assert "tokenizer.json: missing" in catalog.problem()
+    [moved] = pull(store, out)
+    assert moved.files == 1, "of the right size it seems whole"
+    catalog.refresh()
+    assert f"{file}: sha256 is" in catalog.problem() and "vecsvc pull STORE DIR --again" in catalog.problem()
+    [moved] = pull(store, out, again=True)
+    assert moved.files == 1 and (out / "demo/v2" / file).read_bytes() == whole
+    catalog.refresh()
+    assert not catalog.problem() and catalog.names() == ["demo"]
+    catalog.close()
+    assert pull(store, out, again=True)[0].files == 0 and not strays(folder)
+
+
+def test_a_damaged_manifest_in_a_store_is_mended(built: Path, store: str, out: Path) -> None:
+    push(built, store)
+    changed(f"{store}/demo/v2", "manifest.json", lambda data: data[:-5])
+    with pytest.raises(VersionExists, match=r"v2/manifest\.json is damaged: mend it with --again"):
+        push(built, store)
+    push(built, store, again=True)
+    pull(store, out)
+    check_version(out / "demo/v2")
+
+
+def test_no_index_hides_another_in_a_store(built: Path, store: str, tmp_path: Path) -> None:
+    build(write_corpus(tmp_path / "other.parquet", n=20), tmp_path / "out", **SETTINGS)
+    push(tmp_path / "out", f"{store}/demo")
+    with pytest.raises(
+        ConfigError, match=r"demo holds other, and by its name would be the index demo itself: push to "
+    ):
+        push(built, f"{store}/demo")
+    push(built, f"{store}/demo/demo")
+    assert [moved.name for moved in pull(f"{store}/demo", tmp_path / "all")] == ["demo", "other"]
+    push(built, f"{store}/second")
+    with pytest.raises(ConfigError, match="is an index itself, and none can lie in it"):
+        push(tmp_path / "out", f"{store}/second/demo")
+
+
 def test_an_older_version_serves_again_in_a_store_and_watchers_follow(built: Path, store: str, out: Path) -> None:
     push(built, store, version="v1")
     push(built, store)
@@ -423,6 +470,8 @@ def test_an_older_version_serves_again_in_a_store_and_watchers_follow(built: Pat
     changed(f"{store}/demo", "CURRENT", lambda data: b"???")
     assert rollback(store, "v2") == ("none", "v2")
     changed(f"{store}/demo", "CURRENT", lambda data: None)
+    with pytest.raises(UnknownVersion, match=r"has no CURRENT; let one of v1, v2 serve: vecsvc rollback .*demo --to"):
+        pull(f"{store}/demo", out)
     with pytest.raises(VersionExists, match=r"vecsvc rollback .*demo --to v2"):
         publish_in_store(store, "v2", name="demo")
     assert rollback(store, "v1") == ("none", "v1")
@@ -465,7 +514,7 @@ def watching(store: str, out: Path, **more: Any) -> Iterator[list[str]]:
     said: list[str] = []
     stop = threading.Event()
     given = {"shards": None, "every_s": 0.05, "keep": 1, **more}
-    thread = threading.Thread(target=lambda: watch(store, out, stop=stop, say=said.append, **given))
+    thread = threading.Thread(target=lambda: watch(store, out, stop=stop, say=said.append, warn=said.append, **given))
     thread.start()
     try:
         yield said

@@ -361,7 +361,8 @@ class Catalog:
         self._served: dict[str, Served] = {}
         self._previous: dict[str, list[Served]] = {}  # versions before, the newest last, kept for front doors
         self._keep_previous_s = settings.previous_version_s if settings.shard_port is not None else 0.0
-        self._failed: dict[str, tuple[str, str]] = {}  # index -> version that could not be opened, and why
+        # index -> version that could not be opened, how its files looked, and why
+        self._failed: dict[str, tuple[str, int, str]] = {}
         self._refreshing = threading.Lock()
         self.draining = False  # set from outside when the process is to end
         self._looked = False  # whether a refresh has come to its end
@@ -433,7 +434,7 @@ class Catalog:
         """Open what CURRENT names and swap it in. Returns (index, version) of what is new.
 
         While it is `draining`, what serves stays: nobody would use what is new for long.
-        A version that cannot be served is not tried again until CURRENT names another, or `again`;
+        A version that cannot be served is not tried again until CURRENT names another, its files change, or `again`;
         what served before goes on serving, and `problems` says why.
         """
         with self._refreshing:
@@ -468,22 +469,23 @@ class Catalog:
     def _refresh_one(self, folder: IndexFolder, again: bool) -> bool:
         version = folder.current()
         if version is None:
-            raise NotReady(f"nothing is published in {folder.path}")
+            raise NotReady(f"{folder.path}: {folder.nothing_serves()}")
         before = self._served.get(folder.name)
         if before is not None and self.draining:
             return False
         if before is not None and before.version == version:
             self._failed.pop(folder.name, None)
             return False
-        failed, why = self._failed.get(folder.name, ("", ""))
-        if failed == version and not again:
+        failed, looked, why = self._failed.get(folder.name, ("", 0, ""))
+        looks = folder.looks(version)  # before it is opened, so that no change is missed
+        if (failed, looked) == (version, looks) and not again:
             raise ArtifactUnfit(why)
         try:
             served = Served(folder, version, self._settings, self.encoders)
         except NotReady:
             raise  # that passes: the next look may go better
         except VecsvcError as error:
-            self._failed[folder.name] = (version, str(error))
+            self._failed[folder.name] = (version, looks, str(error))
             log.error("cannot serve", extra={"data": {"index": folder.name, "version": version, "why": str(error)}})
             raise
         except (MemoryError, OSError) as error:
@@ -491,7 +493,7 @@ class Catalog:
         except Exception as error:
             # A bug of ours or of a library: the others still serve, and /readyz says why this one does not.
             why = f"{folder.path / version}: {type(error).__name__}: {error}"
-            self._failed[folder.name] = (version, why)
+            self._failed[folder.name] = (version, looks, why)
             log.exception("cannot serve", extra={"data": {"index": folder.name, "version": version}})
             raise ArtifactUnfit(why) from error
         self._failed.pop(folder.name, None)

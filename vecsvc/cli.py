@@ -371,7 +371,9 @@ def inspect(directory: Path, versions: bool, as_json: bool) -> None:
             shown[folder.name] = [_version(folder, name) for name in folder.versions()]
             continue
         current = folder.current()
-        if current is not None:
+        if current is None:
+            click.echo(f"{folder.name}: {folder.nothing_serves()}", err=True)
+        else:
             shown[folder.name] = msgspec.to_builtins(read_manifest(folder.version(current)))
     if as_json:
         click.echo(msgspec.json.encode(shown))
@@ -558,9 +560,12 @@ def push(directory: Path, target: str, version: str, shard: int | None, again: b
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--shards", default="", metavar="0,2-3", help="only these shards; all otherwise")
 @click.option("--watch", type=click.FloatRange(min=0.1), metavar="SECONDS", help="pull new versions too, until SIGTERM")
-@click.option("--keep", default=1, type=click.IntRange(0), help="with --watch: versions to keep besides what serves")
+@click.option("--keep", type=click.IntRange(0), help="with --watch: versions to keep besides what serves  [default: 1]")
+@click.option("--again", is_flag=True, help="compare every file that is here by its sha256: mends a damaged copy")
 @json_option
-def pull(source: str, directory: Path, shards: str, watch: float | None, keep: int, as_json: bool) -> None:
+def pull(
+    source: str, directory: Path, shards: str, watch: float | None, keep: int | None, again: bool, as_json: bool
+) -> None:
     """Bring the indexes in STORE into the folder DIR, checked, and let them serve there.
 
     STORE is s3://bucket/prefix or a folder that holds indexes, or one index in it.
@@ -569,7 +574,9 @@ def pull(source: str, directory: Path, shards: str, watch: float | None, keep: i
 
     numbers = shard_numbers(shards)
     if watch is None:
-        moved = pulling.pull(source, directory, shards=numbers)
+        if keep is not None:
+            raise ConfigError("--keep is for --watch: vecsvc gc DIR deletes old versions")
+        moved = pulling.pull(source, directory, shards=numbers, again=again)
         click.echo(msgspec.json.encode(moved) if as_json else "\n".join(one.told() for one in moved))
         return
     import signal
@@ -578,7 +585,14 @@ def pull(source: str, directory: Path, shards: str, watch: float | None, keep: i
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    pulling.watch(source, directory, shards=numbers, every_s=watch, keep=keep, stop=stop, say=click.echo)
+    if again:
+        raise ConfigError("--again is for one pull, without --watch")
+
+    def warn(text: str) -> None:
+        click.echo(text, err=True)
+
+    keep = 1 if keep is None else keep
+    pulling.watch(source, directory, shards=numbers, every_s=watch, keep=keep, stop=stop, say=click.echo, warn=warn)
 
 
 # ----------------------------------------------------------------------------------------------- the others

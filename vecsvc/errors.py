@@ -56,7 +56,7 @@ MAX_SHOWN: Final = 80  # characters of a value in a message
 MAX_LISTED: Final = 10  # things that a message names one by one
 MEND_VERSION: Final = (
     "serve another version (vecsvc rollback), and build this one again or copy it from where it is whole "
-    "(vecsvc pull, push --again)"
+    "(vecsvc pull STORE DIR --again; where the store is damaged, vecsvc push DIR STORE --again)"
 )
 
 

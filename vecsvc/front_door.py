@@ -267,7 +267,10 @@ class FrontDoor:
 
         group = Group(version.name, (), version.nodes(), make, Kind.EMBEDDED, version.holders, check)
         key = ("embed", version.name, len(texts).bit_length())
-        await self.router.call([group], key, deadline)
+        # That parts would do is said of what is searched, and there are none of a vector.
+        await self.router.call([group], key, deadline, partial=True)
+        if group.error is not None:
+            raise group.error
         made = group.answer
         assert isinstance(made, EmbeddedTexts)
         return made

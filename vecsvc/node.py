@@ -288,15 +288,19 @@ class Node:
     def _lost(self, error: Exception) -> None:
         self._greeting = None
         why = str(error) or type(error).__name__
-        was_up, self.holdings, self._connection = self.holdings is not None, None, None
-        if why != self.problem:
+        was_up, left = self.holdings is not None, self.holdings is not None and self.holdings.draining
+        self.holdings, self._connection = None, None
+        if left:
+            log.info("node left", extra={"data": {"node": self.name}})
+        elif why != self.problem:
             log.warning("node lost" if was_up else "node not reached", extra={"data": {"node": self.name, "why": why}})
         self.problem = why
         if was_up and self.in_flight:
             # One that breaks off again and again over questions is no better than one that answers with failures.
             self.failed(why)
         if was_up:
-            self.losses.inc()
+            if not left:
+                self.losses.inc()
             self._changed()
 
 

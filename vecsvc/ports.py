@@ -59,7 +59,8 @@ def nodes_tls(settings: RouteSettings, metrics: Metrics) -> ssl.SSLContext | Non
     if not _mutual(settings):
         return None
     cert, key, ca = settings.shard_tls_cert, settings.shard_tls_key, settings.shard_tls_ca
-    return _shown(metrics, "nodes", client_tls(cert, key, ca, check_hostname=False))
+    count = metrics.tls_refused("nodes")  # why is told of each node
+    return _shown(metrics, "nodes", client_tls(cert, key, ca, check_hostname=False, refused=lambda why: count.inc()))
 
 
 def _refused(metrics: Metrics, port: str) -> Refused:

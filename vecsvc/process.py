@@ -244,7 +244,8 @@ async def listen(
         await runner.cleanup()
         # asyncio puts words of its own around the system's.
         why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        place = "address" if error.errno == errno.EADDRNOTAVAIL else "port"
+        unknown = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        place = "address" if unknown else "port"
         raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another {place}") from error
     return runner, listeners
 

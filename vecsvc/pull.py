@@ -33,15 +33,17 @@ def pull(
     out: Path,
     *,
     shards: frozenset[int] | None = None,
+    again: bool = False,
     going_on: Callable[[], None] = lambda: None,
 ) -> list[Moved]:
     """Bring what CURRENT names in a store into the --out folder `out`, and let it serve there.
 
     `source` is an index in a store, or a place with several. With `shards`, only their files come, beside what all
-    shards have in common. What is here already is not brought again. Raises ConfigError, UnknownVersion,
+    shards have in common. What is here already is brought again where it has another size than written, or with
+    `again` another sha256. Raises ConfigError, UnknownVersion,
     VersionExists, ArtifactError or StorageError; what serves is untouched then.
     """
-    return [_pull_one(index, out, shards, going_on) for index in indexes_in(source)]
+    return [_pull_one(index, out, shards, going_on, again=again) for index in indexes_in(source)]
 
 
 def watch(
@@ -53,10 +55,12 @@ def watch(
     keep: int,
     stop: threading.Event,
     say: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> None:
     """Pull whenever CURRENT in the store changes, until `stop` is set; of older versions `keep` stay.
 
-    What goes wrong is said and tried again: the store may be away, or a version not there yet. Raises ConfigError.
+    What goes wrong is told to `warn` and tried again: the store may be away, or a version not there yet. Raises
+    ConfigError.
     """
 
     def going_on() -> None:
@@ -90,7 +94,7 @@ def watch(
         except VecsvcError as error:
             problems.append(str(error))
         if problems and problems != said:
-            say(f"{'; '.join(problems)}; trying again every {every_s:g} s")
+            warn(f"{'; '.join(problems)}; trying again every {every_s:g} s")
         said = problems
         stop.wait(every_s)
 
@@ -99,12 +103,17 @@ class _StoppedError(Exception):
     """Whoever pulls was told to end."""
 
 
-def _pull_one(index: Store, out: Path, shards: frozenset[int] | None, going_on: Callable[[], None]) -> Moved:
+def _pull_one(
+    index: Store, out: Path, shards: frozenset[int] | None, going_on: Callable[[], None], *, again: bool = False
+) -> Moved:
     folder, version = IndexFolder(out / check_name(index.name)), current_in(index)
     place, path = index.at(version), folder.path / version
     data = place.read(MANIFEST, MAX_MANIFEST_BYTES)
     if data is None:
-        raise StorageError(f"{place.label(MANIFEST)}: missing, though {index.label(CURRENT)} names it")
+        raise StorageError(
+            f"{place.label(MANIFEST)}: missing, though {index.label(CURRENT)} names it; let another version serve: "
+            f"vecsvc rollback {index.label()} --to VERSION"
+        )
     manifest = parse_manifest(data, place.label(MANIFEST))
     wanted = sorted(shards) if shards is not None else list(range(len(manifest.shards)))
     if wanted[-1] >= len(manifest.shards):
@@ -115,7 +124,7 @@ def _pull_one(index: Store, out: Path, shards: frozenset[int] | None, going_on: 
     lease = take_folder(staging, f"version {version} is being pulled or built by another process: let it end")
     try:
         if path.exists():
-            files = _complete(place, manifest, data, path, wanted, staging, going_on)
+            files = _complete(place, manifest, data, path, wanted, staging, going_on, again=again)
             delete_folder(staging)
         else:
             files = manifest.files_of(wanted)
@@ -139,8 +148,13 @@ def _complete(
     wanted: list[int],
     staging: Path,
     going_on: Callable[[], None],
+    *,
+    again: bool,
 ) -> list[FileEntry]:
-    """Add the shards that are missing in a version that was pulled in part: each appears whole."""
+    """Add what is missing in a version that was pulled in part, each shard whole, and bring anew what is damaged.
+
+    Whoever has a damaged file open keeps what it has: the new one takes its name.
+    """
     lease = Lease.take(path, exclusive=False)
     if lease is None:
         raise StorageError(f"{path} is just being deleted; try again")
@@ -148,16 +162,29 @@ def _complete(
         if (path / MANIFEST).read_bytes() != data:
             raise VersionExists(f"{path} is another build than {place.label()}: delete it, or pull into another folder")
         missing = [number for number in wanted if not (path / f"shards/{number:03d}").is_dir()]
-        files = [file for number in missing for file in manifest.shards[number].files]
+        here = [number for number in wanted if number not in missing]
+        damaged = [file for file in manifest.files_of(here) if not _is_whole(path, file, hashes=again)]
+        files = [file for number in missing for file in manifest.shards[number].files] + damaged
         _fetch(place, staging, files, going_on)
         _folders_of_kinds(staging, missing)
         for number in missing:
             sync_folder(staging / f"shards/{number:03d}/index")
             sync_folder(staging / f"shards/{number:03d}")
             rename(staging / f"shards/{number:03d}", path / f"shards/{number:03d}")
+        for file in damaged:
+            make_folder((path / file.path).parent)
+            rename(staging / file.path, path / file.path)
     finally:
         lease.release()
     return files
+
+
+def _is_whole(folder: Path, file: FileEntry, *, hashes: bool) -> bool:
+    try:
+        check_files(folder, [file], hashes=hashes)
+    except ArtifactDamaged:
+        return False
+    return True
 
 
 def _fetch(place: Store, staging: Path, files: Sequence[FileEntry], going_on: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ from typing import Final
 from vecsvc.errors import ConfigError, StorageError, UnknownVersion, VersionExists, VersionIncomplete, listed
 from vecsvc.manifest import FileEntry, Manifest, check_files, parse_manifest, read_manifest, shards_here
 from vecsvc.parts import MEND, Part, decoded_part, encoded_part, part_folder, read_part
-from vecsvc.seal import MAX_MANIFEST_BYTES
+from vecsvc.seal import MAX_MANIFEST_BYTES, unsealed
 from vecsvc.storage import CURRENT, MANIFEST, Lease, check_version, index_folders
 from vecsvc.stores import Store
 from vecsvc.transfer import Moved, index_store, indexes_in, move_all, serves, total_bytes
@@ -35,6 +35,8 @@ def push(directory: Path, target: str, *, version: str = "", again: bool = False
         raise ConfigError(f"{directory} holds several indexes, name one: {', '.join(str(f.path) for f in folders)}")
     [folder] = folders
     version = version or folder.current() or ""
+    if not version:
+        raise UnknownVersion(f"{folder.path}: {folder.nothing_serves()}, or name one with --version")
     path, index = folder.version(version), index_store(target, folder.name)
     lease = Lease.take(path, exclusive=False)
     if lease is None:
@@ -54,7 +56,10 @@ def push(directory: Path, target: str, *, version: str = "", again: bool = False
             sizes = index.at(version).sizes()
             files = [file for file in files if sizes.get(file.path) != file.size_bytes]
         if there is not None and there != data:
-            raise VersionExists(f"{index.label(version)} is another build of that name: push under another version")
+            if unsealed(there) is not None:
+                raise VersionExists(f"{index.label(version)} is another build of that name: push under another version")
+            if not again:
+                raise VersionExists(f"{index.label(f'{version}/{MANIFEST}')} is damaged: mend it with --again")
         # What is there and may be whole is not replaced by what is damaged here.
         check_files(path, files, hashes=there is not None)
         _send(path, index.at(version), files)
@@ -62,7 +67,7 @@ def push(directory: Path, target: str, *, version: str = "", again: bool = False
             check_sizes(index.at(version), manifest.files())
     finally:
         lease.release()
-    if there is None:
+    if there != data:
         index.put(f"{version}/{MANIFEST}", data)
     if there is None or not again:
         serve(index, version)

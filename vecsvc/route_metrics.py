@@ -45,7 +45,7 @@ class RouteMetrics:
         self.losses = Family(
             Count,
             "vecsvc_node_losses",
-            "Connections to nodes that were lost, to those that answered no ping, too",
+            "Connections to nodes that were lost, to those that answered no ping, too; none of those that took leave",
             (),
         )
         self.partial = Family(Count, "vecsvc_partial_answers", "Answers that lack shards", ("index",))

@@ -399,6 +399,23 @@ class IndexFolder:
             raise ArtifactDamaged(f"{path}: {version[:80]!r} is no version", remedy=_MEND_CURRENT)
         return version
 
+    def looks(self, version: str) -> int:
+        """Another number when a file of a version was replaced, changed, added or deleted; reads none."""
+        found = []
+        for root, _, files in os.walk(self.path / version):
+            for name in files:
+                with contextlib.suppress(FileNotFoundError):
+                    facts = Path(root, name).stat(follow_symlinks=False)
+                    found.append((root, name, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
+        return hash(tuple(sorted(found)))
+
+    def nothing_serves(self) -> str:
+        """What to do where no CURRENT is here."""
+        there = listed(self.versions())
+        if not there:
+            return "nothing is published"
+        return f"no version serves; let one of {there} serve: vecsvc rollback {self.path} --to VERSION"
+
     def versions(self) -> list[str]:
         """Published versions, the oldest first: by the time in their manifests, which a copy of the folder keeps."""
         found = []
@@ -667,7 +684,8 @@ def delete_file(path: Path) -> None:
 def no_folder(directory: Path, wanted: str) -> str:
     """What a message says of a DIR that is not there."""
     if re.match(r"[a-z0-9]+:/", str(directory)):  # a Path has made one of its slashes
-        return f"{directory} is in an object store; bring it here first: vecsvc pull STORE DIR"
+        address = re.sub(r":/+", "://", str(directory), count=1)
+        return f"{address} is in an object store, which push, pull, publish and rollback reach; give a folder here"
     return f"{directory} is no folder; give {wanted}"
 
 
@@ -700,9 +718,9 @@ def index_folders(directory: Path, *, begun: bool = False) -> list[IndexFolder]:
                 )
         if started:
             raise ConfigError(
-                f"{listed(started)} has no version yet, only a build that has not ended or was refused for its recall: "
-                f"run it again with --resume, or delete what a dead one left with vecsvc gc {directory}, which leaves "
-                "for a week what was refused"
+                f"{listed(started)} has no version yet: a build or a pull is at work or died, or a build was refused "
+                f"for its recall. Wait, run it again (a build with --resume), or delete what it left: "
+                f"vecsvc gc {directory}, which leaves for a week what was refused"
             )
         raise ConfigError(f"{directory} holds no index; build one: vecsvc build-index CORPUS --out {directory}")
     return found

@@ -166,8 +166,8 @@ class Metrics:
         self.tls_refused = Family(
             Count,
             "vecsvc_tls_refused_handshakes",
-            "TLS handshakes that this side refused, or the other with a reason, by port: http, admin, shard; who "
-            "hangs up or says nothing is not in it",
+            "TLS handshakes that this side refused, or the other with a reason, by port: http, admin, shard, nodes; "
+            "who hangs up or says nothing is not in it",
             ("port",),
         )
         self.tls_valid_until = Gauge(

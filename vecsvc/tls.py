@@ -80,15 +80,20 @@ def server_tls(
     return RenewedContext.make(ssl.PROTOCOL_TLS_SERVER, fill, cert, key, client_ca, quiet=quiet)
 
 
-def client_tls(cert: str = "", key: str = "", ca: str = "", *, check_hostname: bool = True) -> RenewedContext:
+def client_tls(
+    cert: str = "", key: str = "", ca: str = "", *, check_hostname: bool = True, refused: Refused | None = None
+) -> RenewedContext:
     """TLS 1.2 or newer to a server that `ca` signed (empty: one that the system trusts), as `server_tls` in the rest.
 
     With `cert` the client names itself. The server's certificate must be for the name that is connected to, unless
     `check_hostname` is false: then anybody whom `ca` signed may be the server.
     """
+    told = None if refused is None else _telling(refused)
 
     def fill(context: ssl.SSLContext) -> None:
         _newer_than_1_1(context)
+        if told is not None:
+            context.sslobject_class = told
         context.check_hostname = check_hostname
         if cert:
             _load_chain(context, cert, key)
@@ -115,6 +120,7 @@ class RenewedContext(ssl.SSLContext):
     _files: str
     _level: int  # of what is said of renewals
     _until: float | None
+    _told: bool  # that it is over
     _current: ssl.SSLContext
 
     @classmethod
@@ -134,7 +140,7 @@ class RenewedContext(ssl.SSLContext):
         made._cert, made._ca, made._level = cert, Path(ca), logging.DEBUG if quiet else logging.WARNING
         made._ca_seen = _identity(made._ca)
         fill(made)
-        made._current, made._until = made, _valid_until(cert)
+        made._current, made._until, made._told = made, _valid_until(cert), False
         made._tell_expired()
         return made
 
@@ -145,7 +151,8 @@ class RenewedContext(ssl.SSLContext):
 
     def _tell_expired(self) -> None:
         # Clients that do not look are served; those that do say what is wrong.
-        if _over(self._until):
+        if not self._told and _over(self._until):
+            self._told = True
             log.log(self._level, "certificate expired", extra={"data": {"file": self._cert, "on": _day(self._until)}})
 
     def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
@@ -168,10 +175,10 @@ class RenewedContext(ssl.SSLContext):
             except ConfigError as error:
                 log.log(self._level, "certificates not renewed", extra={"data": {"why": str(error)}})
             else:
-                self._current, self._until, self._ca_seen = fresh, until, ca_seen
+                self._current, self._until, self._told, self._ca_seen = fresh, until, False, ca_seen
                 facts = {"files": self._files} | ({"valid_until": _day(until)} if until is not None else {})
                 log.log(min(self._level, logging.INFO), "certificates renewed", extra={"data": facts})
-                self._tell_expired()
+        self._tell_expired()
         return self._current
 
 

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from vecsvc.errors import ConfigError, StorageError, UnknownVersion
+from vecsvc.errors import ConfigError, StorageError, UnknownVersion, listed
 from vecsvc.manifest import FileEntry
 from vecsvc.seal import MAX_MANIFEST_BYTES
 from vecsvc.storage import CURRENT, MANIFEST, MAX_CURRENT_BYTES, check_name, check_version
@@ -40,9 +40,24 @@ class Moved(msgspec.Struct, frozen=True):
 
 
 def index_store(target: str, name: str) -> Store:
-    """Where an index lies in a store: the address itself where that ends in its name, otherwise below it."""
+    """Where an index lies in a store: the address itself where that ends in its name, otherwise below it.
+
+    Raises ConfigError where it would hide others.
+    """
     store = Store.open(target)
-    return store if store.name == name else store.at(check_name(name))
+    index = store if store.name == name else store.at(check_name(name))
+    # Who pulls from an address gets the index that it is, and would never see those below.
+    if index is store:
+        if store.read(CURRENT, MAX_CURRENT_BYTES) is None:
+            others = [other for other in store.folders() if store.read(f"{other}/{CURRENT}", MAX_CURRENT_BYTES)]
+            if others:
+                raise ConfigError(
+                    f"{store.label()} holds {listed(others)}, and by its name would be the index {name} itself: "
+                    f"push to {store.label(name)}"
+                )
+    elif store.read(CURRENT, MAX_CURRENT_BYTES) is not None:
+        raise ConfigError(f"{store.label()} is an index itself, and none can lie in it: push {name} elsewhere")
+    return index
 
 
 def indexes_in(source: str, version: str = "") -> list[Store]:
@@ -61,6 +76,12 @@ def indexes_in(source: str, version: str = "") -> list[Store]:
         return [store]
     found = [index for index in map(store.at, store.folders()) if is_index(index)]
     if not found:
+        lost = [name for name in store.folders() if store.read(f"{name}/{MANIFEST}", MAX_MANIFEST_BYTES) is not None]
+        if lost:
+            raise UnknownVersion(
+                f"{store.label()} has no {CURRENT}; let one of {listed(lost)} serve: "
+                f"vecsvc rollback {store.label()} --to VERSION"
+            )
         raise UnknownVersion(f"{store.label()} holds no index; bring one there: vecsvc push DIR {store.label()}")
     return found
 

@@ -84,7 +84,7 @@ def encoder_files(folder: Path) -> list[Path]:
 def find_model(folder: Path) -> Path | None:
     """The model file, None where there is none. Raises ConfigError where there is no folder."""
     if not folder.is_dir():
-        raise ConfigError(f"no encoder folder {folder}")
+        raise ConfigError(f"no encoder folder {folder}; give default, or what vecsvc encoder import has made")
     return next((folder / model for model in MODELS if (folder / model).is_file()), None)
 
 
