@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from local_cluster import cluster, end, start
+from local_cluster import cluster, end, start, wait_until
 from service import BINARY, GRAPH, JSON, Corpus, Service, build, corpora, encoder_folder, vectors, work_folder
 
 # ---------------------------------------------------------------------------------- the same as one process
@@ -273,3 +273,12 @@ def test_a_front_door_has_no_folder_to_reload_or_roll_back(both: tuple[Service, 
     door, _ = both
     for path in ("/reload", "/indexes/products/rollback"):
         assert door.ask("POST", path, admin=True).status == 404
+
+
+def test_where_no_node_is_left_to_encode_a_text_partial_is_no_remedy() -> None:
+    with cluster(sharded_folder(), ["0-2"], encoder_threads=1) as made:
+        made.members[0].kill()
+        ask = functools.partial(made.door.post, "/indexes/texts/search", {"text": "a green parrot", "partial": True})
+        wait_until(lambda: ask().status == 503, ask)
+        reply = ask()
+    assert "no node that is connected has it" in reply.message and "partial" not in reply.message
