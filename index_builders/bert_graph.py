@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from index_builders.bert_config import BertConfig, read_config
 from index_builders.onnx_graph import FLOAT, Graph
+from vecsvc.errors import EncoderError
 
 if TYPE_CHECKING:
     import onnx
@@ -85,7 +86,12 @@ def bert_graph(
     mask = graph.op("Mul", graph.op("Sub", graph.value(1.0), mask), graph.value(MASKED))
     if bert.relative_buckets:
         mask = graph.op("Add", mask, _relative_bias(graph, bert))
-    for number in range(bert.kept_layers(layers)):
+    kept = bert.kept_layers(layers)
+    if layers is None and graph.has(_NAMES.get(bert.family, _BERT).layer.format(kept)):
+        raise EncoderError(
+            f"model config: num_hidden_layers is {kept}, and the weights have more; --layers {kept} takes so many"
+        )
+    for number in range(kept):
         x = _layer(graph, bert, number, x, mask)
     types = ("token_type_ids",) if bert.type_vocab_size > 1 else ()
     return graph.finish(("input_ids", "attention_mask", *types), x, "last_hidden_state", hidden)

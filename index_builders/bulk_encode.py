@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from index_builders.corpus import Batch
 from vecsvc.distance import check_vector
 from vecsvc.encoders.base import Encoder
-from vecsvc.errors import BadRow, InvalidVector
+from vecsvc.errors import BadRow, EncoderError, InvalidVector, VecsvcError
 from vecsvc.storage import (
     ArrayWriter,
     delete_file,
@@ -150,7 +150,10 @@ def encode_corpus(
         window, calls = pending.popleft()
         vectors = np.empty((len(window.texts), encoder.spec.dim), dtype=np.float32)
         for rows, call in calls:
-            vectors[rows] = call.result()
+            try:
+                vectors[rows] = call.result()
+            except EncoderError as error:
+                raise _blamed(encoder, window, rows, error) from error
             progress(len(rows))
         _check(window, vectors, metric)
         into.add(window, vectors)
@@ -181,10 +184,30 @@ def _submit(pool: ThreadPoolExecutor, encoder: Encoder, window: Window) -> list[
     return calls
 
 
+def _blamed(encoder: Encoder, window: Window, rows: NDArray[np.intp], error: EncoderError) -> VecsvcError:
+    """The error that names a row whose text the encoder fails on; `error` where it fails on all, or on none alone."""
+    failed: BadRow | None = None
+    works = False
+    for row in rows.tolist():
+        try:
+            encoder.encode([window.texts[row]], "passage")
+            works = True
+        except EncoderError as alone:
+            failed = failed or BadRow(f"{_place(window, row)}: the encoder fails on its text: {alone}")
+        if works and failed is not None:
+            return failed
+    return error
+
+
+def _place(window: Window, row: int) -> str:
+    return f"row {window.rows[row]} (id {window.ids[row]!r})"
+
+
 def _check(window: Window, vectors: Vectors, metric: Metric) -> None:
     for row, vector in enumerate(vectors):
         try:
             check_vector(vector, metric)
         except InvalidVector as error:
-            place = f"row {window.rows[row]} (id {window.ids[row]!r})"
-            raise BadRow(f"{place}: of its text the encoder made a vector that cannot be ranked: {error}") from error
+            raise BadRow(
+                f"{_place(window, row)}: of its text the encoder made a vector that cannot be ranked: {error}"
+            ) from error

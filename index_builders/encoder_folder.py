@@ -7,12 +7,12 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from index_builders.onnx_graph import import_onnx
-from vecsvc.encoders.base import CANARY_TEXTS, EncoderSpec
+from vecsvc.encoders.base import CANARY_TEXTS, EncoderSpec, Role
 from vecsvc.encoders.folder import find_model
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import ConfigError, EncoderError, StorageError
@@ -103,6 +103,12 @@ def check_encoder(folder: Path, name: str, *, full: bool) -> EncoderSpec:
     encoder = open_encoder(folder, name=name)
     try:
         encoder.encode([*CANARY_TEXTS, ""])
+        for role in get_args(Role):
+            if encoder.split(["a"], role)[0].truncated:
+                raise EncoderError(
+                    f"the prompt of a {role} fills max_tokens, {encoder.spec.max_tokens}, and nothing is read of the "
+                    "text: allow more tokens, or shorten it"
+                )
         try:
             encoder.encode(["a b " * encoder.spec.max_tokens])
         except EncoderError as error:

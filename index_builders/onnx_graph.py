@@ -32,6 +32,10 @@ class Graph:
         self._initializers: dict[str, Any] = {}
         self._size_bytes = 0
 
+    def has(self, prefix: str) -> bool:
+        """Whether there are weights whose names begin so."""
+        return any(name.startswith(prefix) for name in self._weights)
+
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         output = f"{kind}_{len(self._nodes)}"
         self._nodes.append(self._onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))

@@ -134,6 +134,27 @@ def test_a_folder_without_current_says_which_version_may_serve(corpus: Path) -> 
     assert run("rollback", "indexes", "--to", "v1", cwd=corpus.parent).stdout.startswith("none -> v1")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--encoder", "nope"), "no encoder folder nope; give default, or what vecsvc encoder import has made"),
+        (("--encoder-memory-mb", "1"), "memory_mb must be 0 or between 8 and"),
+        (("--encoder-provider", "tpu"), "device 'tpu' is not in this onnxruntime"),
+    ],
+)
+def test_a_service_does_not_start_with_an_encoder_that_never_opens(
+    tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    told = run("serve", str(tmp_path), "--port", "0", "--admin-port", "0", *words)
+    assert told.returncode == 2 and message in told.stderr
+
+
+def test_a_text_that_is_none_is_refused_in_one_line(corpus: Path) -> None:
+    assert run("build-index", corpus.name, cwd=corpus.parent).returncode == 0
+    told = run("search", "indexes", "ab\udcff", cwd=corpus.parent)
+    assert told.returncode == 2 and "TEXT has a lone surrogate" in told.stderr and len(told.stderr.splitlines()) == 1
+
+
 def test_what_is_for_watching_alone_is_refused_without(tmp_path: Path) -> None:
     told = run("pull", str(tmp_path), str(tmp_path / "out"), "--keep", "2")
     assert told.returncode == 2 and "--keep is for --watch" in told.stderr

@@ -182,6 +182,23 @@ def test_errors_come_back_as_the_class_that_the_service_raised(
     assert type(raised.value) is error and message in str(raised.value)
 
 
+@pytest.mark.parametrize("text", [b"hi", bytearray(b"hi")])
+def test_bytes_are_no_text(client: Any, text: Any) -> None:
+    """They would be sent in base64, and that be searched for."""
+    for ask in (
+        lambda: client.search(text=text, index="products"),
+        lambda: client.search_batch(texts=["a", text], index="products"),
+        lambda: client.embed([text]),
+    ):
+        with pytest.raises(errors.InvalidRequest, match="a text must be a str, got byte"):
+            ask()
+
+
+def test_half_a_character_is_refused_before_it_is_sent(client: Any) -> None:
+    with pytest.raises(errors.InvalidRequest, match="a text has a lone surrogate at character 2"):
+        client.search(text="ab\ud800", index="products")
+
+
 def test_a_batch_that_is_too_large_is_named(client: Any) -> None:
     with pytest.raises(errors.InvalidRequest, match="the batch has 6 queries, expected 1 to 5"):
         client.search_batch(vectors=np.ones((6, DIM)), index="products")

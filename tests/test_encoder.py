@@ -351,7 +351,7 @@ def test_a_model_that_gives_nan_is_refused(copy: Path) -> None:
     weights = tiny_weights()
     weights["embeddings.LayerNorm.bias"] = np.full(DIM, np.nan, dtype=np.float32)
     (copy / "model.onnx").write_bytes(bert_graph(tiny_config(), weights).SerializeToString())
-    with pytest.raises(EncoderError, match=r"'copy': the model gave .* expected finite numbers"):
+    with pytest.raises(EncoderError, match=r"'copy': the model gave no finite numbers for "):
         open_encoder(copy).encode(["fox"])
 
 

@@ -209,6 +209,7 @@ def test_a_length_that_the_model_cannot_take_is_found_at_import(tmp_path: Path) 
         ({"num_attention_heads": 0}, r"Expected `int` >= 1 - at `\$\.num_attention_heads`"),
         ({"num_attention_heads": 3}, r"3 heads do not divide hidden_size 32"),
         ({"num_hidden_layers": 3}, r"the weights lack encoder\.layer\.2\.attention\.self\.query\.weight"),
+        ({"num_hidden_layers": 1}, r"num_hidden_layers is 1, and the weights have more; --layers 1 takes so many"),
         ({"position_embedding_type": "relative_key"}, r"absolute position embeddings"),
         ({"is_decoder": True}, r"only encoders"),
     ],
@@ -455,6 +456,15 @@ def test_an_empty_prompt_takes_the_sources_away(source: Path, tmp_path: Path) ->
     write_json(source / "config_sentence_transformers.json", {"prompts": {"query": "q ", "document": "d "}})
     spec = import_encoder(source, tmp_path / "out", ImportSettings(prompts={"query": ""}))
     assert spec.prompts == {"passage": "d "}
+
+
+def test_a_prompt_that_leaves_no_room_for_a_text_is_refused(source: Path, tmp_path: Path) -> None:
+    prompt = "red fox " * 20
+    with pytest.raises(
+        EncoderError, match="the prompt of a query fills max_tokens, 4, and nothing is read of the text"
+    ):
+        import_encoder(source, tmp_path / "out", ImportSettings(prompts={"query": prompt}, max_tokens=4))
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings_out_of_bounds_are_refused_by_name() -> None:

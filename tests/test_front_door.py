@@ -277,8 +277,9 @@ def test_a_front_door_has_no_folder_to_reload_or_roll_back(both: tuple[Service, 
 
 def test_where_no_node_is_left_to_encode_a_text_partial_is_no_remedy() -> None:
     with cluster(sharded_folder(), ["0-2"], encoder_threads=1) as made:
-        made.members[0].kill()
         ask = functools.partial(made.door.post, "/indexes/texts/search", {"text": "a green parrot", "partial": True})
+        wait_until(lambda: ask().status == 200, ask)
+        made.members[0].kill()
         wait_until(lambda: ask().status == 503, ask)
         reply = ask()
     assert "no node that is connected has it" in reply.message and "partial" not in reply.message

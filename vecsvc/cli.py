@@ -244,6 +244,10 @@ def serve(directory: Path, settings: Path | None, **flags: Any) -> None:
             no_folder(directory, "the --out folder of vecsvc build-index, or make it where a version is still to come")
         )
     shard_numbers(read.shards)  # what is no list of numbers now never will be
+    if read.encoder or read.encoder_provider or read.encoder_memory_mb:
+        from vecsvc.encoder_pool import check_encoder
+
+        check_encoder(read)
     if read.workers > 1:
         from vecsvc.workers import serve as run
     else:
@@ -289,7 +293,10 @@ def search(
 ) -> None:
     """Ask the index in DIR one question, without a server."""
     from vecsvc.local import ask
+    from vecsvc.tokenizer import check_text
 
+    if text is not None:
+        check_text(text, "TEXT")
     _keep_kernels(_read(ServeSettings, "serve", {}, None))
     question = {
         "text": text,
@@ -308,6 +315,8 @@ def search(
         fields = "  ".join(f"{_shown(name)}={_value(value)}" for name, value in (hit.fields or {}).items())
         click.echo(f"{rank:>3}  {hit.score:8.4f}  {_shown(str(hit.id))}  {fields}".rstrip())
     stats = answer.stats
+    for word in answer.coverage.degraded:
+        click.echo(word, err=True)
     click.echo(f"{len(answer.results)} hits in {answer.took_ms.total:.2f} ms ({stats.strategy})", err=True)
 
 

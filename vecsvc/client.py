@@ -49,7 +49,12 @@ class Embeddings(msgspec.Struct, frozen=True):
 
 
 def _body(values: Mapping[str, Any]) -> bytes:
-    return msgspec.json.encode({name: value for name, value in values.items() if value is not None}, enc_hook=_plain)
+    try:
+        return msgspec.json.encode(
+            {name: value for name, value in values.items() if value is not None}, enc_hook=_plain
+        )
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"a text has a lone surrogate at character {error.start}: send valid Unicode") from error
 
 
 def _plain(value: Any) -> Any:
@@ -125,12 +130,14 @@ def _tls(url: str, ca: str | None, cert: Cert | None) -> ssl.SSLContext | None:
 def _question(
     text: str | None, vector: ArrayLike | None, id: Id | None, k: int, rest: Mapping[str, Any]
 ) -> dict[str, Any]:
+    _check_texts([text] if text is not None else [])
     return {"text": text, "vector": None if vector is None else _vector(vector), "id": id, "k": k, **rest}
 
 
 def _questions(
     texts: Sequence[str] | None, vectors: ArrayLike | None, k: int, rest: Mapping[str, Any]
 ) -> dict[str, Any]:
+    _check_texts(texts if texts is not None else [])
     rows = None if vectors is None else _vectors(vectors)
     return {"texts": texts, "vectors": rows, "k": k, **rest}
 
@@ -138,7 +145,15 @@ def _questions(
 def _texts(texts: Sequence[str], model: str, role: Role) -> dict[str, Any]:
     if isinstance(texts, str):
         raise InvalidRequest("texts must be a list of texts, got one text")
+    _check_texts(texts)
     return {"input": list(texts), "model": model, "input_type": role, "encoding_format": "base64"}
+
+
+def _check_texts(texts: Sequence[Any]) -> None:
+    """JSON has no bytes: they would be sent in base64, and that be taken for the text."""
+    for text in texts:
+        if isinstance(text, bytes | bytearray | memoryview):
+            raise InvalidRequest(f"a text must be a str, got {type(text).__name__}: decode it first")
 
 
 def _embeddings(status: int, headers: Mapping[str, str], body: bytes) -> Embeddings:

@@ -14,13 +14,14 @@ import numpy as np
 from vecsvc.batcher import BatchSettings
 from vecsvc.config import ServeSettings
 from vecsvc.encoder_keeper import EncoderKeeper
+from vecsvc.encoders import encoder_path
 from vecsvc.encoders.base import Encoder
 from vecsvc.encoders.cellular import with_cells
-from vecsvc.encoders.folder import hash_files, read_settings
+from vecsvc.encoders.folder import find_model, hash_files, read_settings
 from vecsvc.encoders.measure import RunChoice, open_fastest
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import ArtifactDamaged, EncoderError
-from vecsvc.onnx_session import SessionSettings, device_name
+from vecsvc.onnx_session import SessionSettings, device_name, find_provider
 from vecsvc.query_encoder import QueryEncoder
 from vecsvc.telemetry import Metrics
 from vecsvc.types import Vectors
@@ -133,6 +134,15 @@ class EncoderPool:
     def encoders(self) -> list[PooledEncoder]:
         with self._lock:
             return list(self._open.values())
+
+
+def check_encoder(settings: ServeSettings) -> None:
+    """Refuse what no look at a folder of indexes could mend. Raises UserError."""
+    if settings.encoder:
+        find_model(encoder_path(settings.encoder))
+    SessionSettings(memory_mb=settings.encoder_memory_mb)
+    if settings.encoder_provider:
+        find_provider(settings.encoder_provider)
 
 
 def encoder_device(settings: ServeSettings) -> str:

@@ -128,7 +128,8 @@ def check_canaries(name: str, found: Vectors, built_name: str, expected: Vectors
     if len(cosines) and float(cosines.min()) < CANARY_COSINE:
         raise EncoderMismatch(
             f"encoder {name!r} is not {built_name!r}, which the index was built with: "
-            f"canary cosine {float(cosines.min()):.4f}, at least {CANARY_COSINE} expected"
+            f"canary cosine {float(cosines.min()):.4f}, at least {CANARY_COSINE} expected; leave out --encoder for the "
+            "index's own, or build the index with this one"
         )
 
 

@@ -113,7 +113,10 @@ def hash_files(folder: Path, files: list[Path] | None = None) -> dict[str, str]:
     `files` are those that `encoder_files` has just found.
     """
     found = files if files is not None else encoder_files(folder)
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in found}
+    try:
+        return {file.relative_to(folder).as_posix(): sha256(file) for file in found}
+    except OSError as error:
+        raise EncoderError(f"{error.filename}: cannot be read: {error.strerror}; see to its owner and mode") from error
 
 
 # ---------------------------------------------------------------------------------------------- settings

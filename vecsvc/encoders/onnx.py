@@ -52,11 +52,15 @@ class OnnxEncoder:
         [output] = self._session.run(_feed(self._session, batch), [self._output])
         # Models trained so that the first values say the most (Kusupati et al. 2022, Matryoshka) may be cut to them.
         vectors = np.ascontiguousarray(pool(output, batch.mask, self.spec.pooling)[:, : self.spec.dim])
-        if vectors.shape != (len(tokens), self.spec.dim) or not np.isfinite(vectors).all():
+        if vectors.shape != (len(tokens), self.spec.dim):
             raise EncoderError(
                 f"encoder {self.spec.name!r}: the model gave {vectors.shape} for {len(tokens)} texts, "
-                f"expected finite numbers of shape {(len(tokens), self.spec.dim)}"
+                f"expected {(len(tokens), self.spec.dim)}"
             )
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            n, bad = len(tokens), int(np.count_nonzero(~finite))
+            raise EncoderError(f"encoder {self.spec.name!r}: the model gave no finite numbers for {bad} of {n} texts")
         return unit_length(vectors) if self.spec.normalize else vectors
 
     def outputs(self, tokens: Sequence[Tokens], names: Sequence[str]) -> list[NDArray[Any]]:
