@@ -17,7 +17,7 @@ from vecsvc.parts import MEND, Part, decoded_part, encoded_part, part_folder, re
 from vecsvc.seal import MAX_MANIFEST_BYTES, unsealed
 from vecsvc.storage import CURRENT, MANIFEST, Lease, check_version, index_folders
 from vecsvc.stores import Store
-from vecsvc.transfer import Moved, index_store, indexes_in, move_all, serves, total_bytes
+from vecsvc.transfer import Moved, index_store, indexes_in, move_all, serves, total_bytes, versions_in
 
 _PART: Final = re.compile(r"part-(\d{3})\.json")
 
@@ -166,8 +166,7 @@ def rollback(target: str, to: str | None) -> tuple[str, str]:
     before = serves(index)
     data = index.read(f"{wanted}/{MANIFEST}", MAX_MANIFEST_BYTES) if wanted else None
     if data is None:
-        there = [name for name in index.folders() if index.read(f"{name}/{MANIFEST}", MAX_MANIFEST_BYTES) is not None]
-        others = listed([name for name in there if name != before]) or "none"
+        others = listed([name for name in versions_in(index) if name != before]) or "none"
         what = f"there is no {wanted}" if wanted else "--to is missing: a store does not record what served before"
         raise UnknownVersion(f"{index.label()}: {what}; others than {before or 'none'}, which serves: {others}")
     check_sizes(index.at(wanted), parse_manifest(data, index.label(f"{wanted}/{MANIFEST}")).files())

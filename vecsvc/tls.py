@@ -274,7 +274,7 @@ def _valid_until(cert: str) -> float | None:
         der = base64.b64decode(found[1])
         _, at, _ = _element(der, 0)
         _, at, _ = _element(der, at)
-        tag, _, end = _element(der, at)
+        tag, _, _ = _element(der, at)
         for _ in range(4 if tag == _VERSION else 3):
             at = _element(der, at)[2]
         tag, at, _ = _element(der, at)

@@ -76,7 +76,7 @@ def indexes_in(source: str, version: str = "") -> list[Store]:
         return [store]
     found = [index for index in map(store.at, store.folders()) if is_index(index)]
     if not found:
-        lost = [name for name in store.folders() if store.read(f"{name}/{MANIFEST}", MAX_MANIFEST_BYTES) is not None]
+        lost = versions_in(store)
         if lost:
             raise UnknownVersion(
                 f"{store.label()} has no {CURRENT}; let one of {listed(lost)} serve: "
@@ -84,6 +84,11 @@ def indexes_in(source: str, version: str = "") -> list[Store]:
             )
         raise UnknownVersion(f"{store.label()} holds no index; bring one there: vecsvc push DIR {store.label()}")
     return found
+
+
+def versions_in(index: Store) -> list[str]:
+    """The versions that lie there, by name."""
+    return [name for name in index.folders() if index.read(f"{name}/{MANIFEST}", MAX_MANIFEST_BYTES) is not None]
 
 
 def current_in(index: Store) -> str:
