@@ -21,7 +21,7 @@ from tiny_bert import MAX_TOKENS, tiny_config, tiny_tokenizer, tiny_weights, voc
 from index_builders.bert_graph import bert_graph
 from vecsvc.encoders import folder as files
 from vecsvc.encoders import onnx as module
-from vecsvc.encoders.base import CANARY_TEXTS, check_canaries
+from vecsvc.encoders.base import CANARY_TEXTS, check_canaries, unit_length
 from vecsvc.encoders.folder import encoder_files
 from vecsvc.encoders.onnx import OnnxEncoder, open_encoder
 from vecsvc.errors import (
@@ -118,6 +118,10 @@ def test_vectors_agree_with_a_bert_written_in_numpy(copy: Path, pooling: str, no
     found = encoder.encode(TEXTS)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=2e-5)
+    for text, vector in zip(TEXTS, expected, strict=True):  # without padding other ways are taken
+        alone = encoder.encode([text])
+        assert alone.dtype == np.float32
+        np.testing.assert_allclose(alone[0], vector, atol=2e-5)
 
 
 def test_without_settings_the_mean_is_taken_at_unit_length_and_the_tokenizer_cuts(copy: Path) -> None:
@@ -169,6 +173,17 @@ def test_text_beyond_max_tokens_is_cut(encoder: OnnxEncoder) -> None:
     cut, whole, shorter = encoder.encode(["fox " * 500 + "dog", "fox " * room, "fox " * (room - 1)])
     np.testing.assert_allclose(cut, whole, atol=1e-6)
     assert np.abs(cut - shorter).max() > 1e-3
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-18, 1.0, 1e18, 1e30])
+def test_vectors_of_any_scale_become_unit_length_alone_and_together(scale: float) -> None:
+    vectors = np.random.default_rng(7).standard_normal((5, DIM)).astype(np.float32)
+    expected = vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if scale else np.zeros_like(vectors)
+    scaled = vectors * np.float32(scale)
+    alone = np.concatenate([unit_length(scaled[row : row + 1]) for row in range(len(scaled))])
+    for found in (unit_length(scaled), alone):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_vectors_have_unit_length_and_none_is_missing(encoder: OnnxEncoder) -> None:

@@ -108,6 +108,7 @@ class OnnxSession:
         self.inputs = {p.name: Port(p.name, p.type, tuple(p.shape)) for p in session.get_inputs()}
         self.outputs = {p.name: Port(p.name, p.type, tuple(p.shape)) for p in session.get_outputs()}
         self._session: Any = session
+        self._dtypes = {p.name: _DTYPES[p.type] for p in self.inputs.values() if p.type in _DTYPES}
 
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """The named outputs, in order. Integers are converted to the width that the model declares.
@@ -117,7 +118,11 @@ class OnnxSession:
         session = self._session
         if session is None:
             raise EncoderError(f"{self.path}: the model was closed")
-        feed = {name: self._as_declared(name, value) for name, value in inputs.items()}
+        dtypes = self._dtypes
+        feed = {
+            name: np.ascontiguousarray(value, dtype=dtypes[name]) if name in dtypes else value
+            for name, value in inputs.items()
+        }
         try:
             results: list[NDArray[Any]] = session.run(list(outputs), feed)
         except Exception as error:
@@ -128,11 +133,6 @@ class OnnxSession:
     def close(self) -> None:
         """Runs under way end well; the model's memory is freed after the last of them."""
         self._session = None
-
-    def _as_declared(self, name: str, value: NDArray[Any]) -> NDArray[Any]:
-        port = self.inputs.get(name)
-        dtype = _DTYPES.get(port.type) if port else None
-        return value if dtype is None else np.ascontiguousarray(value, dtype=dtype)
 
 
 def runtime_version() -> str:

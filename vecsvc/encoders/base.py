@@ -7,6 +7,7 @@ keeps the queues, lanes, deadlines, cancellations and errors; an encoder knows n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
@@ -29,6 +30,8 @@ CANARY_TEXTS: Final = (
 )
 # int8 models differ this much between processors; another model differs by far more.
 CANARY_COSINE: Final = 0.999
+# Between these a sum of squares in float32 is neither too coarse nor too large.
+_SQUARES: Final = (1e-30, 1e38)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +138,13 @@ def check_canaries(name: str, found: Vectors, built_name: str, expected: Vectors
 
 def unit_length(vectors: Vectors) -> Vectors:
     """The vectors (n, dim) at length 1; a zero vector stays zero."""
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+    if len(vectors) == 1:  # as most queries come; see TextTokenizer.pad
+        square = float(np.vdot(vectors, vectors))
+        if _SQUARES[0] < square < _SQUARES[1]:
+            one: Vectors = vectors / math.sqrt(square)
+            return one
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    unit: Vectors = np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0, casting="same_kind")
     return unit
 
 

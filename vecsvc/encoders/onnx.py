@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -23,6 +24,9 @@ from vecsvc.types import MAX_DIM, Vectors
 BATCH_TOKENS: Final = 2048
 GPU_BATCH_TOKENS: Final = 65_536
 WINDOW_TEXTS: Final = 8192  # texts that are tokenised, and sorted by length, at a time
+
+# What models call their inputs, and what a batch of tokens calls them.
+_ARRAYS: Final = {"input_ids": "ids", "attention_mask": "mask", "token_type_ids": "type_ids"}
 
 
 class OnnxEncoder:
@@ -51,16 +55,19 @@ class OnnxEncoder:
         batch = self._tokenizer.pad(tokens)
         [output] = self._session.run(_feed(self._session, batch), [self._output])
         # Models trained so that the first values say the most (Kusupati et al. 2022, Matryoshka) may be cut to them.
-        vectors = np.ascontiguousarray(pool(output, batch.mask, self.spec.pooling)[:, : self.spec.dim])
+        mask = batch.mask if len(tokens) > 1 else None
+        vectors = np.ascontiguousarray(pool(output, mask, self.spec.pooling)[:, : self.spec.dim])
         if vectors.shape != (len(tokens), self.spec.dim):
             raise EncoderError(
                 f"encoder {self.spec.name!r}: the model gave {vectors.shape} for {len(tokens)} texts, "
                 f"expected {(len(tokens), self.spec.dim)}"
             )
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            n, bad = len(tokens), int(np.count_nonzero(~finite))
-            raise EncoderError(f"encoder {self.spec.name!r}: the model gave no finite numbers for {bad} of {n} texts")
+        if not math.isfinite(np.vdot(vectors, vectors)):  # or beyond float32, as the sum of squares may be
+            n, bad = len(tokens), int(np.count_nonzero(~np.isfinite(vectors).all(axis=1)))
+            if bad:
+                raise EncoderError(
+                    f"encoder {self.spec.name!r}: the model gave no finite numbers for {bad} of {n} texts"
+                )
         return unit_length(vectors) if self.spec.normalize else vectors
 
     def outputs(self, tokens: Sequence[Tokens], names: Sequence[str]) -> list[NDArray[Any]]:
@@ -116,6 +123,7 @@ def open_encoder(
     running = SessionSettings(device=device, num_threads=num_threads, spinning=spinning, memory_mb=memory_mb)
     session = OnnxSession(files[0], running)
     # The files do not say the dimension, and a model that cannot encode is better refused here than at a query.
+    _check_inputs(session)
     probe = tokenizer([""])
     [output] = session.run(_feed(session, probe), [_output(session)])
     pooling = settings.pooling if output.ndim == 3 else "none"
@@ -156,19 +164,23 @@ def _fingerprint(hashes: Mapping[str, str], settings: EncoderSettings, pooling: 
 # ------------------------------------------------------------------------------------------------- maths
 
 
-def pool(hidden: NDArray[Any], mask: NDArray[np.int64], pooling: str) -> Vectors:
+def pool(hidden: NDArray[Any], mask: NDArray[np.int64] | None, pooling: str) -> Vectors:
     """One vector (n, dim) per text from those of its tokens (n, t, dim); padding, where mask (n, t) is 0, is left out.
 
-    Each row of the mask has a token. With pooling "none" `hidden` is (n, dim) already.
+    Each row of the mask has a token; None where there is no padding. With pooling "none" `hidden` is (n, dim) already.
     """
     vectors: Vectors = hidden.astype(np.float32, copy=False)
-    if pooling == "mean":
+    if pooling == "mean" and mask is not None:
         weights = mask.astype(np.float32)
         vectors = np.matmul(weights[:, None, :], vectors)[:, 0] / weights.sum(axis=1, keepdims=True)
+    elif pooling == "mean":
+        vectors = np.add.reduce(vectors, axis=1) / vectors.shape[1]
     elif pooling == "cls":
         vectors = vectors[:, 0]
     elif pooling == "max":
-        vectors = np.where(mask[:, :, None] > 0, vectors, np.float32(-np.inf)).max(axis=1)
+        if mask is not None:
+            vectors = np.where(mask[:, :, None] > 0, vectors, np.float32(-np.inf))
+        vectors = vectors.max(axis=1)
     return vectors
 
 
@@ -186,16 +198,18 @@ def _batches(tokens: Sequence[Tokens], limit: int) -> Iterator[NDArray[np.intp]]
 # ------------------------------------------------------------------------------------------------- model
 
 
-def _feed(session: OnnxSession, batch: TokenBatch) -> dict[str, NDArray[np.int64]]:
-    """The inputs that the model declares: not all know token types."""
-    known = {"input_ids": batch.ids, "attention_mask": batch.mask, "token_type_ids": batch.type_ids}
-    unknown = [name for name in session.inputs if name not in known]
+def _check_inputs(session: OnnxSession) -> None:
+    unknown = [name for name in session.inputs if name not in _ARRAYS]
     if unknown or "input_ids" not in session.inputs:
         raise EncoderError(
             f"{session.path}: is no text encoder: its inputs are {', '.join(session.inputs)}; "
-            f"input_ids is needed, and only {', '.join(known)} are known"
+            f"input_ids is needed, and only {', '.join(_ARRAYS)} are known"
         )
-    return {name: known[name] for name in session.inputs}
+
+
+def _feed(session: OnnxSession, batch: TokenBatch) -> dict[str, NDArray[np.int64]]:
+    """The inputs that the model declares: not all know token types."""
+    return {name: getattr(batch, _ARRAYS[name]) for name in session.inputs}
 
 
 def _output(session: OnnxSession) -> str:
