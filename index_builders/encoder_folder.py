@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
+import numpy as np
 
 from index_builders.onnx_graph import import_onnx
 from vecsvc.encoders.base import CANARY_TEXTS, EncoderSpec, Role
-from vecsvc.encoders.folder import find_model
+from vecsvc.encoders.folder import TOKENIZER, find_model
 from vecsvc.encoders.onnx import open_encoder
 from vecsvc.errors import ConfigError, EncoderError, StorageError
 from vecsvc.storage import (
@@ -27,6 +28,7 @@ from vecsvc.storage import (
     replace_file,
     sync_folder,
 )
+from vecsvc.tokenizer import TextTokenizer, Tokens
 
 
 @contextlib.contextmanager
@@ -102,13 +104,23 @@ def check_encoder(folder: Path, name: str, *, full: bool) -> EncoderSpec:
         raise EncoderError(f"{model}: the model is not valid ONNX: {' '.join(str(error).split())[:400]}") from error
     encoder = open_encoder(folder, name=name)
     try:
-        encoder.encode([*CANARY_TEXTS, ""])
+        vectors = encoder.encode([*CANARY_TEXTS, ""])
+        token, last = TextTokenizer(folder / TOKENIZER).last_token()
+        try:
+            encoder.run([Tokens([last], [0])])
+        except EncoderError as error:
+            raise EncoderError(
+                f"{folder / TOKENIZER}: token {token!r} has the number {last}, which the model does not know; take the "
+                f"tokenizer that it was trained with: {error}"
+            ) from error
         for role in get_args(Role):
             if encoder.split(["a"], role)[0].truncated:
                 raise EncoderError(
                     f"the prompt of a {role} fills max_tokens, {encoder.spec.max_tokens}, and nothing is read of the "
                     "text: allow more tokens, or shorten it"
                 )
+        if np.ptp(vectors, axis=0).max() == 0:
+            raise EncoderError(f"{model}: gives every text the same vector: its weights are not those of an encoder")
         try:
             encoder.encode(["a b " * encoder.spec.max_tokens])
         except EncoderError as error:

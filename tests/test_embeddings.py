@@ -95,6 +95,16 @@ def test_the_openai_client_gets_the_vectors_of_the_encoder(openai_client: Any, t
     assert np.allclose(np.array(rows, np.float32), tiny.encode(TEXTS, "query"), atol=1e-6)
 
 
+def test_the_openai_client_lists_what_model_may_be(openai_client: Any, tiny: OnnxEncoder) -> None:
+    listed = list(openai_client.models.list())
+    assert [one.id for one in listed] == ["texts", "tiny", "default"]
+    assert {(one.object, one.encoder, one.dimensions, one.max_tokens) for one in listed} == {
+        ("model", "tiny", 8, tiny.spec.max_tokens)
+    }
+    for one in listed:
+        assert openai_client.embeddings.create(model=one.id, input="red").model == "tiny"
+
+
 def test_base64_is_exactly_the_numbers(openai_client: Any) -> None:
     numbers = openai_client.embeddings.create(model="default", input=TEXTS[0], encoding_format="float").data[0]
     encoded = openai_client.embeddings.create(model="default", input=TEXTS[0], encoding_format="base64").data[0]
@@ -208,6 +218,8 @@ def test_tei_normalises_unless_it_is_told_not_to(several: Service, one: Service)
 def test_several_encoders_are_told_apart_by_index_or_by_name(several: Service) -> None:
     dims = {"docs": 8, "news": 8, "tiny": 8, "other": 16, "prompted": 16}
     assert {model: openai_vectors(several, "red", model).shape[1] for model in dims} == dims
+    listed = several.get("/v1/models").json()["data"]
+    assert {one["id"]: one["dimensions"] for one in listed} == dims
     for question in ({"input": "red", "model": "default"}, {"input": "red", "model": "bare"}):
         reply = several.post("/v1/embeddings", question)
         assert reply.status == 404 and reply.json()["error"]["code"] == "model_not_found"
@@ -223,6 +235,7 @@ def test_where_no_index_has_an_encoder_that_is_what_is_said() -> None:
         reply = running.post("/v1/embeddings", {"input": "red", "model": "default"})
         assert reply.status == 404 and "build one with --encoder" in reply.json()["error"]["message"]
         assert not any("embed" in path for path in running.get("/openapi.json").json()["paths"])
+        assert running.get("/v1/models").json() == {"object": "list", "data": []}
 
 
 # ---------------------------------------------------------------------------------------- what is refused

@@ -27,6 +27,7 @@ from tiny_bert import (
     write_tiny_bert,
     write_tiny_source,
 )
+from tokenizers import Tokenizer
 
 from index_builders.bert_config import read_config
 from index_builders.bert_graph import bert_graph, relative_buckets
@@ -464,6 +465,25 @@ def test_a_prompt_that_leaves_no_room_for_a_text_is_refused(source: Path, tmp_pa
         EncoderError, match="the prompt of a query fills max_tokens, 4, and nothing is read of the text"
     ):
         import_encoder(source, tmp_path / "out", ImportSettings(prompts={"query": prompt}, max_tokens=4))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused_by_its_last_token(source: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save(str(source / "tokenizer.json"))
+    last = len(vocabulary())
+    wanted = rf"source/tokenizer\.json: token '<extra>' has the number {last}, which the model does not know"
+    with pytest.raises(EncoderError, match=wanted):
+        import_encoder(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_gives_every_text_the_same_vector_is_refused(source: Path, tmp_path: Path) -> None:
+    weights = {name: np.zeros_like(array) for name, array in tiny_weights().items()}
+    (source / "model.onnx").write_bytes(bert_graph(tiny_config(), weights).SerializeToString())
+    with pytest.raises(EncoderError, match=r"source/model\.onnx: gives every text the same vector"):
+        import_encoder(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -151,6 +151,8 @@ def test_a_text_is_encoded_once_and_answered_as_by_one_process(both: tuple[Servi
     door, alone = (service.get("/indexes/texts/search?q=house+tree&k=4") for service in both)
     assert nearly(without_times(door.json()), without_times(alone.json()))
     assert len(asked("/v1/embeddings", {"input": ["river", "cloud"], "model": "texts"})["data"]) == 2
+    listed, alone_listed = (service.get("/v1/models").json() for service in both)
+    assert listed == alone_listed and "texts" in {one["id"] for one in listed["data"]}
 
 
 @pytest.mark.parametrize("k", [1, 10, 200])

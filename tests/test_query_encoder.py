@@ -234,14 +234,15 @@ def test_a_wedged_session_is_told_replaced_and_ready_again(folder: Path, instanc
     encoders.release(encoder, folder)
 
 
-def test_runs_that_fail_again_and_again_lead_to_a_new_session(folder: Path) -> None:
+def test_runs_that_fail_again_and_again_lead_to_a_new_session(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     encoders, metrics = pool(encoder_stall_s=5.0, inline_ms=0, encoder_cache=0)
     encoder = encoders.take(folder, NAME)
     trouble = Trouble(encoder)
     trouble.mode = "fail"
     for _ in range(MAX_FAILURES):
-        with pytest.raises(EncoderError, match="the device is gone"):
+        with pytest.raises(EncoderError, match=r"^encoder 'tiny' failed on this; the service's log says why$"):
             ask(encoder, ["dog"])
+        assert "the device is gone" in caplog.records[-1].data["why"]  # type: ignore[attr-defined]
     until(fresh(encoder, trouble))
     assert ask(encoder, ["dog"]).vectors.shape == (1, 32)
     assert metrics.encoder_replaced(NAME).value == 1

@@ -575,6 +575,8 @@ def test_indexes_are_listed_with_what_a_client_must_know(every: Service) -> None
 def test_one_index_is_described(every: Service, name: str) -> None:
     reply = every.get(f"/indexes/{name}").json()
     assert reply["name"] == name and reply.keys() >= {"created", "params", "search", "certificate"}
+    reads = {"max_tokens": 24, "pooling": "mean", "normalize": True, "prompts": {}}
+    assert reply["encoding"] == (reads if reply["encoder"] else None)
 
 
 @pytest.mark.parametrize("path", ["/indexes/nothing", "/indexes/nothing/search", "/indexes/nothing/search/batch"])
@@ -711,7 +713,7 @@ def test_the_longest_text_fits_into_a_url_however_it_is_written(texts: Service) 
 
 PUBLIC = (
     *("/indexes", "/indexes/texts", "/openapi.json", "/search", "/search/batch", "/indexes/texts/search"),
-    *("/v1/embeddings", "/embed", "/indexes/texts/embed"),
+    *("/v1/embeddings", "/v1/models", "/embed", "/indexes/texts/embed"),
 )
 ADMIN = ("/metrics", "/reload", "/indexes/texts/rollback")
 

@@ -333,6 +333,24 @@ def by_model(
     raise UnknownModel(f"no model {(model or '')[:80]!r}; there are: {names}")
 
 
+def _specs(served: Mapping[str, Served]) -> dict[str, EncoderSpec | None]:
+    # Looked at once each: a version that retires meanwhile lets go of its encoder.
+    encoders = {name: one.encoder for name, one in sorted(served.items())}
+    return {name: encoder.spec if encoder is not None else None for name, encoder in encoders.items()}
+
+
+def models(encoders: Mapping[str, EncoderSpec | None]) -> dict[str, EncoderSpec]:
+    """Every name of a model that `by_model` takes, and the encoder that it means: the names of indexes first."""
+    having = {name: spec for name, spec in encoders.items() if spec is not None}
+    named = dict(having)
+    for spec in having.values():
+        if len({one.fingerprint for one in having.values() if one.name == spec.name}) == 1:
+            named.setdefault(spec.name, spec)
+    if len({spec.fingerprint for spec in having.values()}) == 1:
+        named.setdefault(DEFAULT, next(iter(having.values())))
+    return named
+
+
 def _chosen(manifest: Manifest, wanted: str, path: Path) -> list[int]:
     """The numbers of the shards to open."""
     total = len(manifest.shards)
@@ -420,10 +438,11 @@ class Catalog:
         one encoder is served. Raises UnknownModel, naming what there is, or NotReady.
         """
         served = self._served
-        # Looked at once each: a version that retires meanwhile lets go of its encoder.
-        encoders = {name: one.encoder for name, one in sorted(served.items())}
-        specs = {name: encoder.spec if encoder is not None else None for name, encoder in encoders.items()}
-        return served[by_model(model, specs, self.problems, self.problem)]
+        return served[by_model(model, _specs(served), self.problems, self.problem)]
+
+    def models(self) -> dict[str, EncoderSpec]:
+        """Every name that `with_encoder` takes, and the encoder that it means."""
+        return models(_specs(self._served))
 
     def problem(self) -> str:
         """Why the service is not ready; empty where it is."""

@@ -21,7 +21,9 @@ def encoder() -> None:
 @encoder.command("import")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="the new folder")
-@click.option("--max-tokens", default=256, type=click.IntRange(1, 8192), help="texts are cut there")
+@click.option(
+    "--max-tokens", default=256, type=click.IntRange(1, 8192), help="texts are cut there, or where the source says"
+)
 @click.option("--layers", type=click.IntRange(1), help="only the first layers, of safetensors: faster, less exact")
 @click.option("--dim", type=click.IntRange(1, 16_384), help="only the first values, of a Matryoshka model")
 @click.option("--pooling", type=click.Choice(["mean", "cls", "max"]), help="of tokens; as the source says otherwise")
@@ -41,6 +43,10 @@ def encoder_import(
         f"{out}: dim {spec.dim}, {spec.pooling} pooling, {'unit length' if spec.normalize else 'not normalised'}, "
         f"at most {spec.max_tokens} tokens, fingerprint {spec.fingerprint[:16]}"
     )
+    if spec.max_tokens < settings["max_tokens"]:
+        click.echo(
+            f"{source} allows {spec.max_tokens} tokens, less than --max-tokens {settings['max_tokens']}", err=True
+        )
 
 
 @encoder.command("distill")
@@ -110,7 +116,12 @@ def encoder_distill(
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="the new folder")
 @click.option("--precision", default="int8", type=click.Choice(["int8", "fp16", "fp32"]), help="fp16 is for GPUs")
 @click.option("--max-loss", default=0.005, type=click.FloatRange(0, 1), help="of recall@10 on the sample")
-@click.option("--min-cosine", default=0.99, type=click.FloatRange(0, 1), help="mean cosine to the original's vectors")
+@click.option(
+    "--min-cosine",
+    default=0.99,
+    type=click.FloatRange(0, 1),
+    help="mean cosine to the original's vectors; no text may be below this and .95",
+)
 @click.option("--texts", help="Parquet corpus of texts like yours to measure with; Python's docstrings otherwise")
 @click.option("--text-column", default="text", help="its column")
 @click.option("--device", default="cpu", help="where it is measured, and will run: cpu, cuda")

@@ -13,7 +13,7 @@ import numpy as np
 from vecsvc import columns, indexes, remote
 from vecsvc.admission import Admission
 from vecsvc.asked import Asked
-from vecsvc.catalog import MAX_PLANS, Served, by_model, by_name
+from vecsvc.catalog import MAX_PLANS, Served, by_model, by_name, models
 from vecsvc.config import RouteSettings
 from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.engine import Engine
@@ -81,9 +81,15 @@ class RoutedCatalog:
 
     def with_encoder(self, model: str | None) -> RoutedVersion:
         """As `Catalog.with_encoder`. Raises UnknownModel or NotReady."""
-        serving = self._router.serving
-        specs = {name: one.encoder.spec if one.encoder is not None else None for name, one in sorted(serving.items())}
-        return serving[by_model(model, specs, self._router.problems, self.problem)]
+        return self._router.serving[by_model(model, self._specs(), self._router.problems, self.problem)]
+
+    def models(self) -> dict[str, EncoderSpec]:
+        """As `Catalog.models`."""
+        return models(self._specs())
+
+    def _specs(self) -> dict[str, EncoderSpec | None]:
+        serving = sorted(self._router.serving.items())
+        return {name: one.encoder.spec if one.encoder is not None else None for name, one in serving}
 
     def problem(self) -> str:
         return self._router.problem()

@@ -14,6 +14,7 @@ import pyarrow as pa
 from vecsvc import __version__, indexes
 from vecsvc.access import KEY_HEADER
 from vecsvc.config import HttpSettings, field_types
+from vecsvc.encoders.base import EncoderSpec
 from vecsvc.filters import MAX_DEPTH, OPERATORS
 from vecsvc.front_door import Described
 from vecsvc.indexes.base import module
@@ -72,11 +73,21 @@ class IndexSummary(msgspec.Struct, frozen=True):
     encoder: str | None
 
 
+class Encoding(msgspec.Struct, frozen=True):
+    """How the encoder of an index reads texts."""
+
+    max_tokens: int  # what is beyond is cut
+    pooling: str
+    normalize: bool
+    prompts: dict[str, str]  # by role, query or passage: put before each text
+
+
 class IndexDetail(IndexSummary, frozen=True):
     created: str
     params: dict[str, Any]
     search: dict[str, Any]
     certificate: dict[str, Any] | None
+    encoding: Encoding | None
 
 
 class IndexList(msgspec.Struct, frozen=True):
@@ -92,14 +103,19 @@ def index_summary(served: Described) -> IndexSummary:
 
 
 def index_detail(served: Described) -> IndexDetail:
-    manifest = served.manifest
+    manifest, encoder = served.manifest, served.encoder
     return IndexDetail(
         **_summary(served),
         created=manifest.created,
         params=dict(manifest.spec.params),
         search=manifest.search,
         certificate=msgspec.to_builtins(manifest.certificate),
+        encoding=_encoding(encoder.spec) if encoder is not None else None,
     )
+
+
+def _encoding(spec: EncoderSpec) -> Encoding:
+    return Encoding(spec.max_tokens, spec.pooling, spec.normalize, dict(spec.prompts))
 
 
 def _summary(served: Described) -> dict[str, Any]:

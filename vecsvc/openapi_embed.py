@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final, get_args
 
+from vecsvc.catalog import models
 from vecsvc.config import HttpSettings
-from vecsvc.encoders import DEFAULT
 from vecsvc.encoders.base import EncoderSpec, Role
 from vecsvc.front_door import Described
 from vecsvc.schemas import JSON
 from vecsvc.schemas_embed import (
+    MODELS_PATH,
     OPENAI_PATH,
     PROMPT_NAMES,
     TEI_PATH,
     OpenAIAnswer,
     OpenAIErrorAnswer,
+    OpenAIModels,
     TeiErrorAnswer,
 )
 
-ANSWERS: Final = (OpenAIAnswer, OpenAIErrorAnswer, TeiErrorAnswer)
+ANSWERS: Final = (OpenAIAnswer, OpenAIErrorAnswer, OpenAIModels, TeiErrorAnswer)
 VECTORS: Final = {"TeiAnswer": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}}
 
 ERRORS: Final = (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
@@ -37,6 +39,13 @@ def embed_paths(served: Sequence[Described], settings: HttpSettings, responses: 
     if not specs:
         return {}
     paths = {OPENAI_PATH: _operation("embeddings", "OpenAI's embeddings", _openai(specs, settings), responses)}
+    paths[MODELS_PATH] = {
+        "get": {
+            "operationId": "models",
+            "summary": "what `model` may be in /v1/embeddings",
+            "responses": responses("OpenAIModels", "OpenAIErrorAnswer"),
+        }
+    }
     if len({spec.fingerprint for spec in specs.values()}) == 1:
         spec = next(iter(specs.values()))
         paths[TEI_PATH] = _operation("embed", "text-embeddings-inference's /embed", _tei(spec, settings), responses)
@@ -65,10 +74,7 @@ def _openai(specs: dict[str, EncoderSpec], settings: HttpSettings) -> dict[str, 
     encoders = {spec.fingerprint: spec for spec in specs.values()}
     schemas = []
     for fingerprint, spec in encoders.items():
-        names = [name for name, one in specs.items() if one.fingerprint == fingerprint]
-        alike = {one.fingerprint for one in specs.values() if one.name == spec.name}
-        names += [spec.name] if len(alike) == 1 and spec.name not in specs else []
-        names += [DEFAULT] if len(encoders) == 1 and DEFAULT not in names else []
+        names = [name for name, one in models(specs).items() if one.fingerprint == fingerprint]
         schemas.append(
             _closed(
                 ["input", "model"],

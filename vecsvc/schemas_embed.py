@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -27,6 +27,7 @@ from vecsvc.types import Embedded
 
 OPENAI_PATH: Final = "/v1/embeddings"
 TEI_PATH: Final = "/embed"
+MODELS_PATH: Final = "/v1/models"
 
 # What one value of a vector takes in memory until its answer is sent: a Python float with its JSON, or base64.
 _FLOAT_BYTES: Final = 56
@@ -171,6 +172,30 @@ class OpenAIAnswer(Struct, frozen=True):
     usage: OpenAIUsage
 
 
+class OpenAIModel(Struct, frozen=True):
+    """OpenAI's fields, and what one wants to know of an encoder."""
+
+    id: str
+    object: Literal["model"]
+    created: int  # in seconds since 1970; 0, for a name may come to mean another encoder
+    owned_by: str
+    encoder: str
+    dimensions: int
+    max_tokens: int  # of a text; what is beyond is cut
+
+
+class OpenAIModels(Struct, frozen=True):
+    object: Literal["list"]
+    data: list[OpenAIModel]
+
+
+def encode_models(models: Mapping[str, EncoderSpec]) -> bytes:
+    data = [
+        OpenAIModel(name, "model", 0, "vecsvc", spec.name, spec.dim, spec.max_tokens) for name, spec in models.items()
+    ]
+    return msgspec.json.encode(OpenAIModels("list", data))
+
+
 def encode_openai(embedded: Embedded, *, as_base64: bool) -> bytes:
     rows = np.ascontiguousarray(embedded.vectors, dtype="<f4")
     data = (
@@ -224,7 +249,7 @@ _PARAM: Final = re.compile(rf"(?:\$\.)?({'|'.join(OpenAIBody.__struct_fields__)}
 def error_body(path: str, status: int, code: str, message: str, retry_after_ms: int | None = None) -> bytes:
     """An error in the shape of what the path is like: OpenAI's, TEI's, or ours."""
     retry = UNSET if retry_after_ms is None else retry_after_ms
-    if path == OPENAI_PATH:
+    if path in (OPENAI_PATH, MODELS_PATH):
         kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
         # Our messages begin with the field that they are about.
         found = _PARAM.match(message)

@@ -17,10 +17,12 @@ from vecsvc.errors import NotReady, TextTooLong, UnsupportedMediaType
 from vecsvc.front_door import Backend
 from vecsvc.schemas import JSON
 from vecsvc.schemas_embed import (
+    MODELS_PATH,
     OPENAI_PATH,
     TEI_PATH,
     EmbedRequest,
     check_encoder,
+    encode_models,
     encode_openai,
     encode_tei,
     parse_openai,
@@ -51,6 +53,7 @@ class EmbedRoutes:
     def routes(self) -> list[Route]:
         return [
             Route("POST", OPENAI_PATH, "read", "many", self._openai),
+            Route("GET", MODELS_PATH, "read", "none", self._models),
             Route("POST", TEI_PATH, "read", "many", self._tei),
             Route("POST", f"/indexes/{{name}}{TEI_PATH}", "read", "many", self._tei),
         ]
@@ -60,6 +63,10 @@ class EmbedRoutes:
         asked = parse_openai(await self._body(request), self._settings)
         self._door.owe(self._door.key(request), len(asked.texts))
         return await self._answer(asked, None, started, lambda made: encode_openai(made, as_base64=asked.base64))
+
+    async def _models(self, request: web.Request) -> web.Response:
+        body = encode_models(self._engine.catalog.models())
+        return web.Response(body=body, headers={"Content-Type": f"{JSON}; charset=utf-8"})
 
     async def _tei(self, request: web.Request) -> web.Response:
         started = time.perf_counter()

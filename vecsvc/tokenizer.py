@@ -94,6 +94,11 @@ class TextTokenizer:
             for one, text in zip(found, whole, strict=True)
         ]
 
+    def last_token(self) -> tuple[str, int]:
+        """The token with the greatest number, and that number."""
+        numbers: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return max(numbers.items(), key=lambda entry: entry[1])
+
     def _overflows(self, found: Any) -> bool:
         # What was cut off is copied when it is looked at, so only full texts are looked at.
         return len(found) == self.max_tokens and bool(found.overflowing)
