@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from vecsvc import batcher as batching
 from vecsvc.batcher import Batcher, BatchSettings, Run, RunFacts
-from vecsvc.encoder_workers import start_worker
+from vecsvc.encoder_workers import BULK_NICE, start_worker
 from vecsvc.encoders.base import Encoder, EncoderSpec, Role, StepEncoder
 from vecsvc.errors import DeadlineExceeded, EncoderError, NotReady, Overloaded
 from vecsvc.lanes import NEAR_TOKENS, OVERTAKING_RUNS, Lane, Lanes, Request
@@ -337,13 +339,13 @@ def test_a_worker_that_bulk_was_kept_from_takes_it_when_another_run_ends() -> No
     encoder = BulkGate()
     batcher = Batcher(encoder, BatchSettings(workers=3, inline_s=0.0), start_worker)
     request = Request([text(100 + at, 64) for at in range(3)], DIM, time.monotonic() + 20, lambda: False)
-    with batcher._changed:
+    with batcher._lock:
         run = Run("bulk", [(request, 0)])
         batcher._runs = {-1: run, -2: Run("bulk", [(request, 1)])}
         request.take(0, 64, 2)
         batcher._lanes.add(request, "bulk")
         assert not batcher.takes("bulk"), "two of three runs are bulk already"
-        batcher._changed.notify_all()
+        batcher._wake_all()
     batcher.finish(-1, run, [], [], 0.0, None)
     assert encoder.entered.acquire(timeout=20)
     batcher.close()
@@ -366,13 +368,55 @@ def test_interactive_overtakes_bulk() -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bulk_goes_on_when_the_queries_that_it_gave_way_to_are_gone(workers: int) -> None:
+    async def scene(world: World) -> None:
+        held = [await world.held()]
+        if workers == 2:
+            held.append(world.ask([text(1)]))
+            await world.entered()
+        queries = [world.ask([text(number)]) for number in range(2, 6)]
+        bulk = world.ask([text(number, 64) for number in range(100, 104)], lane="bulk")
+        await asyncio.sleep(0)
+        for query in queries:
+            query.cancel()
+        await world.release()
+        await asyncio.wait_for(asyncio.gather(*held, bulk), 20)
+        assert not any(number in run for run in world.encoder.runs for number in range(2, 6))
+
+    play(scene, workers=workers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no niceness of their own")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_threads_of_bulk_leave_the_processor_to_those_of_queries(workers: int) -> None:
+    class Noting(FakeEncoder):
+        def run(self, tokens: Sequence[Tokens]) -> Vectors:
+            nice.append((len(tokens), os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) - usual))
+            return super().run(tokens)
+
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    nice: list[tuple[int, int]] = []
+
+    async def scene(world: World) -> None:
+        await world.ask([text(2)])
+        await world.ask([text(number) for number in range(2, 6)], lane="bulk")
+        await world.ask([text(3)])
+        assert [one for one in nice if one[0] == 1] == [(1, 0)] * 2
+        assert {more for count, more in nice if count > 1} == {BULK_NICE}
+
+    play(scene, Noting(), workers=workers)
+
+
 def test_bulk_gets_a_run_now_and_then_however_many_queries_come() -> None:
     lanes = Lanes()
     lanes.add(request(4, 4), "bulk")
     taken = []
     for _ in range(OVERTAKING_RUNS + 2):
         lanes.add(request(4), "interactive")
-        taken.append(lanes.take(4)[0])
+        name = lanes.first()
+        assert name is not None and len(lanes.take(name, 4, overtakes=True)) == 1
+        taken.append(name)
     assert taken == ["interactive"] * OVERTAKING_RUNS + ["bulk", "interactive"]
 
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from vecsvc.encoders.base import Encoder, StepEncoder, run_checked
 from vecsvc.errors import DeadlineExceeded, EncoderError, NotReady, Overloaded
-from vecsvc.lanes import LaneName, Lanes, Place, Request, begin, cost, fail
+from vecsvc.lanes import LANES, LaneName, Lanes, Place, Request, begin, cost, fail
 from vecsvc.run_times import RunTimes
 from vecsvc.tokenizer import Tokens
 from vecsvc.types import Vectors
@@ -97,7 +97,7 @@ class Batcher:
         self,
         encoder: Encoder,
         settings: BatchSettings,
-        start_worker: Callable[[Batcher, Encoder, int], threading.Thread],
+        start_worker: Callable[[Batcher, Encoder, int, LaneName | None], threading.Thread],
         observe: Callable[[RunFacts], None] = lambda facts: None,
     ) -> None:
         """`observe` is called once for each run, in the event loop of one of its callers."""
@@ -108,14 +108,17 @@ class Batcher:
         self.problem = ""  # why nothing is taken in; empty where it is
         self._start_worker = start_worker
         self._observe = observe
-        # What follows is changed by whoever holds `_changed`; workers wait for it.
-        self._changed = threading.Condition()
+        # What follows is changed by whoever holds the lock. Workers wait for news of their lane.
+        self._lock = threading.RLock()
+        self._news: dict[LaneName, threading.Condition] = {name: threading.Condition(self._lock) for name in LANES}
+        if isinstance(encoder, StepEncoder):
+            self._news["bulk"] = self._news["interactive"]
         self._lanes = Lanes()
         self._runs: dict[int, Run] = {}  # by worker
         self._workers: dict[int, threading.Thread] = {}
         self._numbers = itertools.count()
         self._closed = False
-        with self._changed:
+        with self._lock:
             self._start()
 
     # ------------------------------------------------------------------------------------------- for callers
@@ -154,7 +157,7 @@ class Batcher:
         expected = self.times.single(cost(tokens[0]))
         if expected is None or expected > self.settings.inline_s:
             return None
-        with self._changed:
+        with self._lock:
             if not self._is_free() or self.problem or self._closed:
                 return None
         started = time.perf_counter()
@@ -182,7 +185,7 @@ class Batcher:
         return room and not self._lanes.tokens("interactive")
 
     def _submit(self, request: Request, lane: LaneName) -> None:
-        with self._changed:
+        with self._lock:
             self._check_open()
             waiting = self._lanes.tokens(lane)
             # A request that is larger than the bound may come when nobody else waits.
@@ -194,7 +197,7 @@ class Batcher:
                 )
             request.queued = time.perf_counter()
             self._lanes.add(request, lane)
-            self._changed.notify()
+            self._news[lane].notify()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -208,11 +211,11 @@ class Batcher:
 
     def close(self) -> None:
         """Runs under way end, and their callers get what they gave; who still waits is told. May be called twice."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             waiting = self._lanes.clear()
             workers = list(self._workers.values())
-            self._changed.notify_all()
+            self._wake_all()
         self._tell(waiting, NotReady(f"encoder {self.encoder.spec.name!r} was closed"))
         end = time.monotonic() + CLOSE_S
         for worker in workers:
@@ -225,22 +228,22 @@ class Batcher:
     def longest_run_s(self) -> float:
         """How long the oldest run under way has been going; 0 where there is none."""
         now = time.perf_counter()
-        with self._changed:
+        with self._lock:
             return max((now - run.started for run in self._runs.values()), default=0.0)
 
     def suspend(self, problem: str) -> None:
         """Take in nothing more, tell the callers of the runs under way, and forget these runs. Others go on waiting."""
-        with self._changed:
+        with self._lock:
             self.problem = problem
             told = [request for run in self._runs.values() for request in fail(run.places)]
             self._runs.clear()
             self._workers.clear()  # they notice when their runs end, if ever
-            self._changed.notify_all()
+            self._wake_all()
         self._tell(told, EncoderError(problem))
 
     def resume(self, encoder: Encoder) -> None:
         """Go on with another session of the same encoder."""
-        with self._changed:
+        with self._lock:
             if not self._closed:
                 self.encoder = encoder
                 # Where no worker starts, it stays suspended: open doors without workers would let every text wait.
@@ -256,9 +259,19 @@ class Batcher:
         encoder.close()
 
     def _start(self) -> None:
-        for _ in range(self._most_runs()):
-            number = next(self._numbers)
-            self._workers[number] = self._start_worker(self, self.encoder, number)
+        most = self._most_runs()
+        # Bulk has threads of its own, which leave the processor to those of queries.
+        threads: dict[LaneName | None, int] = {"interactive": self.settings.workers, "bulk": max(1, most - 1)}
+        if isinstance(self.encoder, StepEncoder):
+            threads = {None: most}
+        for lane, count in threads.items():
+            for _ in range(count):
+                number = next(self._numbers)
+                self._workers[number] = self._start_worker(self, self.encoder, number, lane)
+
+    def _wake_all(self) -> None:
+        for news in self._news.values():
+            news.notify_all()
 
     def _most_runs(self) -> int:
         """Runs of either lane at the same time. A batch that goes by steps has both lanes' texts inside."""
@@ -267,14 +280,16 @@ class Batcher:
 
     # ----------------------------------------------------------------------------------------- for the workers
 
-    def wait(self, number: int, choose: Callable[[Lanes], Run | None], inside: bool = False) -> Run | None:
+    def wait(
+        self, number: int, lane: LaneName | None, choose: Callable[[Lanes], Run | None], inside: bool = False
+    ) -> Run | None:
         """What `choose` picks once something waits, or at once for a worker with texts inside; None: it must end.
 
-        Called with nothing waiting, `choose` may return None, and is called again when there is news.
+        Where `choose` returns None, it is called again when there is news of the lane; None stands for both.
         """
         while True:
             late: list[Request] = []
-            with self._changed:
+            with self._lock:
                 while True:
                     if (self._closed and not inside) or number not in self._workers:
                         return None
@@ -285,7 +300,8 @@ class Batcher:
                         self._runs[number] = run
                     if run is not None or late:
                         break
-                    self._changed.wait()
+                    self._pass_on(lane)
+                    self._news[lane or "interactive"].wait()
             if late:
                 self._tell(
                     late, DeadlineExceeded("the deadline passed before the encoder was free; allow more by timeout_ms")
@@ -295,12 +311,34 @@ class Batcher:
 
     def takes(self, lane: LaneName) -> bool:
         """Whether a lane may begin a run, for whoever holds the lock: of several, one is left to queries."""
+        most = self._most_runs()
         runs = sum(run.lane == lane for run in self._runs.values())
-        return runs < (max(1, self._most_runs() - 1) if lane == "bulk" else self.settings.workers)
+        return len(self._runs) < most and runs < (max(1, most - 1) if lane == "bulk" else self.settings.workers)
+
+    def take(self, lane: LaneName) -> Run | None:
+        """The lane's next run where it is its turn, for whoever holds the lock."""
+        if not self._has_turn(lane):
+            return None
+        overtakes = lane == "interactive" and self.takes("bulk") and len(self._runs) + 1 == self._most_runs()
+        return Run(lane, self._lanes.take(lane, self.times.budget(self.settings.run_s), overtakes=overtakes))
+
+    def _has_turn(self, lane: LaneName) -> bool:
+        """Whether a run of the lane begins now: texts wait in it, and the other lane has no better right."""
+        if not self._lanes.tokens(lane) or not self.takes(lane):
+            return False
+        other: LaneName = "bulk" if lane == "interactive" else "interactive"
+        alone = len(self._runs) + 1 == self._most_runs()  # no run may begin beside this one
+        return not (alone and self._lanes.tokens(other) and self.takes(other)) or self._lanes.first() == lane
+
+    def _pass_on(self, lane: LaneName | None) -> None:
+        """Wake a worker of the other lane where that has its turn: what kept it from it, a query say, may be gone."""
+        for other in LANES:
+            if lane is not None and other != lane and self._has_turn(other):
+                self._news[other].notify()
 
     def retry(self, number: int, run: Run) -> bool:
         """Note that a worker begins a part of its run anew; False where it is no longer wanted."""
-        with self._changed:
+        with self._lock:
             run.started = time.perf_counter()
             return number in self._workers
 
@@ -316,11 +354,12 @@ class Batcher:
         """Take what a run gave; the callers of requests that are whole, or failed, are told."""
         ready: list[Request] = []
         errors: list[tuple[list[Request], Exception]] = []
-        with self._changed:
+        with self._lock:
             if self._runs.pop(number, None) is None:
                 return  # it took too long, and its callers were told so
-            if self._lanes:
-                self._changed.notify()  # a worker that bulk was kept from may be allowed it now
+            for lane in LANES:
+                if self._lanes.tokens(lane):
+                    self._news[lane].notify()  # a worker that was kept from it may be allowed it now
             for request in {id(request): request for request, _ in run.places}.values():
                 request.run_s += seconds
             gave = False
@@ -344,18 +383,18 @@ class Batcher:
 
     def give_up(self, places: Iterable[Place]) -> None:
         """Tell the callers of texts that were inside an encoder that is no longer wanted."""
-        with self._changed:
+        with self._lock:
             told = fail(places)
         self._tell(told, EncoderError(self.problem or f"encoder {self.encoder.spec.name!r} was closed"))
 
     def has_run(self, number: int) -> bool:
         """False once the run of this worker was given up."""
-        with self._changed:
+        with self._lock:
             return number in self._runs
 
     def fail_all(self, number: int, error: Exception) -> None:
         """After a bug of ours in a worker: tell everybody, so that nobody waits for ever, and begin anew."""
-        with self._changed:
+        with self._lock:
             run = self._runs.pop(number, None)
             told = (fail(run.places) if run is not None else []) + self._lanes.clear()
         self._tell(told, EncoderError(f"the batcher failed: {type(error).__name__}: {error}"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -15,33 +18,46 @@ from numpy.typing import NDArray
 from vecsvc.batcher import Batcher, Run, RunFacts
 from vecsvc.encoders.base import Encoder, StepEncoder, run_checked
 from vecsvc.errors import EncoderError
-from vecsvc.lanes import Lanes, Place, cost
+from vecsvc.lanes import LaneName, Lanes, Place, cost
 from vecsvc.tokenizer import Tokens
 
 log: Final = logging.getLogger("vecsvc.batcher")
 
 SPARE_PART: Final = 4  # of a stepper's places one in so many is kept free of bulk
+# How much nicer the threads of bulk are, of 19: one that shares a core with a query gets a tenth of it.
+BULK_NICE: Final = 10
 ALONE_TOKENS: Final = 64  # a single text of at most so many tokens is run whole where nothing else waits or runs
 
 
-def start_worker(batcher: Batcher, encoder: Encoder, number: int) -> threading.Thread:
-    """Start a thread that runs the encoder for what waits, until the batcher has no more use for it."""
-    worker = _StepWorker if isinstance(encoder, StepEncoder) else _Worker
+def start_worker(batcher: Batcher, encoder: Encoder, number: int, lane: LaneName | None) -> threading.Thread:
+    """Start a thread that runs the encoder for what waits in the lane, until the batcher has no more use for it.
+
+    None stands for both lanes: texts of both are in a batch that goes by steps.
+    """
+    worker = _StepWorker(batcher, encoder, number) if lane is None else _Worker(batcher, encoder, number, lane)
     # A daemon: a model that never returns must not keep the process from ending.
-    thread = threading.Thread(
-        target=worker(batcher, encoder, number).work, name=f"vecsvc-encoder-{number}", daemon=True
-    )
+    thread = threading.Thread(target=worker.work, name=f"vecsvc-encoder-{number}", daemon=True)
     thread.start()
     return thread
+
+
+def _yield_to_others() -> None:
+    """Let this thread have the processor only where no other wants it as much, for good: there is no way back."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        with contextlib.suppress(OSError):
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + BULK_NICE)
 
 
 class _Worker:
     """Makes whole runs, one after the other."""
 
-    def __init__(self, batcher: Batcher, encoder: Encoder, number: int) -> None:
-        self.batcher, self.encoder, self.number = batcher, encoder, number
+    def __init__(self, batcher: Batcher, encoder: Encoder, number: int, lane: LaneName | None) -> None:
+        self.batcher, self.encoder, self.number, self.lane = batcher, encoder, number, lane
 
     def work(self) -> None:
+        if self.lane == "bulk":
+            _yield_to_others()
         while True:
             try:
                 if not self.turn():
@@ -51,16 +67,14 @@ class _Worker:
                 self.batcher.fail_all(self.number, error)
 
     def turn(self) -> bool:
-        run = self.batcher.wait(self.number, self._choose)
+        run = self.batcher.wait(self.number, self.lane, self._choose)
         if run is not None:
             self.run_whole(run)
         return run is not None
 
     def _choose(self, lanes: Lanes) -> Run | None:
-        budget = self.batcher.times.budget(self.batcher.settings.run_s)
-        interactive, bulk = self.batcher.takes("interactive"), self.batcher.takes("bulk")
-        lane, places = lanes.take(budget, interactive=interactive, bulk=bulk)
-        return Run(lane, places) if places else None
+        assert self.lane is not None
+        return self.batcher.take(self.lane)
 
     def run_whole(self, run: Run) -> None:
         """One run; where it fails, one for each request in it, so that only the guilty one fails."""
@@ -106,7 +120,7 @@ class _StepWorker(_Worker):
     """Advances a batch by steps; between two of them texts join it, and those that are ready or unwanted leave."""
 
     def __init__(self, batcher: Batcher, encoder: Encoder, number: int) -> None:
-        super().__init__(batcher, encoder, number)
+        super().__init__(batcher, encoder, number, None)
         assert isinstance(encoder, StepEncoder)
         self._steps = encoder
         self._stepper = encoder.stepper()
@@ -120,7 +134,7 @@ class _StepWorker(_Worker):
             self._stepper.drop(gone)
             for key in gone:
                 del self._inside[key]
-        run = self.batcher.wait(self.number, self._choose_joining, inside=bool(self._inside))
+        run = self.batcher.wait(self.number, None, self._choose_joining, inside=bool(self._inside))
         if run is None:
             self.batcher.give_up(self._inside.values())
             return False

@@ -6,7 +6,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from vecsvc.tokenizer import Tokens
 from vecsvc.types import Vectors
 
 LaneName: TypeAlias = Literal["interactive", "bulk"]
+LANES: Final[tuple[LaneName, ...]] = get_args(LaneName)
 
 # Texts share a run where the longer has at most so many tokens more, or so many times those of the shorter:
 # beyond that, padding costs more than a run of its own.
@@ -187,13 +188,24 @@ class Lanes:
         """Forget whose callers left; those whose deadline has passed come back, and wait no longer."""
         return [request for lane in self._lanes.values() for request in lane.sweep(now)]
 
-    def take(self, budget: int, *, interactive: bool = True, bulk: bool = True) -> tuple[LaneName, list[Place]]:
-        """The texts of the next run, of at most `budget` tokens with padding; none where nothing waits.
+    def first(self) -> LaneName | None:
+        """Which lane goes where only one can; None where nothing waits."""
+        interactive, bulk = len(self._lanes["interactive"]), len(self._lanes["bulk"])
+        # Without this, a stream of queries that fills the encoder would keep a bulk request waiting for ever.
+        if not interactive or (bulk and self._overtaken >= OVERTAKING_RUNS):
+            return "bulk" if bulk else None
+        return "interactive"
 
-        A lane has its turn only where it is true.
+    def take(self, name: LaneName, budget: int, *, overtakes: bool = False) -> list[Place]:
+        """The texts of the lane's next run, of at most `budget` tokens with padding; none where nothing waits in it.
+
+        `overtakes` says that bulk could have had this run.
         """
-        name = self._first() if interactive and bulk else "bulk" if bulk else "interactive"
-        return name, self._lanes[name].take(budget) if interactive or bulk else []
+        if name == "bulk" or not self._lanes["bulk"]:
+            self._overtaken = 0
+        elif overtakes:
+            self._overtaken += 1
+        return self._lanes[name].take(budget)
 
     def take_any(self, room: int, spare: int) -> list[Place]:
         """Texts of any length that may join a running batch; bulk leaves `spare` of the `room` to queries to come.
@@ -215,12 +227,3 @@ class Lanes:
         waiting = [request for lane in self._lanes.values() for request in lane.requests]
         self._lanes = {"interactive": Lane(), "bulk": Lane()}
         return waiting
-
-    def _first(self) -> LaneName:
-        interactive, bulk = len(self._lanes["interactive"]), len(self._lanes["bulk"])
-        # Without this, a stream of queries that fills the encoder would keep a bulk request waiting for ever.
-        if not interactive or (bulk and self._overtaken >= OVERTAKING_RUNS):
-            self._overtaken = 0
-            return "bulk"
-        self._overtaken = self._overtaken + 1 if bulk else 0
-        return "interactive"
