@@ -52,6 +52,7 @@ MAX_PARAMS: Final = 64
 EXPLAINED_BYTES: Final = 1 << 20  # a larger body is not decoded again for the sake of its error message
 MAX_KNOWN_PLACES: Final = 256  # of bodies, for which is remembered what may stand there
 _UNKNOWN_FIELD: Final = "Object contains unknown field `"
+_ESCAPE: Final = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 _STEP: Final = re.compile(r"\.(\w+)")  # of a path in a decoder's error: $.rerank.depth
 _WEIGHT: Final = re.compile(r"q\s*=\s*(0(?:\.\d*)?|1(?:\.0*)?)")  # of a media type in an Accept header
 _NOTHING: Final[frozenset[str]] = frozenset()
@@ -242,9 +243,26 @@ def _malformed(error: Exception, body: bytes) -> MalformedRequest:
     if not body:
         return MalformedRequest("the body is empty, expected a JSON object")
     why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+    lone = _lone_surrogate(body) if len(body) <= EXPLAINED_BYTES else None
+    if lone is not None:
+        escape = body[lone : lone + 6].decode()
+        return MalformedRequest(f"the body is no JSON: half of a pair, {escape}, at byte {lone}: send valid Unicode")
     if re.search(rb"\b(NaN|Infinity)\b", body):
         why += "; JSON has no NaN and no Infinity, and neither may a vector hold"
     return MalformedRequest(f"the body is no JSON: {why}")
+
+
+def _lone_surrogate(body: bytes) -> int | None:
+    """Where the body escapes half of a UTF-16 pair, which the decoder takes for an end that came too soon."""
+    high = None  # where the half of a pair that was just seen begins
+    for escape in _ESCAPE.finditer(body):
+        code = int(escape[1], 16) if escape[1] else 0
+        if high is not None and not (escape.start() == high + 6 and 0xDC00 <= code <= 0xDFFF):
+            return high
+        if high is None and 0xDC00 <= code <= 0xDFFF:
+            return escape.start()
+        high = escape.start() if 0xD800 <= code <= 0xDBFF else None
+    return high
 
 
 def _explain(error: msgspec.ValidationError, body: bytes, kind: Any) -> MalformedRequest | InvalidRequest:
