@@ -123,6 +123,13 @@ def test_a_text_is_encoded_and_answered_in_one_request(texts: Service) -> None:
     assert "encoder" not in texts.search(vector=plain(encode(text)), k=5)
 
 
+def test_bytes_in_a_url_that_are_no_utf_8_are_refused(texts: Service) -> None:
+    for path in ("/search?q=red%ff", "/indexes/texts/search?q=%C3", "/search?q=red&k=%80"):
+        reply = texts.get(path)
+        assert reply.status == 400 and "the URL escapes bytes that are no UTF-8, %" in reply.message
+    assert texts.get("/search?q=caf%C3%A9+%EF%BF%BD+100%25").status == 200
+
+
 def test_get_and_post_give_the_same_answer(texts: Service) -> None:
     text = "cloud & fire = 100% naïve 日本"
     posted = texts.search(text=text, k=5, params={"exact": True}, include=["fields", "vector"])

@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal, TypeVar, get_args, get_type_hints
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 import numpy as np
@@ -206,6 +207,17 @@ def wants_arrow(accept: str) -> bool:
     json = next((weights[kind] for kind in (JSON, "application/*", "*/*") if kind in weights), 0.0)
     arrow = weights.get(ARROW, 0.0)
     return arrow > 0.0 and arrow >= json
+
+
+def check_escapes(query: str) -> None:
+    """Refuse the part of a URL behind its ? where it escapes bytes that are no UTF-8, lest others stand for them."""
+    if "%" in query:
+        try:
+            unquote_to_bytes(query).decode()
+        except UnicodeDecodeError as error:
+            raise MalformedRequest(
+                f"the URL escapes bytes that are no UTF-8, %{error.object[error.start]:02X}: send valid Unicode"
+            ) from error
 
 
 def single(query: Mapping[str, str]) -> dict[str, str]:

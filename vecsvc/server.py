@@ -361,6 +361,7 @@ class Service:
         return _json(schemas.encode(answer))
 
     async def _get_search(self, request: web.Request) -> web.Response:
+        schemas.check_escapes(request.rel_url.raw_query_string)
         query, settings = schemas.parse_get(schemas.single(request.query), self.settings)
         answer = await self.engine.search(request.match_info.get("name"), query, settings)
         return _json(schemas.encode(answer))
