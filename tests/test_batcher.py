@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vecsvc import batcher as batching
 from vecsvc.batcher import Batcher, BatchSettings, Run, RunFacts
-from vecsvc.encoder_workers import BULK_NICE, start_worker
+from vecsvc.encoder_workers import start_worker
 from vecsvc.encoders.base import Encoder, EncoderSpec, Role, StepEncoder
 from vecsvc.errors import DeadlineExceeded, EncoderError, NotReady, Overloaded
 from vecsvc.lanes import NEAR_TOKENS, OVERTAKING_RUNS, Lane, Lanes, Request
@@ -403,9 +403,86 @@ def test_threads_of_bulk_leave_the_processor_to_those_of_queries(workers: int) -
         await world.ask([text(number) for number in range(2, 6)], lane="bulk")
         await world.ask([text(3)])
         assert [one for one in nice if one[0] == 1] == [(1, 0)] * 2
-        assert {more for count, more in nice if count > 1} == {BULK_NICE}
+        assert {more for count, more in nice if count > 1} == {min(4, 19 - usual) if workers > 1 else 0}
 
-    play(scene, Noting(), workers=workers)
+    play(scene, Noting(), workers=workers, bulk_nice=4)
+
+
+def test_what_bulk_takes_says_nothing_of_queries_where_it_gives_way() -> None:
+    async def scene(world: World) -> None:
+        world.batcher.learn("bulk", 8, 4096, 10.0)
+        assert world.batcher.times.budget(0.01) == FIRST_RUN_TOKENS
+        world.batcher.learn("interactive", 8, 4096, 0.01)
+        assert world.batcher.times.budget(0.01) > FIRST_RUN_TOKENS > world.batcher.bulk_times.budget(0.01)
+
+    play(scene, workers=2, bulk_nice=4)
+    assert Batcher(FakeEncoder(), BatchSettings(bulk_nice=4), lambda *given: threading.Thread()).bulk_nice == 0
+
+
+def test_bulk_that_gave_way_to_a_query_goes_on_when_that_has_left() -> None:
+    encoder = FakeEncoder()
+    batcher = Batcher(encoder, BatchSettings(inline_s=0.0), start_worker)
+    looks = [0]
+
+    def gone() -> bool:
+        looks[0] += 1
+        return looks[0] > 1
+
+    query = Request([text(1)], DIM, time.monotonic() + 20, gone)
+    job = Request([text(number, 64) for number in (2, 3)], DIM, time.monotonic() + 20, lambda: False)
+    time.sleep(0.1)  # until both workers wait
+    with batcher._lock:
+        batcher._lanes.add(query, "interactive")
+        batcher._lanes.add(job, "bulk")
+        batcher._news["bulk"].notify()  # it sees the query, which leaves before a worker of its own looks
+    assert encoder.entered.acquire(timeout=20) and sorted(encoder.runs[0]) == [2, 3]
+    batcher.close()
+
+
+def test_a_stream_of_queries_that_fills_the_only_run_does_not_starve_bulk() -> None:
+    class Slow(FakeEncoder):
+        def run(self, tokens: Sequence[Tokens]) -> Vectors:
+            time.sleep(0.002)
+            return super().run(tokens)
+
+    async def scene(world: World) -> None:
+        async def client(length: int) -> None:
+            while not stopped:
+                await world.ask([text(5, length), text(6, length)], lane="interactive")
+
+        stopped: list[bool] = []
+        clients = [asyncio.ensure_future(client(4 + 40 * number)) for number in range(8)]
+        await asyncio.sleep(0.1)
+        await world.ask([text(number, 64) for number in range(100, 110)], seconds=10.0, lane="bulk")
+        stopped.append(True)
+        await asyncio.gather(*clients)
+
+    play(scene, Slow())
+
+
+def test_texts_that_a_run_left_behind_go_at_once_where_there_is_room() -> None:
+    async def scene(world: World) -> None:
+        world.encoder.gate.clear()
+        job = world.ask([text(100 + at, 64) for at in range(40)], lane="bulk")
+        for _ in range(3):
+            await world.entered()
+        assert len(world.encoder.runs) == 3
+        await world.release()
+        await job
+
+    play(scene, workers=4)
+
+
+def test_failures_of_a_model_fill_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene(world: World) -> None:
+        world.encoder.broken = True
+        for number in range(2, 40):
+            with pytest.raises(EncoderError):
+                await world.ask([text(number)])
+
+    play(scene)
+    lines = [record for record in caplog.records if record.message == "a run failed"]
+    assert 1 <= len(lines) <= 5 and "RuntimeError: the model gave up" in lines[0].data["why"]  # type: ignore[attr-defined]
 
 
 def test_bulk_gets_a_run_now_and_then_however_many_queries_come() -> None:

@@ -414,7 +414,9 @@ def test_import_optimize_and_info_from_the_command_line(tmp_path: Path) -> None:
     assert made.exit_code == 0 and "dim 24, mean pooling, not normalised, at most 16 tokens" in made.output
     assert "less than" not in made.output
     longer = run(cli.cli, ["encoder", "import", str(tmp_path / "source"), "--out", f"{out}-long"])
-    assert f"{tmp_path}/source allows 24 tokens, less than --max-tokens 256" in longer.output
+    assert longer.exit_code == 0 and "less than" not in longer.output, "nobody asked for 256"
+    asked = ["encoder", "import", str(tmp_path / "source"), "--out", f"{out}-asked", "--max-tokens", "99"]
+    assert f"{tmp_path}/source allows 24 tokens, less than --max-tokens 99" in run(cli.cli, asked).output
     asked = ["--texts", str(tmp_path / "corpus.parquet"), "--max-loss", "1", "--threads", "1"]
     done = run(cli.cli, ["encoder", "optimize", out, "--out", fast, *asked])
     assert done.exit_code == 0, done.exception

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -30,9 +31,13 @@ from vecsvc.encoders.base import Encoder, StepEncoder, run_checked
 from vecsvc.errors import DeadlineExceeded, EncoderError, NotReady, Overloaded
 from vecsvc.lanes import LANES, LaneName, Lanes, Place, Request, begin, cost, fail
 from vecsvc.run_times import RunTimes
+from vecsvc.telemetry import LineBudget
 from vecsvc.tokenizer import Tokens
 from vecsvc.types import Vectors
 
+log: Final = logging.getLogger("vecsvc.batcher")
+
+FAILURES_LOGGED_PER_S: Final = 1  # of one encoder: where a model fails on every text, one line tells as much as all
 CLOSE_S: Final = 1.0  # how long `close` waits for runs under way
 
 
@@ -66,6 +71,7 @@ class BatchSettings:
     max_waiting_tokens: int = 1 << 20  # in each lane
     workers: int = 1  # runs at the same time; of several, one is kept free of bulk
     beside_bulk: bool = False  # where `workers` is 1, a run of queries may begin beside one of bulk
+    bulk_nice: int = 0  # how much nicer threads of bulk are, of 19, where queries need not wait for them
 
 
 class Waiting(Request):
@@ -103,15 +109,20 @@ class Batcher:
         """`observe` is called once for each run, in the event loop of one of its callers."""
         self.encoder = encoder
         self.settings = settings
+        self._steps = isinstance(encoder, StepEncoder)
+        self.bulk_nice = settings.bulk_nice if self._most_runs() > 1 else 0
         self.times = RunTimes()
+        # What gives way takes longer, and says nothing of what a query will take.
+        self.bulk_times = RunTimes() if self.bulk_nice else self.times
+        self._failure_lines = LineBudget(FAILURES_LOGGED_PER_S)
         self.failures = 0  # runs in a row that gave nothing
         self.problem = ""  # why nothing is taken in; empty where it is
         self._start_worker = start_worker
         self._observe = observe
         # What follows is changed by whoever holds the lock. Workers wait for news of their lane.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._news: dict[LaneName, threading.Condition] = {name: threading.Condition(self._lock) for name in LANES}
-        if isinstance(encoder, StepEncoder):
+        if self._steps:
             self._news["bulk"] = self._news["interactive"]
         self._lanes = Lanes()
         self._runs: dict[int, Run] = {}  # by worker
@@ -163,7 +174,7 @@ class Batcher:
         started = time.perf_counter()
         vectors: Vectors | None = None
         try:
-            vectors = run_checked(self.encoder, tokens)
+            vectors = self.run(self.encoder, tokens)
         finally:
             seconds = time.perf_counter() - started
             if vectors is not None:
@@ -262,7 +273,7 @@ class Batcher:
         most = self._most_runs()
         # Bulk has threads of its own, which leave the processor to those of queries.
         threads: dict[LaneName | None, int] = {"interactive": self.settings.workers, "bulk": max(1, most - 1)}
-        if isinstance(self.encoder, StepEncoder):
+        if self._steps:
             threads = {None: most}
         for lane, count in threads.items():
             for _ in range(count):
@@ -275,8 +286,7 @@ class Batcher:
 
     def _most_runs(self) -> int:
         """Runs of either lane at the same time. A batch that goes by steps has both lanes' texts inside."""
-        beside = self.settings.beside_bulk and not isinstance(self.encoder, StepEncoder)
-        return max(self.settings.workers, 2 if beside else 1)
+        return max(self.settings.workers, 2 if self.settings.beside_bulk and not self._steps else 1)
 
     # ----------------------------------------------------------------------------------------- for the workers
 
@@ -285,7 +295,7 @@ class Batcher:
     ) -> Run | None:
         """What `choose` picks once something waits, or at once for a worker with texts inside; None: it must end.
 
-        Where `choose` returns None, it is called again when there is news of the lane; None stands for both.
+        Where `choose` finds nothing, it is called again when there is news of the lane. No lane stands for both.
         """
         while True:
             late: list[Request] = []
@@ -300,14 +310,35 @@ class Batcher:
                         self._runs[number] = run
                     if run is not None or late:
                         break
-                    self._pass_on(lane)
+                    self._pass_on()
                     self._news[lane or "interactive"].wait()
+                self._pass_on()
             if late:
                 self._tell(
                     late, DeadlineExceeded("the deadline passed before the encoder was free; allow more by timeout_ms")
                 )
             if run is not None:
                 return run
+
+    def run(self, encoder: Encoder, tokens: Sequence[Tokens]) -> Vectors:
+        """One run by whoever calls; why one fails is in the log, not in the error."""
+        try:
+            return run_checked(encoder, tokens)
+        except EncoderError as error:
+            self.note(error.__cause__ or error)
+            raise
+
+    def note(self, why: BaseException) -> None:
+        """Log why a run or a step failed, but not every time."""
+        with self._lock:
+            shown, left_out = self._failure_lines.take(), self._failure_lines.kept_back
+        if shown:
+            name, text = self.encoder.spec.name, f"{type(why).__name__}: {why}"
+            log.warning("a run failed", extra={"data": {"encoder": name, "why": text, "left_out": left_out}})
+
+    def learn(self, lane: LaneName, texts: int, tokens: int, seconds: float) -> None:
+        """A run of so many texts and tokens, padding included, took so long."""
+        self._times(lane).learn(texts, tokens, seconds)
 
     def takes(self, lane: LaneName) -> bool:
         """Whether a lane may begin a run, for whoever holds the lock: of several, one is left to queries."""
@@ -320,7 +351,10 @@ class Batcher:
         if not self._has_turn(lane):
             return None
         overtakes = lane == "interactive" and self.takes("bulk") and len(self._runs) + 1 == self._most_runs()
-        return Run(lane, self._lanes.take(lane, self.times.budget(self.settings.run_s), overtakes=overtakes))
+        return Run(lane, self._lanes.take(lane, self._times(lane).budget(self.settings.run_s), overtakes=overtakes))
+
+    def _times(self, lane: LaneName) -> RunTimes:
+        return self.bulk_times if lane == "bulk" else self.times
 
     def _has_turn(self, lane: LaneName) -> bool:
         """Whether a run of the lane begins now: texts wait in it, and the other lane has no better right."""
@@ -330,11 +364,11 @@ class Batcher:
         alone = len(self._runs) + 1 == self._most_runs()  # no run may begin beside this one
         return not (alone and self._lanes.tokens(other) and self.takes(other)) or self._lanes.first() == lane
 
-    def _pass_on(self, lane: LaneName | None) -> None:
-        """Wake a worker of the other lane where that has its turn: what kept it from it, a query say, may be gone."""
-        for other in LANES:
-            if lane is not None and other != lane and self._has_turn(other):
-                self._news[other].notify()
+    def _pass_on(self) -> None:
+        """Wake a worker of each lane that has its turn: a run left texts behind, or what kept bulk from it is gone."""
+        for lane in LANES:
+            if not self._steps and self._has_turn(lane):
+                self._news[lane].notify()
 
     def retry(self, number: int, run: Run) -> bool:
         """Note that a worker begins a part of its run anew; False where it is no longer wanted."""
@@ -357,9 +391,7 @@ class Batcher:
         with self._lock:
             if self._runs.pop(number, None) is None:
                 return  # it took too long, and its callers were told so
-            for lane in LANES:
-                if self._lanes.tokens(lane):
-                    self._news[lane].notify()  # a worker that was kept from it may be allowed it now
+            self._pass_on()
             for request in {id(request): request for request, _ in run.places}.values():
                 request.run_s += seconds
             gave = False

@@ -333,14 +333,15 @@ def by_model(
     raise UnknownModel(f"no model {(model or '')[:80]!r}; there are: {names}")
 
 
-def _specs(served: Mapping[str, Served]) -> dict[str, EncoderSpec | None]:
-    # Looked at once each: a version that retires meanwhile lets go of its encoder.
-    encoders = {name: one.encoder for name, one in sorted(served.items())}
-    return {name: encoder.spec if encoder is not None else None for name, encoder in encoders.items()}
+def models(
+    encoders: Mapping[str, EncoderSpec | None], problems: Mapping[str, str], problem: Callable[[], str]
+) -> dict[str, EncoderSpec]:
+    """Every name of a model that `by_model` takes, and the encoder that it means: the names of indexes first.
 
-
-def models(encoders: Mapping[str, EncoderSpec | None]) -> dict[str, EncoderSpec]:
-    """Every name of a model that `by_model` takes, and the encoder that it means: the names of indexes first."""
+    Raises NotReady, as that does, where nothing serves yet.
+    """
+    if not encoders:
+        raise NotReady(f"no encoder is ready: {problem()}")
     having = {name: spec for name, spec in encoders.items() if spec is not None}
     named = dict(having)
     for spec in having.values():
@@ -348,7 +349,13 @@ def models(encoders: Mapping[str, EncoderSpec | None]) -> dict[str, EncoderSpec]
             named.setdefault(spec.name, spec)
     if len({spec.fingerprint for spec in having.values()}) == 1:
         named.setdefault(DEFAULT, next(iter(having.values())))
-    return named
+    return {name: spec for name, spec in named.items() if name in having or name not in problems}
+
+
+def _specs(served: Mapping[str, Served]) -> dict[str, EncoderSpec | None]:
+    # Looked at once each: a version that retires meanwhile lets go of its encoder.
+    encoders = {name: one.encoder for name, one in sorted(served.items())}
+    return {name: encoder.spec if encoder is not None else None for name, encoder in encoders.items()}
 
 
 def _chosen(manifest: Manifest, wanted: str, path: Path) -> list[int]:
@@ -441,8 +448,8 @@ class Catalog:
         return served[by_model(model, _specs(served), self.problems, self.problem)]
 
     def models(self) -> dict[str, EncoderSpec]:
-        """Every name that `with_encoder` takes, and the encoder that it means."""
-        return models(_specs(self._served))
+        """Every name that `with_encoder` takes, and the encoder that it means. Raises NotReady."""
+        return models(_specs(self._served), self.problems, self.problem)
 
     def problem(self) -> str:
         """Why the service is not ready; empty where it is."""

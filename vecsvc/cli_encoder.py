@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from vecsvc.encoders import encoder_path
 
@@ -22,7 +23,10 @@ def encoder() -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="the new folder")
 @click.option(
-    "--max-tokens", default=256, type=click.IntRange(1, 8192), help="texts are cut there, or where the source says"
+    "--max-tokens",
+    default=256,
+    type=click.IntRange(1, 8192),
+    help="texts are cut there, or where the source allows fewer",
 )
 @click.option("--layers", type=click.IntRange(1), help="only the first layers, of safetensors: faster, less exact")
 @click.option("--dim", type=click.IntRange(1, 16_384), help="only the first values, of a Matryoshka model")
@@ -43,7 +47,8 @@ def encoder_import(
         f"{out}: dim {spec.dim}, {spec.pooling} pooling, {'unit length' if spec.normalize else 'not normalised'}, "
         f"at most {spec.max_tokens} tokens, fingerprint {spec.fingerprint[:16]}"
     )
-    if spec.max_tokens < settings["max_tokens"]:
+    asked = click.get_current_context().get_parameter_source("max_tokens") is not ParameterSource.DEFAULT
+    if asked and spec.max_tokens < settings["max_tokens"]:
         click.echo(
             f"{source} allows {spec.max_tokens} tokens, less than --max-tokens {settings['max_tokens']}", err=True
         )
@@ -120,7 +125,7 @@ def encoder_distill(
     "--min-cosine",
     default=0.99,
     type=click.FloatRange(0, 1),
-    help="mean cosine to the original's vectors; no text may be below this and .95",
+    help="mean cosine to the original's vectors; no text below the lesser of this and .95",
 )
 @click.option("--texts", help="Parquet corpus of texts like yours to measure with; Python's docstrings otherwise")
 @click.option("--text-column", default="text", help="its column")

@@ -30,6 +30,7 @@ log: Final = logging.getLogger("vecsvc.encoder")
 
 _Key: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]  # name, and the files with their hashes
 
+BULK_NICE: Final = 10  # of 19: a thread of bulk that shares a core with a query's gets a tenth of it
 INLINE_DEVICE: Final = "cpu"  # a run on another device waits for it, which the event loop must not
 
 
@@ -52,6 +53,8 @@ class PooledEncoder(QueryEncoder):
             workers=choice.instances,
             # Who says how many runs there may be gets no more; under a ceiling a second one might fail.
             beside_bulk=not (settings.encoder_instances or settings.encoder_memory_mb) and device == INLINE_DEVICE,
+            # A run of several threads would wait for its one nice one.
+            bulk_nice=BULK_NICE if device == INLINE_DEVICE and choice.threads == 1 else 0,
         )
         super().__init__(encoder, batches, settings.encoder_cache, metrics)
         self.hashes = hashes

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vecsvc.batcher import Batcher, Run, RunFacts
-from vecsvc.encoders.base import Encoder, StepEncoder, run_checked
+from vecsvc.encoders.base import Encoder, StepEncoder
 from vecsvc.errors import EncoderError
 from vecsvc.lanes import LaneName, Lanes, Place, cost
 from vecsvc.tokenizer import Tokens
@@ -24,8 +24,6 @@ from vecsvc.tokenizer import Tokens
 log: Final = logging.getLogger("vecsvc.batcher")
 
 SPARE_PART: Final = 4  # of a stepper's places one in so many is kept free of bulk
-# How much nicer the threads of bulk are, of 19: one that shares a core with a query gets a tenth of it.
-BULK_NICE: Final = 10
 ALONE_TOKENS: Final = 64  # a single text of at most so many tokens is run whole where nothing else waits or runs
 
 
@@ -41,12 +39,12 @@ def start_worker(batcher: Batcher, encoder: Encoder, number: int, lane: LaneName
     return thread
 
 
-def _yield_to_others() -> None:
-    """Let this thread have the processor only where no other wants it as much, for good: there is no way back."""
+def _yield_to_others(nice: int) -> None:
+    """Give this thread a smaller share of a core that others want, too: at 10 a tenth. There is no way back."""
     if sys.platform == "linux":  # elsewhere it would be the whole process
         with contextlib.suppress(OSError):
             thread = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + BULK_NICE)
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + nice)
 
 
 class _Worker:
@@ -56,8 +54,8 @@ class _Worker:
         self.batcher, self.encoder, self.number, self.lane = batcher, encoder, number, lane
 
     def work(self) -> None:
-        if self.lane == "bulk":
-            _yield_to_others()
+        if self.lane == "bulk" and self.batcher.bulk_nice:
+            _yield_to_others(self.batcher.bulk_nice)
         while True:
             try:
                 if not self.turn():
@@ -85,7 +83,8 @@ class _Worker:
             found = self._attempt(run.places)
             longest = max(cost(request.tokens[at]) for request, at in run.places)
             if self.batcher.has_run(self.number):  # what a wedged run took says nothing of others
-                self.batcher.times.learn(len(run.places), len(run.places) * longest, time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                self.batcher.learn(run.lane, len(run.places), len(run.places) * longest, seconds)
         except Exception as error:
             parts = [list(part) for _, part in itertools.groupby(run.places, key=lambda place: id(place[0]))]
             if len(parts) == 1:
@@ -101,7 +100,7 @@ class _Worker:
 
     def _attempt(self, places: Sequence[Place]) -> list[tuple[Place, NDArray[np.float32]]]:
         tokens: list[Tokens] = [request.tokens[at] for request, at in places]
-        return list(zip(places, run_checked(self.encoder, tokens), strict=True))
+        return list(zip(places, self.batcher.run(self.encoder, tokens), strict=True))
 
     def finish(
         self,
@@ -162,7 +161,7 @@ class _StepWorker(_Worker):
             ready = self._stepper.step()
             found = [(self._inside.pop(key), vector) for key, vector in ready]
         except Exception as error:
-            log.warning("steps failed", extra={"data": {"encoder": self.encoder.spec.name, "why": str(error)}})
+            self.batcher.note(error)
             # Nobody can tell what state the batch is in: a fresh one, and each request of the old one by itself.
             self._inside.clear()
             self._stepper = self._steps.stepper()

@@ -84,8 +84,8 @@ class RoutedCatalog:
         return self._router.serving[by_model(model, self._specs(), self._router.problems, self.problem)]
 
     def models(self) -> dict[str, EncoderSpec]:
-        """As `Catalog.models`."""
-        return models(self._specs())
+        """As `Catalog.models`. Raises NotReady."""
+        return models(self._specs(), self._router.problems, self.problem)
 
     def _specs(self) -> dict[str, EncoderSpec | None]:
         serving = sorted(self._router.serving.items())

@@ -14,7 +14,7 @@ from vecsvc import schemas
 from vecsvc.catalog import Catalog
 from vecsvc.config import ServeSettings
 from vecsvc.engine import Engine
-from vecsvc.errors import ConfigError, NotReady, UnknownIndex
+from vecsvc.errors import ConfigError, EncoderError, NotReady, UnknownIndex
 from vecsvc.onnx_session import usable_cores
 from vecsvc.storage import index_folders
 from vecsvc.telemetry import Metrics
@@ -47,6 +47,8 @@ def ask(
         engine = Engine(catalog, settings, Metrics(), threads=1)
         try:
             return asyncio.run(engine.search(None, query, wanted))
+        except EncoderError as error:  # a service tells its log why
+            raise EncoderError(str(error.__cause__ or error)) from error
         finally:
             engine.close()
     finally:

@@ -74,7 +74,7 @@ def _openai(specs: dict[str, EncoderSpec], settings: HttpSettings) -> dict[str, 
     encoders = {spec.fingerprint: spec for spec in specs.values()}
     schemas = []
     for fingerprint, spec in encoders.items():
-        names = [name for name, one in models(specs).items() if one.fingerprint == fingerprint]
+        names = [name for name, one in models(specs, {}, str).items() if one.fingerprint == fingerprint]
         schemas.append(
             _closed(
                 ["input", "model"],

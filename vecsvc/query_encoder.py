@@ -16,7 +16,7 @@ from vecsvc.batcher import Batcher, BatchSettings, RunFacts
 from vecsvc.encoder_workers import start_worker
 from vecsvc.encoders.base import CANARY_TEXTS, Encoder, EncoderSpec, Role
 from vecsvc.errors import DeadlineExceeded
-from vecsvc.lanes import LaneName, cost
+from vecsvc.lanes import LANES, LaneName, cost
 from vecsvc.telemetry import Metrics
 from vecsvc.tokenizer import Tokens, check_text
 from vecsvc.types import Vectors
@@ -55,16 +55,18 @@ class QueryEncoder:
 
     def warm_up(self) -> Vectors:
         """Encode the canary texts, learn what runs cost, and return their vectors (n, dim). For opening threads."""
-        encoder, times = self.batcher.encoder, self.batcher.times
+        encoder = self.batcher.encoder
         tokens = encoder.split(CANARY_TEXTS)
         for _ in range(2):
             started = time.perf_counter()
             encoder.run(tokens)
-        times.learn(len(tokens), len(tokens) * max(map(cost, tokens)), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        for lane in LANES:
+            self.batcher.learn(lane, len(tokens), len(tokens) * max(map(cost, tokens)), seconds)
         for one in tokens * WARM_UP_RUNS:
             started = time.perf_counter()
             encoder.run([one])
-            times.learn(1, cost(one), time.perf_counter() - started)
+            self.batcher.learn("interactive", 1, cost(one), time.perf_counter() - started)
         return encoder.encode(CANARY_TEXTS)
 
     def encode_now(self, texts: Sequence[str]) -> Vectors:

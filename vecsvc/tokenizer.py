@@ -95,9 +95,9 @@ class TextTokenizer:
         ]
 
     def last_token(self) -> tuple[str, int]:
-        """The token with the greatest number, and that number."""
+        """The token with the greatest number, and that number; "" and 0 where there is none."""
         numbers: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        return max(numbers.items(), key=lambda entry: entry[1])
+        return max(numbers.items(), key=lambda entry: entry[1], default=("", 0))
 
     def _overflows(self, found: Any) -> bool:
         # What was cut off is copied when it is looked at, so only full texts are looked at.

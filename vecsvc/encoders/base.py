@@ -7,7 +7,6 @@ keeps the queues, lanes, deadlines, cancellations and errors; an encoder knows n
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from numpy.typing import NDArray
 from vecsvc.errors import EncoderError, EncoderMismatch
 from vecsvc.tokenizer import Tokens
 from vecsvc.types import Vectors
-
-log: Final = logging.getLogger("vecsvc.encoders")
 
 Role: TypeAlias = Literal["query", "passage"]
 
@@ -154,13 +151,13 @@ def unit_length(vectors: Vectors) -> Vectors:
 def run_checked(encoder: Encoder, tokens: Sequence[Tokens]) -> Vectors:
     """One run for somebody elsewhere, whose errors are EncoderErrors whatever the encoder is made of.
 
-    Where a model lies, and what the library that runs it says, is for the log, which has it; callers are told that.
+    Where a model lies, and what the library that runs it says, is for the log: callers are told only to look there,
+    and whoever calls this finds it in the error's cause.
     """
     name = encoder.spec.name
     try:
         vectors = encoder.run(tokens)
     except Exception as error:
-        log.warning("a run failed", extra={"data": {"encoder": name, "why": f"{type(error).__name__}: {error}"}})
         raise EncoderError(f"encoder {name!r} failed on this; the service's log says why") from error
     if vectors.shape != (len(tokens), encoder.spec.dim):
         raise EncoderError(f"encoder {name!r} gave {vectors.shape}, expected {(len(tokens), encoder.spec.dim)}")

@@ -74,6 +74,10 @@ class OnnxEncoder:
         """What one run of the model gives under these names, as it is, texts padded to the longest."""
         return self._session.run(_feed(self._session, self._tokenizer.pad(tokens)), names)
 
+    def last_token(self) -> tuple[str, int]:
+        """The token with the greatest number, and that number; "" and 0 where the tokenizer knows none."""
+        return self._tokenizer.last_token()
+
     def encode(self, texts: Sequence[str], role: Role = "query") -> Vectors:
         """Vectors (n, dim) in the order of the texts, of unit length where the spec says so; (0, dim) for none.
 
