@@ -15,7 +15,7 @@ import numpy as np
 from index_builders.onnx_graph import import_onnx
 from vecsvc.encoders.base import CANARY_TEXTS, EncoderSpec, Role, unit_length
 from vecsvc.encoders.folder import TOKENIZER, find_model
-from vecsvc.encoders.onnx import open_encoder
+from vecsvc.encoders.onnx import OnnxEncoder, open_encoder
 from vecsvc.errors import ConfigError, EncoderError, StorageError
 from vecsvc.storage import (
     STAGING,
@@ -106,28 +106,14 @@ def check_encoder(folder: Path, name: str, *, full: bool) -> EncoderSpec:
         raise EncoderError(f"{model}: the model is not valid ONNX: {' '.join(str(error).split())[:400]}") from error
     encoder = open_encoder(folder, name=name)
     try:
-        vectors = unit_length(encoder.encode([*CANARY_TEXTS, ""])[: len(CANARY_TEXTS)])
-        canaries = encoder.split(CANARY_TEXTS)
-        token, last = encoder.last_token()
-        # A canary with another token in its middle: what ran with the one and fails with the other does not know it.
-        ids = [*canaries[0].ids]
-        ids[len(ids) // 2 : len(ids) // 2 + 1] = [last]
-        try:
-            encoder.run([Tokens(ids, [0] * len(ids))])
-        except EncoderError as error:
-            raise EncoderError(
-                f"{folder / TOKENIZER}: token {token!r} has the number {last}, which the model does not know; take the "
-                f"tokenizer that it was trained with: {error}"
-            ) from error
+        encoder.encode([""])
         for role in get_args(Role):
             if encoder.split(["a"], role)[0].truncated:
                 raise EncoderError(
                     f"the prompt of a {role} fills max_tokens, {encoder.spec.max_tokens}, and nothing is read of the "
                     "text: allow more tokens, or shorten it"
                 )
-        unlike = len({tuple(one.ids) for one in canaries}) > 1  # not where max_tokens leaves nothing of them
-        if unlike and float(np.abs(vectors - vectors[0]).max()) < SAME:
-            raise EncoderError(f"{model}: gives every text the same vector: its weights are not those of an encoder")
+        check_belongs(encoder, folder)
         try:
             encoder.encode(["a b " * encoder.spec.max_tokens])
         except EncoderError as error:
@@ -135,3 +121,25 @@ def check_encoder(folder: Path, name: str, *, full: bool) -> EncoderSpec:
     finally:
         encoder.close()
     return encoder.spec
+
+
+def check_belongs(encoder: OnnxEncoder, folder: Path) -> None:
+    """Refuse a tokenizer or weights that are not this encoder's, as far as that shows."""
+    canaries = encoder.split(CANARY_TEXTS)
+    vectors = unit_length(encoder.encode(CANARY_TEXTS))
+    unlike = len({tuple(one.ids) for one in canaries}) > 1  # not where max_tokens leaves nothing of them
+    if unlike and float(np.abs(vectors - vectors[0]).max()) < SAME:
+        raise EncoderError(
+            f"{find_model(folder)}: gives every text the same vector: its weights are not those of an encoder"
+        )
+    token, last = encoder.last_token()
+    # A canary with another token in its middle: what ran with the one and fails with the other does not know it.
+    ids = [*canaries[0].ids]
+    ids[len(ids) // 2 : len(ids) // 2 + 1] = [last]
+    try:
+        encoder.run([Tokens(ids, [0] * len(ids))])
+    except EncoderError as error:
+        raise EncoderError(
+            f"{folder / TOKENIZER}: token {token!r} has the number {last}, which the model does not know; take the "
+            f"tokenizer that it was trained with: {error}"
+        ) from error

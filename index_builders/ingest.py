@@ -16,6 +16,7 @@ from index_builders.build_state import Ingested, Job, empty, whole
 from index_builders.bulk_encode import EncodedTexts, encode_corpus
 from index_builders.clusters import Clustering, Spreader, sample_size
 from index_builders.corpus import Batch, Corpus
+from index_builders.encoder_folder import check_belongs
 from index_builders.progress import Phase as Shown
 from index_builders.shard_writer import ShardWriter, stored_schema
 from vecsvc.encoders.base import CANARY_TEXTS, Encoder
@@ -159,6 +160,7 @@ def _opened_encoder(job: Job) -> Iterator[Encoder | None]:
         return
     encoder = open_encoder(folder, name=folder.resolve().name, num_threads=bulk_encode.run_threads(job.threads))
     try:
+        check_belongs(encoder, folder)
         _check_dim(encoder, folder, job.corpus)
         yield encoder
     finally:

@@ -103,5 +103,5 @@ def import_onnx() -> Any:
     try:
         import onnx
     except ImportError as error:
-        raise BackendMissing("importing an encoder needs onnx: pip install 'vecsvc[models]'") from error
+        raise BackendMissing("looking into a model needs onnx: pip install 'vecsvc[models]'") from error
     return onnx

@@ -101,6 +101,9 @@ def test_the_openai_client_lists_what_model_may_be(openai_client: Any, tiny: Onn
     assert {(one.object, one.encoder, one.dimensions, one.max_tokens) for one in listed} == {
         ("model", "tiny", 8, tiny.spec.max_tokens)
     }
+    assert [openai_client.models.retrieve(one.id) for one in listed] == listed
+    with pytest.raises(pytest.importorskip("openai").NotFoundError, match="no model 'other'; there are: texts, tiny"):
+        openai_client.models.retrieve("other")
     for one in listed:
         assert openai_client.embeddings.create(model=one.id, input="red").model == "tiny"
 
@@ -255,6 +258,7 @@ def test_where_no_index_has_an_encoder_that_is_what_is_said() -> None:
         ),
         ({"input": [1, 2], "model": "tiny"}, "input", "input[0] must be a text, got token ids"),
         ({"input": [[1, 2]], "model": "tiny"}, "input", "check_embedding_ctx_length=False"),
+        ({"input": [["red"], "fox"], "model": "tiny"}, "input", 'input[0] must be a text, got ["red"]'),
         ({"input": [None], "model": "tiny"}, "input", "input[0] must be a text, got null"),
         ({"input": [True], "model": "tiny"}, "input", "input[0] must be a text, got true"),
         ({"input": {"text": "red"}, "model": "tiny"}, "input", "$.input: Expected `str | array`, got `object`"),

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from tiny_bert import WORDS, write_json, write_tiny_bert, write_tiny_source
+from tokenizers import Tokenizer
 
 from index_builders import encoder_optimize as module
 from index_builders.encoder_compare import Comparison, Loss, Sample, library_texts, measure_speed, read_sample
@@ -428,6 +429,18 @@ def test_import_optimize_and_info_from_the_command_line(tmp_path: Path) -> None:
     shown = run(cli.cli, ["encoder", "info", fast]).output
     assert run(cli.cli, ["encoder", "info", "default"]).output.startswith("default: dim 384")
     assert "fast: dim 24" in shown and "query prompt: 'query '" in shown and "measured by optimize" in shown
+
+
+def test_a_build_refuses_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    encoder = write_tiny_bert(tmp_path / "encoder")
+    tokenizer = Tokenizer.from_file(str(encoder / "tokenizer.json"))
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save(str(encoder / "tokenizer.json"))
+    pq.write_table(pa.table({"id": list(range(len(TEXTS))), "text": TEXTS}), tmp_path / "corpus.parquet")
+    asked = ["build-index", str(tmp_path / "corpus.parquet"), "--out", str(tmp_path / "out"), "--encoder", str(encoder)]
+    refused = CliRunner().invoke(cli.cli, asked)
+    assert isinstance(refused.exception, EncoderError)
+    assert "encoder/tokenizer.json: token '<extra>' has the number" in str(refused.exception)
 
 
 def test_a_loss_beyond_the_bound_is_exit_code_1_in_one_line(folder: Path, tmp_path: Path) -> None:

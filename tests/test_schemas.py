@@ -90,7 +90,7 @@ def test_every_setting_is_carried() -> None:
         (b"", "the body is empty"),
         (b"{", "the body is no JSON"),
         (b'\xef\xbb\xbf{"id": 1}', "the body is no JSON"),
-        (b'{"text": "\xff"}', "the body is no JSON"),
+        (b'{"text": "\xff"}', "the body is no JSON: byte 10 is no UTF-8: send UTF-8"),
         (b'{"text": "\\ud800"}', "no JSON: half of a pair, \\ud800, at byte 10: send valid Unicode"),
         (b'{"text": "\\ud83d\\ude00 \\ud83dx"}', "half of a pair, \\ud83d, at byte 23"),
         (b'{"text": "\\\\ud800 \\udc00"}', "half of a pair, \\udc00, at byte 18"),

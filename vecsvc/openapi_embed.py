@@ -17,11 +17,12 @@ from vecsvc.schemas_embed import (
     TEI_PATH,
     OpenAIAnswer,
     OpenAIErrorAnswer,
+    OpenAIModel,
     OpenAIModels,
     TeiErrorAnswer,
 )
 
-ANSWERS: Final = (OpenAIAnswer, OpenAIErrorAnswer, OpenAIModels, TeiErrorAnswer)
+ANSWERS: Final = (OpenAIAnswer, OpenAIErrorAnswer, OpenAIModel, OpenAIModels, TeiErrorAnswer)
 VECTORS: Final = {"TeiAnswer": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}}
 
 ERRORS: Final = (400, 404, 408, 413, 415, 422, 429, 500, 503, 504)
@@ -44,6 +45,16 @@ def embed_paths(served: Sequence[Described], settings: HttpSettings, responses: 
             "operationId": "models",
             "summary": "what `model` may be in /v1/embeddings",
             "responses": responses("OpenAIModels", "OpenAIErrorAnswer"),
+        }
+    }
+    paths[f"{MODELS_PATH}/{{model}}"] = {
+        "get": {
+            "operationId": "model",
+            "summary": "one of them",
+            "parameters": [
+                {"name": "model", "in": "path", "required": True, "schema": {"enum": list(models(specs, {}, str))}}
+            ],
+            "responses": responses("OpenAIModel", "OpenAIErrorAnswer"),
         }
     }
     if len({spec.fingerprint for spec in specs.values()}) == 1:

@@ -255,6 +255,11 @@ def _malformed(error: Exception, body: bytes) -> MalformedRequest:
     if not body:
         return MalformedRequest("the body is empty, expected a JSON object")
     why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, UnicodeDecodeError):  # whose place is one within a text
+        try:
+            body.decode()
+        except UnicodeDecodeError as found:
+            return MalformedRequest(f"the body is no JSON: byte {found.start} is no UTF-8: send UTF-8")
     lone = _lone_surrogate(body) if len(body) <= EXPLAINED_BYTES else None
     if lone is not None:
         escape = body[lone : lone + 6].decode()

@@ -126,7 +126,8 @@ def _texts(given: str | list[Any], name: str, limits: HttpSettings) -> list[str]
 
 
 def _text(text: Any, name: str, limits: HttpSettings) -> str:
-    if isinstance(text, int | list) and not isinstance(text, bool):
+    tokens = text if isinstance(text, list) else [text]
+    if tokens and all(type(token) is int for token in tokens):
         # LangChain's OpenAIEmbeddings sends tokens of OpenAI's own vocabulary, which mean nothing to another model.
         raise InvalidRequest(
             f"{name} must be a text, got token ids: those of one tokenizer mean nothing to another, so send texts "
@@ -190,10 +191,15 @@ class OpenAIModels(Struct, frozen=True):
 
 
 def encode_models(models: Mapping[str, EncoderSpec]) -> bytes:
-    data = [
-        OpenAIModel(name, "model", 0, "vecsvc", spec.name, spec.dim, spec.max_tokens) for name, spec in models.items()
-    ]
-    return msgspec.json.encode(OpenAIModels("list", data))
+    return msgspec.json.encode(OpenAIModels("list", [_model(name, spec) for name, spec in models.items()]))
+
+
+def encode_model(name: str, spec: EncoderSpec) -> bytes:
+    return msgspec.json.encode(_model(name, spec))
+
+
+def _model(name: str, spec: EncoderSpec) -> OpenAIModel:
+    return OpenAIModel(name, "model", 0, "vecsvc", spec.name, spec.dim, spec.max_tokens)
 
 
 def encode_openai(embedded: Embedded, *, as_base64: bool) -> bytes:
@@ -249,7 +255,7 @@ _PARAM: Final = re.compile(rf"(?:\$\.)?({'|'.join(OpenAIBody.__struct_fields__)}
 def error_body(path: str, status: int, code: str, message: str, retry_after_ms: int | None = None) -> bytes:
     """An error in the shape of what the path is like: OpenAI's, TEI's, or ours."""
     retry = UNSET if retry_after_ms is None else retry_after_ms
-    if path in (OPENAI_PATH, MODELS_PATH):
+    if path in (OPENAI_PATH, MODELS_PATH) or path.startswith(f"{MODELS_PATH}/"):
         kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
         # Our messages begin with the field that they are about.
         found = _PARAM.match(message)

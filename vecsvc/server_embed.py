@@ -22,6 +22,7 @@ from vecsvc.schemas_embed import (
     TEI_PATH,
     EmbedRequest,
     check_encoder,
+    encode_model,
     encode_models,
     encode_openai,
     encode_tei,
@@ -54,6 +55,7 @@ class EmbedRoutes:
         return [
             Route("POST", OPENAI_PATH, "read", "many", self._openai),
             Route("GET", MODELS_PATH, "read", "none", self._models),
+            Route("GET", f"{MODELS_PATH}/{{model}}", "read", "none", self._model),
             Route("POST", TEI_PATH, "read", "many", self._tei),
             Route("POST", f"/indexes/{{name}}{TEI_PATH}", "read", "many", self._tei),
         ]
@@ -65,8 +67,12 @@ class EmbedRoutes:
         return await self._answer(asked, None, started, lambda made: encode_openai(made, as_base64=asked.base64))
 
     async def _models(self, request: web.Request) -> web.Response:
-        body = encode_models(self._engine.catalog.models())
-        return web.Response(body=body, headers={"Content-Type": f"{JSON}; charset=utf-8"})
+        return _json(encode_models(self._engine.catalog.models()))
+
+    async def _model(self, request: web.Request) -> web.Response:
+        name = request.match_info["model"]
+        self._engine.catalog.with_encoder(name)  # says what there is where this is none
+        return _json(encode_model(name, self._engine.catalog.models()[name]))
 
     async def _tei(self, request: web.Request) -> web.Response:
         started = time.perf_counter()
@@ -115,3 +121,7 @@ class EmbedRoutes:
         content_type = f"{JSON}; charset=utf-8"
         headers = {"Content-Type": content_type, "Server-Timing": timing, TRUNCATED_HEADER: str(cut)}
         return web.Response(body=body, headers=headers)
+
+
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, headers={"Content-Type": f"{JSON}; charset=utf-8"})
