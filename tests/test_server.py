@@ -720,7 +720,7 @@ def test_the_longest_text_fits_into_a_url_however_it_is_written(texts: Service) 
 
 PUBLIC = (
     *("/indexes", "/indexes/texts", "/openapi.json", "/search", "/search/batch", "/indexes/texts/search"),
-    *("/v1/embeddings", "/v1/models", "/v1/models/{model}", "/embed", "/indexes/texts/embed"),
+    *("/v1/embeddings", "/v1/models", "/v1/models/texts", "/embed", "/indexes/texts/embed"),
 )
 ADMIN = ("/metrics", "/reload", "/indexes/texts/rollback")
 

@@ -47,12 +47,12 @@ def embed_paths(served: Sequence[Described], settings: HttpSettings, responses: 
             "responses": responses("OpenAIModels", "OpenAIErrorAnswer"),
         }
     }
-    paths[f"{MODELS_PATH}/{{model}}"] = {
+    paths[f"{MODELS_PATH}/{{name}}"] = {
         "get": {
             "operationId": "model",
             "summary": "one of them",
             "parameters": [
-                {"name": "model", "in": "path", "required": True, "schema": {"enum": list(models(specs, {}, str))}}
+                {"name": "name", "in": "path", "required": True, "schema": {"enum": list(models(specs, {}, str))}}
             ],
             "responses": responses("OpenAIModel", "OpenAIErrorAnswer"),
         }

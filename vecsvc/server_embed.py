@@ -55,7 +55,7 @@ class EmbedRoutes:
         return [
             Route("POST", OPENAI_PATH, "read", "many", self._openai),
             Route("GET", MODELS_PATH, "read", "none", self._models),
-            Route("GET", f"{MODELS_PATH}/{{model}}", "read", "none", self._model),
+            Route("GET", f"{MODELS_PATH}/{{name}}", "read", "none", self._model),
             Route("POST", TEI_PATH, "read", "many", self._tei),
             Route("POST", f"/indexes/{{name}}{TEI_PATH}", "read", "many", self._tei),
         ]
@@ -70,7 +70,7 @@ class EmbedRoutes:
         return _json(encode_models(self._engine.catalog.models()))
 
     async def _model(self, request: web.Request) -> web.Response:
-        name = request.match_info["model"]
+        name = request.match_info["name"]
         self._engine.catalog.with_encoder(name)  # says what there is where this is none
         return _json(encode_model(name, self._engine.catalog.models()[name]))
 
