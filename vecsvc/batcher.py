@@ -330,11 +330,13 @@ class Batcher:
 
     def note(self, why: BaseException) -> None:
         """Log why a run or a step failed, but not every time."""
+        lines = self._failure_lines
         with self._lock:
-            shown, left_out = self._failure_lines.take(), self._failure_lines.kept_back
-        if shown:
-            name, text = self.encoder.spec.name, f"{type(why).__name__}: {why}"
-            log.warning("a run failed", extra={"data": {"encoder": name, "why": text, "left_out": left_out}})
+            if not lines.take():
+                return
+            left_out, lines.kept_back = lines.kept_back, 0
+        name, text = self.encoder.spec.name, f"{type(why).__name__}: {why}"
+        log.warning("a run failed", extra={"data": {"encoder": name, "why": text, "left_out": left_out}})
 
     def learn(self, lane: LaneName, texts: int, tokens: int, seconds: float) -> None:
         """A run of so many texts and tokens, padding included, took so long."""

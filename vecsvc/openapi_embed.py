@@ -39,7 +39,8 @@ def embed_paths(served: Sequence[Described], settings: HttpSettings, responses: 
     specs = {one.name: one.encoder.spec for one in served if one.encoder is not None}
     if not specs:
         return {}
-    paths = {OPENAI_PATH: _operation("embeddings", "OpenAI's embeddings", _openai(specs, settings), responses)}
+    named = models(specs, {}, str)
+    paths = {OPENAI_PATH: _operation("embeddings", "OpenAI's embeddings", _openai(named, settings), responses)}
     paths[MODELS_PATH] = {
         "get": {
             "operationId": "models",
@@ -51,9 +52,7 @@ def embed_paths(served: Sequence[Described], settings: HttpSettings, responses: 
         "get": {
             "operationId": "model",
             "summary": "one of them",
-            "parameters": [
-                {"name": "name", "in": "path", "required": True, "schema": {"enum": list(models(specs, {}, str))}}
-            ],
+            "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"enum": list(named)}}],
             "responses": responses("OpenAIModel", "OpenAIErrorAnswer"),
         }
     }
@@ -80,12 +79,12 @@ def _operation(operation: str, summary: str, schema: dict[str, Any], responses: 
     }
 
 
-def _openai(specs: dict[str, EncoderSpec], settings: HttpSettings) -> dict[str, Any]:
+def _openai(named: dict[str, EncoderSpec], settings: HttpSettings) -> dict[str, Any]:
     """One schema for each encoder: which dimensions there are depends on the model."""
-    encoders = {spec.fingerprint: spec for spec in specs.values()}
+    encoders = {spec.fingerprint: spec for spec in named.values()}
     schemas = []
     for fingerprint, spec in encoders.items():
-        names = [name for name, one in models(specs, {}, str).items() if one.fingerprint == fingerprint]
+        names = [name for name, one in named.items() if one.fingerprint == fingerprint]
         schemas.append(
             _closed(
                 ["input", "model"],

@@ -16,7 +16,7 @@ from vecsvc.batcher import Batcher, BatchSettings, RunFacts
 from vecsvc.encoder_workers import start_worker
 from vecsvc.encoders.base import CANARY_TEXTS, Encoder, EncoderSpec, Role
 from vecsvc.errors import DeadlineExceeded
-from vecsvc.lanes import LANES, LaneName, cost
+from vecsvc.lanes import LaneName, cost
 from vecsvc.telemetry import Metrics
 from vecsvc.tokenizer import Tokens, check_text
 from vecsvc.types import Vectors
@@ -61,12 +61,12 @@ class QueryEncoder:
             started = time.perf_counter()
             encoder.run(tokens)
         seconds = time.perf_counter() - started
-        for lane in LANES:
-            self.batcher.learn(lane, len(tokens), len(tokens) * max(map(cost, tokens)), seconds)
+        for times in {self.batcher.times, self.batcher.bulk_times}:  # which may be one
+            times.learn(len(tokens), len(tokens) * max(map(cost, tokens)), seconds)
         for one in tokens * WARM_UP_RUNS:
             started = time.perf_counter()
             encoder.run([one])
-            self.batcher.learn("interactive", 1, cost(one), time.perf_counter() - started)
+            self.batcher.times.learn(1, cost(one), time.perf_counter() - started)
         return encoder.encode(CANARY_TEXTS)
 
     def encode_now(self, texts: Sequence[str]) -> Vectors:

@@ -271,7 +271,7 @@ def together(parts: Sequence[Counted]) -> Counted:
 
 
 class LineBudget:
-    """So many log lines a second, as many at once after a quiet one; counts those beyond. Belongs to one event loop."""
+    """So many log lines a second, as many at once after a quiet one; counts those beyond. For one thread at a time."""
 
     def __init__(self, lines_per_s: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._lines_per_s, self._clock = lines_per_s, clock
